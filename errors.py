@@ -1,0 +1,173 @@
+"""Every error a caller can meet, as one tree.
+
+    ExpertMeshError
+    ├── InvalidRequest            INVALID_ARGUMENT    a field is wrong: field, value, expected
+    ├── NotFound                  NOT_FOUND           kind, name
+    ├── Unauthenticated           UNAUTHENTICATED     wrong or missing token or API key
+    ├── SessionConflict           ABORTED             another writer committed first: current_version
+    ├── Overloaded                RESOURCE_EXHAUSTED  retry after retry_after_s
+    │   ├── QueueFull
+    │   └── KVCacheExhausted
+    ├── Unavailable               UNAVAILABLE         retry after retry_after_s
+    │   ├── NoReplica
+    │   ├── SessionStoreUnavailable
+    │   ├── ReplicaLost
+    │   └── ExchangeError         names ep_rank, layer_id, step_id, epoch
+    │       ├── ExchangeTimeout
+    │       └── PeerLost
+    ├── DeadlineExceeded          DEADLINE_EXCEEDED
+    ├── RequestCancelled          CANCELLED
+    ├── EpochError                FAILED_PRECONDITION a stale or impossible epoch or placement
+    ├── CheckpointError           FAILED_PRECONDITION file, tensor
+    ├── ConfigError               FAILED_PRECONDITION field
+    ├── StartupError              FAILED_PRECONDITION the cluster did not become ready
+    └── KernelError               FAILED_PRECONDITION no GPU, driver, architecture or kernel for this
+
+`code` is the name of the gRPC status, a string so that nothing below the gateway imports grpc. A message says what, how
+much and what to do. Facts are fields, so callers never parse messages."""
+
+from typing import Any, ClassVar
+
+
+class ExpertMeshError(Exception):
+    """Root of the tree. `retry_after_s` is set where the same call may succeed later."""
+
+    code: ClassVar[str] = "INTERNAL"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(ExpertMeshError):
+    """A user's mistake in one field of a request."""
+
+    code = "INVALID_ARGUMENT"
+
+    def __init__(self, field: str, value: Any, expected: str) -> None:
+        shown = repr(value)
+        if len(shown) > 120:
+            shown = shown[:117] + "..."
+        super().__init__(f"{field}: got {shown}, expected {expected}")
+        self.field, self.value, self.expected = field, value, expected
+
+
+class NotFound(ExpertMeshError):
+    code = "NOT_FOUND"
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__(f"{kind} {name!r} not found: it does not exist, has expired, or belongs to another key")
+        self.kind, self.name = kind, name
+
+
+class Unauthenticated(ExpertMeshError):
+    code = "UNAUTHENTICATED"
+
+
+class SessionConflict(ExpertMeshError):
+    code = "ABORTED"
+    retryable = True
+
+    def __init__(self, session_id: str, *, expected_version: int, current_version: int) -> None:
+        super().__init__(
+            f"session {session_id!r} is at version {current_version}, this turn began at {expected_version}: "
+            "another turn was committed meanwhile; read the session and try again"
+        )
+        self.session_id, self.expected_version, self.current_version = session_id, expected_version, current_version
+
+
+class Overloaded(ExpertMeshError):
+    code = "RESOURCE_EXHAUSTED"
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+
+
+class QueueFull(Overloaded):
+    pass
+
+
+class KVCacheExhausted(Overloaded):
+    pass
+
+
+class Unavailable(ExpertMeshError):
+    code = "UNAVAILABLE"
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+
+
+class NoReplica(Unavailable):
+    pass
+
+
+class SessionStoreUnavailable(Unavailable):
+    pass
+
+
+class ReplicaLost(Unavailable):
+    pass
+
+
+class ExchangeError(Unavailable):
+    """A move of rows between ranks failed; the step can be replayed with the same batch."""
+
+    def __init__(
+        self, message: str, *, ep_rank: int, layer_id: int, step_id: int, epoch: int, retry_after_s: float = 0.1
+    ) -> None:
+        super().__init__(
+            f"{message} (ep_rank {ep_rank}, layer {layer_id}, step {step_id}, epoch {epoch})", retry_after_s=retry_after_s
+        )
+        self.ep_rank, self.layer_id, self.step_id, self.epoch = ep_rank, layer_id, step_id, epoch
+
+
+class ExchangeTimeout(ExchangeError):
+    pass
+
+
+class PeerLost(ExchangeError):
+    pass
+
+
+class DeadlineExceeded(ExpertMeshError):
+    code = "DEADLINE_EXCEEDED"
+
+
+class RequestCancelled(ExpertMeshError):
+    code = "CANCELLED"
+
+
+class EpochError(ExpertMeshError):
+    code = "FAILED_PRECONDITION"
+
+
+class CheckpointError(ExpertMeshError):
+    """A checkpoint that cannot be served: says which file and tensor, and what to do."""
+
+    code = "FAILED_PRECONDITION"
+
+    def __init__(self, message: str, *, file: str = "", tensor: str = "") -> None:
+        where = ", ".join(x for x in (f"file {file}" if file else "", f"tensor {tensor}" if tensor else "") if x)
+        super().__init__(f"{message} ({where})" if where else message)
+        self.file, self.tensor = file, tensor
+
+
+class ConfigError(ExpertMeshError):
+    code = "FAILED_PRECONDITION"
+
+    def __init__(self, field: str, value: Any, expected: str) -> None:
+        super().__init__(f"configuration {field}: got {value!r}, expected {expected}")
+        self.field, self.value, self.expected = field, value, expected
+
+
+class StartupError(ExpertMeshError):
+    code = "FAILED_PRECONDITION"
+
+
+class KernelError(ExpertMeshError):
+    code = "FAILED_PRECONDITION"
