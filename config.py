@@ -1,0 +1,181 @@
+"""The configuration of a cluster, read once at process start and handed down in the smallest piece that a class needs.
+
+Sources, later wins: the defaults here, a YAML or JSON file (`expertmesh serve --config`), `EXPERTMESH_*` variables of the
+environment, command-line flags. `model_config.py` holds what is read from the checkpoint."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+Layout = Literal["disaggregated", "colocated"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """Paged KV."""
+
+    block_size: int = 16  # tokens a block; the batch-invariant attention tile is one block
+    num_blocks: int = 0  # 0 = sized from kv_memory_bytes (CPU) or from free memory (GPU)
+    kv_memory_bytes: int = 256 << 20
+    enable_prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1 or self.block_size & (self.block_size - 1):
+            raise ConfigError("cache.block_size", self.block_size, "a power of two")
+        if self.num_blocks < 0:
+            raise ConfigError("cache.num_blocks", self.num_blocks, "0 (automatic) or a positive count")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """One token budget per step, shared by decode and prefill."""
+
+    max_num_batched_tokens: int = 2048  # tokens a step on one attention replica
+    max_num_seqs: int = 256  # requests running at once on one attention replica
+    max_num_waiting: int = 1024  # queue bound; beyond it QueueFull
+    max_prefill_tokens_per_step: int = 1024  # over all attention replicas, since a prefill sets everybody's inter-token time
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if getattr(self, f.name) < 1:
+                raise ConfigError(f"scheduler.{f.name}", getattr(self, f.name), "a positive count")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkConfig:
+    """Where sockets bind and what they ask for. Every port 0 = chosen by the system."""
+
+    interface: str = "127.0.0.1"  # address of the one interface that data, link and control sockets bind
+    gateway_host: str = "127.0.0.1"
+    gateway_port: int = 50051
+    metrics_port: int = -1  # Prometheus; -1 = off, 0 = chosen by the system
+    cluster_token: str = ""  # required by link and cluster RPCs; empty = a random one made by `serve`
+    max_message_bytes: int = 64 << 20
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gateway_port < 65536:
+            raise ConfigError("network.gateway_port", self.gateway_port, "0..65535")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeConfig:
+    """Deadlines of the exchange: a wait may last base + per_row * rows."""
+
+    backend: Literal["auto", "local", "gloo", "nccl", "peer"] = "auto"
+    timeout_base_s: float = 10.0
+    timeout_per_row_s: float = 0.01
+    epoch_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TelemetryConfig:
+    """Off by default. `otlp_endpoint` or `console` switches spans on; metrics_port (network) switches metrics on."""
+
+    otlp_endpoint: str = ""
+    console: bool = False
+    sampling_ratio: float = 1.0
+
+    @property
+    def tracing(self) -> bool:
+        return bool(self.otlp_endpoint) or self.console
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """A whole cluster: what `expertmesh serve` starts."""
+
+    model: str = ""  # folder in Hugging Face layout
+    served_model_name: str = ""  # default: the folder's name
+    layout: Layout = "disaggregated"
+    num_gateways: int = 1
+    num_attention_replicas: int = 1
+    num_expert_shards: int = 2  # ignored in the colocated layout, where every attention replica owns experts
+    num_redundant_experts: int = 0  # extra physical experts a layer, spread over the shards
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on CPU, the checkpoint's on GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    batch_invariant: bool | None = None  # None: on for CPU, off for GPU
+    max_model_len: int = 0  # 0 = the checkpoint's
+    redis_url: str = ""  # empty = an embedded server
+    session_ttl_s: float = 24 * 3600.0
+    startup_timeout_s: float = 300.0
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("num_gateways", "num_attention_replicas", "num_expert_shards"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, getattr(self, name), "at least 1")
+        if self.num_redundant_experts < 0:
+            raise ConfigError("num_redundant_experts", self.num_redundant_experts, "0 or more")
+
+    @property
+    def num_expert_ranks(self) -> int:
+        return self.num_attention_replicas if self.layout == "colocated" else self.num_expert_shards
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "ClusterConfig":
+        return from_mapping(cls, json.loads(text))
+
+
+_SECTIONS: dict[str, type] = {
+    "cache": CacheConfig,
+    "scheduler": SchedulerConfig,
+    "network": NetworkConfig,
+    "exchange": ExchangeConfig,
+    "telemetry": TelemetryConfig,
+}
+
+
+def from_mapping(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """Build a config dataclass from nested mappings; an unknown name is a ConfigError, never ignored."""
+    known = {f.name for f in fields(cls)}
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(prefix + name, value, f"one of {', '.join(sorted(known))}")
+        section = _SECTIONS.get(name)
+        made[name] = from_mapping(section, value, f"{prefix}{name}.") if section and isinstance(value, Mapping) else value
+    return cls(**made)
+
+
+def override(config: ClusterConfig, assignments: Mapping[str, str]) -> ClusterConfig:
+    """Apply dotted `section.field` -> text (from flags or the environment), converted to the field's present type."""
+    for path, text in assignments.items():
+        section, _, name = path.rpartition(".")
+        target = getattr(config, section, None) if section else config
+        if target is None or name not in {f.name for f in fields(target)}:
+            raise ConfigError(path, text, "a field of ClusterConfig, for example scheduler.max_num_seqs")
+        changed = replace(target, **{name: _convert(path, text, getattr(target, name))})
+        config = replace(config, **{section: changed}) if section else changed
+    return config
+
+
+def environment_overrides(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """`EXPERTMESH_SCHEDULER__MAX_NUM_SEQS=8` -> {"scheduler.max_num_seqs": "8"}."""
+    environ = os.environ if environ is None else environ
+    prefix = "EXPERTMESH_"
+    return {k[len(prefix) :].lower().replace("__", "."): v for k, v in environ.items() if k.startswith(prefix)}
+
+
+def _convert(path: str, text: str, present: Any) -> Any:
+    try:
+        if isinstance(present, bool) or present is None:
+            lowered = text.lower()
+            if lowered in ("1", "true", "yes", "on"):
+                return True
+            if lowered in ("0", "false", "no", "off"):
+                return False
+            raise ValueError(text)
+        return type(present)(text)
+    except ValueError:
+        raise ConfigError(path, text, f"a {type(present).__name__}") from None
