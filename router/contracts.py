@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 
-from ..router.epoch import StepHeader
+from .epoch import StepHeader
 
 
 class StepContext(Protocol):
