@@ -1,0 +1,78 @@
+# Everything a developer or a user runs. Set-up needs Python >= 3.11, pip, make and a C toolchain; a second run skips it.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python -P
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+export OMP_NUM_THREADS ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-gpu lint format parity bench memory prefix preemption idle proto setup clean
+
+setup: $(VENV)/.runtime
+
+# .link/expertmesh -> .. makes the checkout importable as `expertmesh` under any folder name (mypy, tests, GPU hosts).
+.link/expertmesh:
+	mkdir -p .link && ln -sfn .. .link/expertmesh
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expertmesh needs Python >= 3.11, this is %d.%d" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python .link/expertmesh
+	@echo "setting up: runtime packages (once, a few minutes)"
+	$(PIP) torch==2.13.0
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.runtime
+	@echo "setting up: test packages (once)"
+	$(PIP) --editable '.[test,lint,kernel-checks]'
+	@touch $@
+
+demo: $(VENV)/.runtime
+	$(PY) -m expertmesh.deploy.demo
+
+test: $(VENV)/.test
+	$(PY) -m pytest -m "not gpu"
+
+# On a GPU host with torch, CuPy and pytest of its own: no set-up, the checkout is used in place.
+test-gpu: | .link/expertmesh
+	PYTHONPATH=.link python3 -P -m pytest -m gpu
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy $(MYPY_BASIC)
+	$(VENV)/bin/mypy --strict $(MYPY_STRICT)
+	@files=$$(git ls-files '*.cu' '*.cuh'); test -z "$$files" || $(VENV)/bin/clang-format --dry-run --Werror $$files
+	@$(PY) -m expertmesh.proto.generate --check
+
+# The pure cores are held to --strict, everything else to the defaults.
+MYPY_STRICT := -m expertmesh.errors -m expertmesh.config -m expertmesh.request -m expertmesh.model_config \
+  -m expertmesh.router.epoch -m expertmesh.router.placement -m expertmesh.router.dispatch -m expertmesh.router.control \
+  -m expertmesh.router.gateway.balancer -m expertmesh.router.gateway.conversation \
+  -m expertmesh.cluster.membership -m expertmesh.cluster.attention.scheduler -m expertmesh.cluster.attention.kv_cache
+MYPY_BASIC := -p expertmesh.cluster -p expertmesh.experts -p expertmesh.router -m expertmesh.client -m expertmesh.cli
+
+format: $(VENV)/.test
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	@files=$$(git ls-files '*.cu' '*.cuh'); test -z "$$files" || $(VENV)/bin/clang-format -i $$files
+
+proto: $(VENV)/.test
+	$(PY) -m expertmesh.proto.generate
+
+parity preemption prefix memory: $(VENV)/.test
+	$(PY) -m expertmesh.bench.$@
+
+bench: $(VENV)/.test
+	$(PY) -m expertmesh.bench.serve
+	$(PY) -m expertmesh.bench.gateway
+
+idle: $(VENV)/.runtime
+	$(PY) -m expertmesh.bench.idle
+
+clean:
+	rm -rf $(VENV) .link .cache build *.egg-info
