@@ -1,13 +1,13 @@
 """The configuration of a cluster, read once at process start and handed down in the smallest piece that a class needs.
 
-Sources, later wins: the defaults here, a YAML or JSON file (`expertmesh serve --config`), `EXPERTMESH_*` variables of the
-environment, command-line flags. `model_config.py` holds what is read from the checkpoint."""
+Sources, later wins: the defaults here, a YAML or JSON file (`expertmesh serve --config`), `EXPERTMESH_*` variables of
+the environment, command-line flags. `model_config.py` holds what is read from the checkpoint."""
 
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
 
@@ -37,7 +37,9 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 2048  # tokens a step on one attention replica
     max_num_seqs: int = 256  # requests running at once on one attention replica
     max_num_waiting: int = 1024  # queue bound; beyond it QueueFull
-    max_prefill_tokens_per_step: int = 1024  # over all attention replicas, since a prefill sets everybody's inter-token time
+    max_prefill_tokens_per_step: int = (
+        1024  # over all attention replicas: any prefill sets everybody's inter-token time
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -124,7 +126,8 @@ class ClusterConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "ClusterConfig":
-        return from_mapping(cls, json.loads(text))
+        config: ClusterConfig = from_mapping(cls, json.loads(text))
+        return config
 
 
 _SECTIONS: dict[str, type] = {
@@ -144,8 +147,23 @@ def from_mapping(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
         if name not in known:
             raise ConfigError(prefix + name, value, f"one of {', '.join(sorted(known))}")
         section = _SECTIONS.get(name)
-        made[name] = from_mapping(section, value, f"{prefix}{name}.") if section and isinstance(value, Mapping) else value
+        if section:
+            value = from_mapping(section, value, f"{prefix}{name}.")
+        made[name] = _checked(prefix + name, value, get_type_hints(cls)[name])
     return cls(**made)
+
+
+def _checked(path: str, value: Any, hint: Any) -> Any:
+    """`value` if it is of the field's type; an int passes for a float."""
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(path, value, f"one of {', '.join(map(str, get_args(hint)))}")
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(path, value, f"a value of type {getattr(hint, '__name__', hint)}")
+    return value
 
 
 def override(config: ClusterConfig, assignments: Mapping[str, str]) -> ClusterConfig:
@@ -155,8 +173,12 @@ def override(config: ClusterConfig, assignments: Mapping[str, str]) -> ClusterCo
         target = getattr(config, section, None) if section else config
         if target is None or name not in {f.name for f in fields(target)}:
             raise ConfigError(path, text, "a field of ClusterConfig, for example scheduler.max_num_seqs")
-        changed = replace(target, **{name: _convert(path, text, getattr(target, name))})
-        config = replace(config, **{section: changed}) if section else changed
+        value = _convert(path, text, getattr(target, name))
+        value = _checked(path, value, get_type_hints(type(target))[name])
+        update: dict[str, Any] = {name: value}
+        if section:
+            update = {section: replace(target, **update)}
+        config = replace(config, **update)
     return config
 
 
