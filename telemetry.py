@@ -1,9 +1,9 @@
 """Every span and metric name of expertmesh, and the one object that a process records them with.
 
 One trace goes client -> gateway request -> attention request -> step -> expert step: the W3C `traceparent` travels in
-gRPC metadata, in `Submit` on the link, and in the step header. Spans are per request and per step, never per token or layer.
-Metrics are OpenTelemetry instruments read by Prometheus. Both are off by default: `Telemetry.off()` answers every call
-with one check, so callers never test for it. opentelemetry is imported only when something is switched on."""
+gRPC metadata, in `Submit` on the link, and in the step header. Spans are per request and per step, never per token or
+layer. Metrics are OpenTelemetry instruments read by Prometheus. Both are off by default: `Telemetry.off()` answers every
+call with one check, so callers never test for it. opentelemetry is imported only when something is switched on."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""The one protoc call: `python -P -m expertmesh.proto.generate` writes *_pb2.py, *.pyi and *_pb2_grpc.py beside the .proto.
+"""The one protoc call: `python -P -m expertmesh.proto.generate` writes *_pb2.py, *.pyi and *_grpc.py beside the .proto.
 
 `--check` writes elsewhere and fails when the committed files differ. The virtual path `-Iexpertmesh/proto=...` makes
 the stubs import each other as `expertmesh.proto`, whatever the checkout's name."""
