@@ -5,6 +5,27 @@ from typing import Protocol
 import torch
 
 from .epoch import StepHeader
+from .placement import Placement
+
+
+class LocalExperts(Protocol):
+    """The physical experts of this process, given by `experts/mlp.py`; used by the mesh alone."""
+
+    def set_placement(self, placement: Placement, ep_rank: int) -> None:
+        """Make the placement's slots of this rank resident (load what is missing). Idempotent; called from a background
+        thread while an older version serves, so it changes nothing that `forward` reads. A first placement is in use
+        at once; a later one from `use_placement` on."""
+        ...
+
+    def use_placement(self, version: int) -> None:
+        """From here on `forward`'s slot ids are those of this resident version; older ones may be dropped. Engine
+        thread, between steps."""
+        ...
+
+    def forward(self, layer_id: int, rows: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
+        """rows [R, hidden], slot_ids [R, top_k] int32 (-1 none) -> [num_pairs, hidden]: one unweighted row per (row, k)
+        with an id >= 0, in row-major (row, k) order, contiguous, rows' dtype. Reads `rows`, keeps no view of it."""
+        ...
 
 
 class StepContext(Protocol):

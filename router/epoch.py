@@ -22,7 +22,8 @@ class Member:
     attention: bool  # owns KV and sends tokens
     expert: bool  # owns physical experts
     host: str = "127.0.0.1"  # address of its data interface
-    control_port: int = 0  # where its control channel listens (attention members; see cluster/mesh.py)
+    control_port: int = 0  # where its control channel listens (see control.py)
+    store_port: int = 0  # where its rendezvous store listens, used in epochs that it leads (see group.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
