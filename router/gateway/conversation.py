@@ -1,0 +1,243 @@
+"""State machine over the accepted tokens of one generation: thinking, answer, stop strings, usage. Pure.
+
+It starts from the state that the rendered prompt left (`prompt_state`), reads ids as they are accepted and gives deltas
+of text. Sections are told by token id, never by text:
+
+    OPEN --think--> REASONING --end_think--> CLOSED     OPEN and CLOSED write answer text; tags met in CLOSED are text
+
+A prompt that opened the block starts in REASONING (Thinking-2507), one that closed it in CLOSED (the hard switch), any
+other in OPEN. Only the first block is thinking. Promise: however the stream is cut into pushes, the joined deltas equal
+what the whole text gives. Held back until decided: bytes of an unfinished character, a possible beginning of a stop
+string, and newlines that a tag or the end may strip (tags and the newlines around them are in neither text).
+
+Stop strings are looked for in the answer only, since a newline in somebody's thoughts must not end the reply. The first
+one to be complete wins, of several the longest; tokens after the one that completed it are dropped and never counted.
+Tool calls are to become a third kind of section, entered from CLOSED and OPEN by `tool_call`, left by `end_tool_call`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum, auto
+
+from ...request import TokenLogprob
+from .tokenizer import Detokenizer, SpecialIds, Tokenizer
+
+
+class Section(IntEnum):
+    """What a delta belongs to."""
+
+    REASONING = 0
+    ANSWER = 1
+
+
+class State(Enum):
+    OPEN = auto()  # answer text; a think tag may still open the block
+    REASONING = auto()
+    CLOSED = auto()  # answer text, no block to come
+
+
+@dataclass(slots=True)
+class Delta:
+    """A piece of one section. Its last ids may belong to text that is still held back."""
+
+    section: Section
+    text: str
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+def prompt_state(prompt_ids: Sequence[int], special: SpecialIds) -> State:
+    """Where the prompt leaves the model: the last think tag that no end of a turn follows decides."""
+    for token_id in reversed(prompt_ids):
+        if token_id == special.end_think:
+            return State.CLOSED
+        if token_id == special.think:
+            return State.REASONING
+        if token_id in special.eos:
+            break
+    return State.OPEN
+
+
+class Conversation:
+    """One generation. `push` accepted ids until `stopped`, then `finish` once."""
+
+    __slots__ = (
+        "_detokenizer",
+        "_end_think_id",
+        "_logprobs",
+        "_newlines",
+        "_parts",
+        "_stop_ids",
+        "_stops",
+        "_strip_end",
+        "_strip_start",
+        "_think_id",
+        "_token_ids",
+        "completion_tokens",
+        "reasoning_tokens",
+        "state",
+        "stop_matched",
+    )
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        state: State = State.OPEN,
+        stop: Sequence[str] = (),
+        stop_ids: frozenset[int] = frozenset(),
+        strip_answer: bool = True,
+    ) -> None:
+        """`stop_ids` end the text without being part of it. `strip_answer` False (plain completions) keeps newlines at
+        the answer's ends, other than those after a think block."""
+        self.state = state
+        self.stop_matched = ""
+        self.completion_tokens = 0
+        self.reasoning_tokens = 0
+        self._detokenizer = Detokenizer(tokenizer)
+        self._think_id = tokenizer.special_ids.think
+        self._end_think_id = tokenizer.special_ids.end_think
+        self._stop_ids = stop_ids
+        self._stops = StopFinder(stop) if stop else None
+        self._strip_start = strip_answer or state is not State.OPEN  # leading newlines of the section are dropped
+        self._strip_end = strip_answer  # trailing newlines of the answer too
+        self._newlines = ""  # held back: dropped if the section ends here
+        self._parts: list[str] = []  # text of the section in this push
+        self._token_ids: list[int] = []  # of the section, not yet in a delta
+        self._logprobs: list[TokenLogprob] = []
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.stop_matched)
+
+    def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> list[Delta]:
+        """Accept ids; nothing is accepted after a stop string. `logprobs` is empty or one an id."""
+        deltas: list[Delta] = []
+        for index, token_id in enumerate(token_ids):
+            if self.stop_matched:
+                break
+            self.completion_tokens += 1
+            if self.state is State.REASONING:
+                self.reasoning_tokens += 1
+            elif self.state is State.OPEN and token_id == self._think_id:
+                self._close_section(deltas)
+                self.state = State.REASONING
+                self._strip_start = True
+                self.reasoning_tokens += 1
+                self._keep(token_id, logprobs, index)
+                continue
+            self._keep(token_id, logprobs, index)
+            if self.state is State.REASONING and token_id == self._end_think_id:
+                self._close_section(deltas)
+                self.state = State.CLOSED
+                self._strip_start = True
+            elif token_id not in self._stop_ids:
+                self._write(self._detokenizer.push(token_id))
+        self._emit(deltas)
+        return deltas
+
+    def finish(self) -> list[Delta]:
+        """The end: what was held back is decided. Call once."""
+        deltas: list[Delta] = []
+        self._close_section(deltas)
+        return deltas
+
+    def _keep(self, token_id: int, logprobs: Sequence[TokenLogprob], index: int) -> None:
+        self._token_ids.append(token_id)
+        if logprobs:
+            self._logprobs.append(logprobs[index])
+
+    def _write(self, text: str) -> None:
+        """Text of the present section, past the rules about newlines and stop strings."""
+        if not text:
+            return
+        if self._strip_start:
+            text = text.lstrip("\n")
+            if not text:
+                return
+            self._strip_start = False
+        if self._stops is not None and self.state is not State.REASONING:
+            text = self._stops.push(text)
+            self.stop_matched = self._stops.matched
+        if self._strip_end or self.state is State.REASONING:
+            text = self._newlines + text
+            kept = text.rstrip("\n")
+            self._newlines = text[len(kept) :]
+            text = kept
+        if text:
+            self._parts.append(text)
+
+    def _close_section(self, deltas: list[Delta]) -> None:
+        if not self.stop_matched:
+            self._write(self._detokenizer.flush())
+            if self._stops is not None and self.state is not State.REASONING:
+                self._release_stops()
+        self._newlines = ""
+        self._emit(deltas, all_ids=True)
+
+    def _release_stops(self) -> None:
+        assert self._stops is not None
+        stops, self._stops = self._stops, None
+        self._write(stops.flush())
+        self._stops = stops
+
+    def _emit(self, deltas: list[Delta], *, all_ids: bool = False) -> None:
+        if not self._parts and not (all_ids and self._token_ids):
+            return
+        section = Section.REASONING if self.state is State.REASONING else Section.ANSWER
+        deltas.append(Delta(section, "".join(self._parts), self._token_ids, self._logprobs))
+        self._parts, self._token_ids, self._logprobs = [], [], []
+
+
+class StopFinder:
+    """Finds the first of some strings to be complete in a text that comes in pieces, a Knuth-Morris-Pratt automaton each.
+
+    Because the automata go character by character, where the text is cut cannot matter."""
+
+    __slots__ = ("_failures", "_held", "_matched_lengths", "_stops", "matched")
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(sorted(set(stops), key=len, reverse=True))  # of those complete at once the longest wins
+        self._failures = tuple(_failure(stop) for stop in self._stops)
+        self._matched_lengths = [0] * len(self._stops)
+        self._held = ""
+        self.matched = ""
+
+    def push(self, text: str) -> str:
+        """The text that no stop string can claim any more. Once `matched`, the rest is gone."""
+        lengths = self._matched_lengths
+        for position, char in enumerate(text):
+            for k, stop in enumerate(self._stops):
+                length = lengths[k]
+                while length and stop[length] != char:
+                    length = self._failures[k][length - 1]
+                if stop[length] == char:
+                    length += 1
+                if length == len(stop):
+                    self.matched = stop
+                    whole = self._held + text[: position + 1]
+                    self._held = ""
+                    return whole[: len(whole) - length]
+                lengths[k] = length
+        whole = self._held + text
+        held = max(lengths)
+        self._held = whole[len(whole) - held :]
+        return whole[: len(whole) - held]
+
+    def flush(self) -> str:
+        """The end of the text: an unfinished stop string was text."""
+        held, self._held = self._held, ""
+        self._matched_lengths = [0] * len(self._stops)
+        return held
+
+
+def _failure(stop: str) -> tuple[int, ...]:
+    """Length of the longest proper prefix that is also a suffix, for every prefix of `stop`."""
+    table = [0] * len(stop)
+    length = 0
+    for i in range(1, len(stop)):
+        while length and stop[i] != stop[length]:
+            length = table[length - 1]
+        if stop[i] == stop[length]:
+            length += 1
+        table[i] = length
+    return tuple(table)
