@@ -14,26 +14,21 @@ THINK, END_THINK, IM_END = 151667, 151668, 151645
 
 def whole(ids: list[int], state: State, stop: tuple[str, ...], strip: bool) -> tuple[str, str, int]:
     """Reasoning, answer and number of counted tokens by slicing the whole list: the definition, not the machine."""
-    before: list[int] = []
-    reasoning: list[int] = []
-    if state is State.OPEN and THINK in ids:
-        before, rest = ids[: ids.index(THINK)], ids[ids.index(THINK) + 1 :]
-        end = rest.index(END_THINK) if END_THINK in rest else len(rest)
-        reasoning, after = rest[:end], rest[end + 1 :]
-    elif state is State.REASONING:
-        end = ids.index(END_THINK) if END_THINK in ids else len(ids)
-        reasoning, after = ids[:end], ids[end + 1 :]
-    else:
-        before, after = (ids, []) if state is State.OPEN else ([], ids)
-    thought = TOKENIZER.decode(reasoning).strip("\n")
-    parts = []
-    for part, first in ((before, state is State.OPEN), (after, False)):
-        text, cut, at = _answer(part, stop, lead=strip or not first, trail=strip)
-        parts.append(text)
-        if cut:
-            skipped = 0 if first else len(ids) - len(after)
-            return ("" if first else thought), "".join(parts), skipped + at
-    return thought, "".join(parts), len(ids)
+    thought, answer, at = "", "", 0
+    lead = strip or state is not State.OPEN
+    while True:
+        if state is not State.REASONING:
+            end = ids.index(THINK, at) if state is State.OPEN and THINK in ids[at:] else len(ids)
+            text, stopped, taken = _answer(ids[at:end], stop, lead=lead, trail=strip)
+            answer += text
+            if stopped or end == len(ids):
+                return thought, answer, at + taken
+            at = end + 1
+        end = ids.index(END_THINK, at) if END_THINK in ids[at:] else len(ids)
+        thought += TOKENIZER.decode(ids[at:end]).strip("\n")
+        if end == len(ids):
+            return thought, answer, end
+        at, state, lead = end + 1, State.OPEN, True
 
 
 def _answer(ids: list[int], stop: tuple[str, ...], *, lead: bool, trail: bool) -> tuple[str, bool, int]:

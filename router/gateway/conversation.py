@@ -3,16 +3,16 @@
 It starts from the state that the rendered prompt left (`prompt_state`), reads ids as they are accepted and gives deltas
 of text. Sections are told by token id, never by text:
 
-    OPEN --think--> REASONING --end_think--> CLOSED     OPEN and CLOSED write answer text; tags met in CLOSED are text
+    OPEN --think--> REASONING --end_think--> OPEN       CLOSED: the prompt ended the block, all is answer, tags are text
 
 A prompt that opened the block starts in REASONING (Thinking-2507), one that closed it in CLOSED (the hard switch), any
-other in OPEN. Only the first block is thinking. Promise: however the stream is cut into pushes, the joined deltas equal
-what the whole text gives. Held back until decided: bytes of an unfinished character, a possible beginning of a stop
-string, and newlines that a tag or the end may strip (tags and the newlines around them are in neither text).
+other in OPEN. Promise: however the stream is cut into pushes, the joined deltas equal what the whole text gives. Held
+back until decided: bytes of an unfinished character, a possible beginning of a stop string, and newlines that a tag or
+the end may strip (tags and the newlines around them are in neither text).
 
-Stop strings are looked for in the answer only, since a newline in somebody's thoughts must not end the reply. The first
-one to be complete wins, of several the longest; tokens after the one that completed it are dropped and never counted.
-Tool calls are to become a third kind of section, entered from CLOSED and OPEN by `tool_call`, left by `end_tool_call`."""
+Stop strings are looked for in the answer only, as a newline in somebody's thoughts must not end the reply. The first
+to be complete wins, of several the longest; tokens after the one that completed it are dropped and never counted.
+Tool calls are to become a third kind of section, entered from OPEN and CLOSED by `tool_call`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class Section(IntEnum):
 
 
 class State(Enum):
-    OPEN = auto()  # answer text; a think tag may still open the block
+    OPEN = auto()  # answer text; a think tag opens a block
     REASONING = auto()
     CLOSED = auto()  # answer text, no block to come
 
@@ -128,7 +128,7 @@ class Conversation:
             self._keep(token_id, logprobs, index)
             if self.state is State.REASONING and token_id == self._end_think_id:
                 self._close_section(deltas)
-                self.state = State.CLOSED
+                self.state = State.OPEN
                 self._strip_start = True
             elif token_id not in self._stop_ids:
                 self._write(self._detokenizer.push(token_id))
@@ -189,7 +189,7 @@ class Conversation:
 
 
 class StopFinder:
-    """Finds the first of some strings to be complete in a text that comes in pieces, a Knuth-Morris-Pratt automaton each.
+    """Finds the first of some strings to be complete in a text that comes in pieces, by Knuth-Morris-Pratt automata.
 
     Because the automata go character by character, where the text is cut cannot matter."""
 
