@@ -1,0 +1,197 @@
+"""Which tokens run in the next step: one token budget, no prefill phase, preemption by replay. Pure.
+
+Every running sequence has known and computed tokens (`sequence.py`). Decodes (one token pending) come first, so that a
+long prompt never stalls them; what is left of the budget goes to prompts in chunks, oldest first. Admission is strictly
+first come, first served and takes blocks for all known tokens at once, so a prompt never stops halfway for lack of
+blocks; it leaves one block for each running sequence to grow into. When a decode finds no block the youngest running
+sequence gives up all of its blocks and goes back to the head of the queue; it later computes its known tokens again,
+generated ones included (or finds them in the prefix cache), and goes on as if nothing had been.
+Invariant: every running sequence is older than every waiting one. Idea: vLLM v1."""
+
+from collections import deque
+from collections.abc import Iterator
+
+from ...config import SchedulerConfig
+from ...errors import InvalidRequest, KVCacheExhausted, QueueFull
+from .batch import ScheduledTokens
+from .kv_cache import KVCache
+from .sequence import Sequence
+
+
+class Scheduler:
+    """Owns the queue and the running set; the engine thread is its only caller."""
+
+    def __init__(self, config: SchedulerConfig, cache: KVCache, *, max_model_len: int) -> None:
+        self.config = config
+        self.cache = cache
+        # The end of the context: the checkpoint's, or what the whole KV pool holds. The last token needs no KV.
+        self.max_model_len = min(max_model_len, cache.num_blocks * cache.block_size + 1)
+        self._model_len = max_model_len
+        self._max_num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # oldest first
+        self._by_id: dict[str, Sequence] = {}
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def sequences(self) -> Iterator[Sequence]:
+        """All unfinished ones, oldest first."""
+        yield from self._running
+        yield from self._waiting
+
+    def get(self, request_id: str) -> Sequence | None:
+        return self._by_id.get(request_id)
+
+    def check(self, num_known_tokens: int) -> None:
+        """Raise for a request that could never run: its known tokens must leave room for one more."""
+        if num_known_tokens < 1:
+            raise InvalidRequest("prompt_ids", num_known_tokens, "at least 1 token")
+        if num_known_tokens >= self._model_len:
+            raise InvalidRequest(
+                "prompt_ids", f"{num_known_tokens} tokens", f"at most {self._model_len - 1} (the context)"
+            )
+        if num_known_tokens >= self.max_model_len:
+            cache = self.cache
+            raise KVCacheExhausted(
+                f"request needs {cache.blocks_for(num_known_tokens)} KV blocks of {cache.block_size} tokens, "
+                f"the pool has {cache.num_blocks}; raise cache.kv_memory_bytes or shorten the prompt",
+                retry_after_s=60.0,
+            )
+
+    def check_queue(self, num_waiting: int) -> None:
+        """Raise QueueFull where one more waiting request is too many."""
+        if num_waiting >= self.config.max_num_waiting:
+            raise QueueFull(
+                f"{num_waiting} requests wait on this replica, the bound is {self.config.max_num_waiting}; "
+                "retry later or add attention replicas",
+                retry_after_s=min(30.0, 0.5 + num_waiting / max(1, self._max_num_seqs)),
+            )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence, which must be younger than all others."""
+        if sequence.request_id in self._by_id:
+            raise InvalidRequest("request_id", sequence.request_id, "an id that is not running already")
+        self.check(sequence.num_tokens)
+        self.check_queue(len(self._waiting))
+        self._by_id[sequence.request_id] = sequence
+        self._waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a finished, cancelled or failed sequence and free its blocks at once."""
+        del self._by_id[sequence.request_id]
+        if sequence.table.num_blocks:
+            self.cache.release(sequence.table)
+            self._running.remove(sequence)
+        else:
+            self._waiting.remove(sequence)
+
+    def bid(self) -> tuple[int, int]:
+        """(decode tokens, prefill tokens) that the next `schedule` could use at most."""
+        budget = self.config.max_num_batched_tokens
+        num_decode = num_prefill = 0
+        for sequence in self._running:
+            pending = sequence.num_tokens - sequence.num_computed_tokens
+            if pending == 1:
+                num_decode += 1
+            else:
+                num_prefill += pending
+        if self._waiting and num_prefill + num_decode < budget and self._can_admit(self._waiting[0]):
+            for sequence in self._waiting:
+                num_prefill += sequence.num_pending_tokens
+                if num_prefill + num_decode >= budget:
+                    break
+        return num_decode, min(num_prefill, budget - num_decode)
+
+    def schedule(self, max_tokens: int, max_prefill: int) -> list[ScheduledTokens]:
+        """Choose at most `max_tokens` tokens, at most `max_prefill` of them of prompts or replays, with their blocks.
+
+        A decode that finds no block preempts the youngest. After the step `advance` commits what is returned."""
+        max_tokens = min(max_tokens, self.config.max_num_batched_tokens)
+        scheduled = self._schedule_decodes(max_tokens)
+        budget = min(max_tokens - len(scheduled), max_prefill)
+        for sequence in self._running:
+            if budget <= 0:
+                break
+            if sequence.num_pending_tokens > 1:
+                count = min(budget, sequence.num_pending_tokens)
+                scheduled.append(ScheduledTokens(sequence=sequence, num_tokens=count))
+                budget -= count
+        while budget > 0 and self._waiting and self._admit(self._waiting[0]):
+            sequence = self._running[-1]
+            count = min(budget, sequence.num_pending_tokens)
+            scheduled.append(ScheduledTokens(sequence=sequence, num_tokens=count))
+            budget -= count
+        return scheduled
+
+    def advance(self, scheduled: list[ScheduledTokens]) -> None:
+        """The step succeeded: its tokens are in KV now, and full blocks may be shared."""
+        for item in scheduled:
+            sequence = item.sequence
+            sequence.num_computed_tokens += item.num_tokens
+            self.cache.name_computed(sequence.table, sequence.token_ids, sequence.num_computed_tokens)
+
+    def check_integrity(self) -> None:
+        """Assert that queue, running set and blocks agree."""
+        self.cache.check_integrity(s.table for s in self._running)
+        assert all(s.table.num_blocks == 0 and s.num_computed_tokens == 0 for s in self._waiting)
+        ages = [s.arrival for s in self.sequences()]
+        assert ages == sorted(ages), "a running sequence is younger than a waiting one"
+        assert {s.request_id for s in self.sequences()} == set(self._by_id)
+        for s in self._running:
+            assert s.num_computed_tokens < s.num_tokens
+            assert s.num_computed_tokens <= s.table.num_blocks * self.cache.block_size
+
+    def _schedule_decodes(self, max_tokens: int) -> list[ScheduledTokens]:
+        scheduled: list[ScheduledTokens] = []
+        index = 0
+        while index < len(self._running) and len(scheduled) < max_tokens:
+            sequence = self._running[index]
+            if sequence.num_tokens - sequence.num_computed_tokens == 1 and self._make_room(sequence):
+                scheduled.append(ScheduledTokens(sequence=sequence, num_tokens=1))
+            index += 1
+        return scheduled
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Blocks for the sequence's pending token, taken from the youngest if need be; False = it was the youngest."""
+        while not self.cache.grow(sequence.table, sequence.num_tokens):
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        popped = self._running.pop()
+        assert popped is sequence
+        self.cache.release(sequence.table)
+        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self._waiting.appendleft(sequence)
+
+    def _can_admit(self, sequence: Sequence) -> bool:
+        if len(self._running) >= self._max_num_seqs or (self._running and not self.cache.num_free_blocks):
+            return False
+        known = sequence.token_ids[: sequence.num_tokens]
+        return self.cache.can_admit(sequence.table, known, reserve=len(self._running))
+
+    def _admit(self, sequence: Sequence) -> bool:
+        if len(self._running) >= self._max_num_seqs:
+            return False
+        known = sequence.token_ids[: sequence.num_tokens]
+        num_cached = self.cache.admit(sequence.table, known, reserve=len(self._running))
+        if num_cached is None:
+            return False
+        self._waiting.popleft()
+        sequence.num_computed_tokens = num_cached
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
+        self._running.append(sequence)
+        return True
