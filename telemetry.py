@@ -2,7 +2,7 @@
 
 One trace goes client -> gateway request -> attention request -> step -> expert step: the W3C `traceparent` travels in
 gRPC metadata, in `Submit` on the link, and in the step header. Spans are per request and per step, never per token or
-layer. Metrics are OpenTelemetry instruments read by Prometheus. Both are off by default: `Telemetry.off()` answers every
+layer. Metrics are OpenTelemetry instruments read by Prometheus. Both are off by default: `Telemetry.off()` answers each
 call with one check, so callers never test for it. opentelemetry is imported only when something is switched on."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
