@@ -1,4 +1,4 @@
-"""Serving speed of a small MoE through gRPC against transformers' batched generate, same checkpoint, same machine, same run.
+"""Serving speed of a small MoE through gRPC against transformers' batched generate: same checkpoint, machine and run.
 
 `make bench`. Ours: one gateway, one attention replica, two expert shards, a client here, greedy, ignore_eos. Theirs:
 `generate` on one batch, the same prompts and lengths. Both get the machine's cores. Goal: ahead at 8 and 32 concurrent.
@@ -6,6 +6,7 @@ The last line is JSON; exit 1 where a stream is short or an answer differs in le
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import statistics
@@ -61,7 +62,7 @@ class Figures:
     @classmethod
     def of(cls, started: float, arrivals: list[list[float]], starts: list[float]) -> "Figures":
         """`arrivals[i]` are the times of stream i's tokens."""
-        gaps = sorted(b - a for times in arrivals for a, b in zip(times, times[1:]))
+        gaps = sorted(b - a for times in arrivals for a, b in itertools.pairwise(times))
         end = max(times[-1] for times in arrivals)
         return cls(
             tokens_per_s=sum(map(len, arrivals)) / (end - started),
