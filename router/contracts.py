@@ -1,4 +1,5 @@
-"""The seam between the engine and the mesh: two small protocols, so that each is tested with a real small other half."""
+"""The seam between the engine and the mesh: two small protocols, so that each is tested with a real small other
+half."""
 
 from typing import Protocol
 

@@ -1,10 +1,10 @@
 """The records that every exchange, header and report of a step carries: member, epoch, step header.
 
-Why: a collective is safe only if every rank knows the same names, counts and placement before it starts. An **epoch** is
-immutable: number (a fence), membership (owns the communicator) and placement version (a table). All change is a new
-epoch, entered at a step boundary by all. A **header** names one step: who sends how many rows at most, in which epoch.
-What the header says, every named rank does; no local condition decides a collective.
-Idea: torchft's quorum, Raft's terms, vLLM's data-parallel step coordination."""
+Why: a collective is safe only if every rank knows the same names, counts and placement before it starts. An **epoch**
+is immutable: number (a fence), membership (owns the communicator) and placement version (a table). All change is a
+new epoch, entered at a step boundary by all. A **header** names one step: who sends how many rows at most, in which
+epoch. What the header says, every named rank does; no local condition decides a collective. Idea: torchft's quorum,
+Raft's terms, vLLM's data-parallel step coordination."""
 
 import struct
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from .placement import Placement
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """One process of the mesh. `member_id` = replica tag + "#" + incarnation; its index in `Epoch.members` is its rank in
-    the communicator, `ep_rank` its place among the members that own experts."""
+    """One process of the mesh. `member_id` = replica tag + "#" + incarnation; its index in `Epoch.members` is its
+    rank in the communicator, `ep_rank` its place among the members that own experts."""
 
     member_id: str
     attention: bool  # owns KV and sends tokens
@@ -75,7 +75,8 @@ class StepHeader:
     """One step, known to all named ranks before it starts.
 
     num_tokens[rank] = most token rows that this member of the epoch may send in each layer; 0 = not a source (it still
-    serves its experts if it owns any). `bucket` = graph size on GPU, 0 = eager. `traceparent` = W3C context of the step."""
+    serves its experts if it owns any). `bucket` = graph size on GPU, 0 = eager. `traceparent` = W3C context of the
+    step."""
 
     step_id: int
     epoch: int

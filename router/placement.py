@@ -1,8 +1,8 @@
 """Where every physical expert lives, and which copy of a logical expert a token goes to. Immutable and versioned.
 
-A physical id is `ep_rank * slots_per_rank + slot`; the table has a row for every layer of the model (rows of dense layers
-hold -1). The choice among copies depends on the token's content-free key alone, so it is the same on every rank and for
-every replay within a placement version.
+A physical id is `ep_rank * slots_per_rank + slot`; the table has a row for every layer of the model (rows of dense
+layers hold -1). The choice among copies depends on the token's content-free key alone, so it is the same on every
+rank and for every replay within a placement version.
 
 Why NumPy behind `map_to_physical`: a decode step maps a handful of ids in every layer, where a torch call costs several
 times the work it does. The derived tables are torch tensors, so a GPU dispatch can hold them in device memory.
@@ -71,7 +71,8 @@ class Placement:
     def _check(self, table: torch.Tensor) -> None:
         if table.dim() != 2 or self.ep_size < 1 or table.shape[1] % self.ep_size:
             raise EpochError(
-                f"placement {self.version}: table of shape {tuple(table.shape)}, expected [num_layers, n * {self.ep_size}]"
+                f"placement {self.version}: table of shape {tuple(table.shape)}, "
+                f"expected [num_layers, n * {self.ep_size}]"
             )
         if table.numel() and (int(table.min()) < -1 or int(table.max()) >= self.num_logical_experts):
             raise EpochError(
@@ -141,7 +142,8 @@ def uniform(
     home = [logical * ep_size // num_logical for logical in range(num_logical)]
     for logical, ep_rank in enumerate(home):
         held[ep_rank].append(logical)
-    # Copies are dealt rank by rank (first expert of every rank, then the second ...), so that few spread over all ranks.
+    # Copies are dealt rank by rank (first expert of every rank, then the second ...), so that few spread over all
+    # ranks.
     dealt = sorted(range(num_logical), key=lambda logical: (logical - home.index(home[logical]), home[logical]))
     for i in range(num_redundant if num_logical else 0):
         logical = dealt[i % num_logical]

@@ -1,0 +1,429 @@
+"""This process's membership of the cluster: bids out, headers in, epochs switched at step boundaries.
+
+`ClusterMesh` is a member among others (or alone); `LocalMesh` owns both roles in one process and needs no socket. Both
+are one machine: bids go to the epoch's leader (a direct call where that is this process, the control channel
+elsewhere), headers come back through the callback given to `start`, and `enter` makes the named step of the header.
+
+An epoch has three moments here. `prepare` (any thread, beside the running steps): communicator where the membership is
+new, experts of the placement resident, channel to the leader. `commit`: the leader may name the epoch in its next
+header. `enter` of that header: the switch, on every member at the same step. `rollback` forgets a prepared epoch; at
+most two are alive. Locks: `_lock` guards all state; callbacks run without it."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import monotonic
+
+import numpy as np
+import numpy.typing as npt
+
+from ..config import ClusterConfig, ExchangeConfig
+from ..errors import EpochError, ExpertMeshError, ReplicaLost
+from .contracts import LocalExperts
+from .control import Channel, ControlServer, Kind, connect, decode_bid, decode_done, encode_bid, encode_done
+from .epoch import Epoch, Member, StepHeader
+from .exchange import Exchange, LocalExchange, RowShape
+from .exchange_gloo import GlooExchange
+from .group import RendezvousStore, build_gloo, use_batch_scheduling
+from .leader import BidPlaced, EpochInstalled, GraceOver, IssueHeader, Leader, LeaderEvent, StepDone
+from .placement import Placement
+from .step import Step
+from .timer import Timer
+
+OnHeader = Callable[[StepHeader], None]
+OnTrouble = Callable[[int, ExpertMeshError], None]  # (epoch number, what broke): the agent reports it to the Conductor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshOptions:
+    """What a member needs of the cluster's configuration."""
+
+    interface: str = "127.0.0.1"
+    cluster_token: str = ""
+    max_prefill_tokens_per_step: int = 1024
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+
+    @classmethod
+    def of(cls, config: ClusterConfig) -> "MeshOptions":
+        return cls(
+            interface=config.network.interface,
+            cluster_token=config.network.cluster_token,
+            max_prefill_tokens_per_step=config.scheduler.max_prefill_tokens_per_step,
+            exchange=config.exchange,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Prepared:
+    """An epoch that this member can enter."""
+
+    epoch: Epoch
+    rank: int
+    exchange: Exchange
+
+
+class ClusterMesh:
+    """One member. Attention members listen for those that they may lead; `member` says where."""
+
+    def __init__(
+        self,
+        member_id: str,
+        *,
+        attention: bool,
+        experts: LocalExperts | None,  # None = this member owns none
+        shape: RowShape,
+        options: MeshOptions,
+        on_trouble: OnTrouble | None = None,
+        listen: bool = True,
+    ) -> None:
+        use_batch_scheduling()
+        self._experts, self._shape, self._options = experts, shape, options
+        self._on_trouble, self._on_header = on_trouble, _drop
+        self._lock = threading.RLock()
+        self._step_over = threading.Condition(self._lock)
+        self._leader = Leader(max_prefill_tokens=options.max_prefill_tokens_per_step)
+        self._leads = False
+        self._timer = Timer(lambda: self._lead(GraceOver()))
+        self._epochs: dict[int, _Prepared] = {}
+        self._current: _Prepared | None = None
+        self._leader_id = ""  # to whom bids go
+        self._bid: tuple[int, int] | None = None  # not answered yet
+        self._last_source_step = 0
+        self._last_step_id = 0
+        self._step: Step | None = None
+        self._load_lock = threading.Lock()
+        self._load = np.zeros((0, 0), dtype=np.int64)
+        self._channels: dict[str, Channel] = {}
+        self._server: ControlServer | None = None
+        self._store: RendezvousStore | None = None
+        if attention and listen:
+            self._server = ControlServer(
+                member_id, options.interface, options.cluster_token, self._on_frame, self._on_member_lost
+            )
+            self._store = RendezvousStore(options.interface)
+        self.member = Member(
+            member_id=member_id,
+            attention=attention,
+            expert=experts is not None,
+            host=options.interface,
+            control_port=self._server.port if self._server else 0,
+            store_port=self._store.port if self._store else 0,
+        )
+
+    # -- what the engine uses (contracts.Mesh)
+
+    def start(self, on_header: OnHeader) -> None:
+        """`on_header` is called from a control thread, or from within `bid` on the leader itself: it must only pass the
+        header on to the engine thread."""
+        self._on_header = on_header
+
+    @property
+    def rank(self) -> int:
+        if self._current is None:
+            raise EpochError("no epoch has been entered yet")
+        return self._current.rank
+
+    def bid(self, num_decode_tokens: int, num_prefill_tokens: int) -> None:
+        with self._lock:
+            self._bid = (num_decode_tokens, num_prefill_tokens)
+        self._place_bid()
+
+    def enter(self, header: StepHeader) -> Step:
+        with self._lock:
+            if self._step is not None:
+                self._step.close()
+            prepared = self._epochs.get(header.epoch)
+            if prepared is None or (self._current and header.epoch < self._current.epoch.number):
+                current = self._current.epoch.number if self._current else "none"
+                raise EpochError(f"header of epoch {header.epoch}, in force here: {current}")
+            if header.step_id <= self._last_step_id and prepared is self._current:
+                raise EpochError(f"header of step {header.step_id} after step {self._last_step_id}")
+            if header.placement_version != prepared.epoch.placement_version:
+                raise EpochError(f"header names placement {header.placement_version} in epoch {header.epoch}")
+            self._last_step_id = max(self._last_step_id, header.step_id)
+            if prepared is not self._current:
+                self._switch(prepared)
+        self._step = Step(
+            header,
+            rank=prepared.rank,
+            placement=prepared.epoch.placement,
+            exchange=prepared.exchange,
+            experts=self._experts,
+            shape=self._shape,
+            load=self._load if self._experts is not None else None,
+            on_done=lambda error: self._step_done(prepared, header.step_id, error),
+        )
+        return self._step
+
+    # -- what the member's agent uses
+
+    @property
+    def epoch(self) -> Epoch | None:
+        """The epoch in force here."""
+        return self._current.epoch if self._current else None
+
+    def load(self) -> tuple[int, npt.NDArray[np.int64]]:
+        """(placement version, rows per slot [num_layers, slots_per_rank] since that version came into force)."""
+        current = self._current
+        return (current.epoch.placement_version if current else 0), self._load.copy()
+
+    def prepare(self, epoch: Epoch) -> None:
+        """Make the epoch enterable. Blocks (call it from a worker thread); EpochError where a peer does not come."""
+        rank = epoch.rank_of(self.member.member_id)
+        with self._lock:
+            current = self._current
+            if epoch.number in self._epochs:
+                return
+            if current and epoch.number <= current.epoch.number:
+                raise EpochError(f"epoch {epoch.number} is not after {current.epoch.number}")
+            stale = [n for n, p in self._epochs.items() if p is not current]
+        for number in stale:
+            self.rollback(number)
+        if self._experts is not None:
+            self._experts.set_placement(epoch.placement, epoch.expert_ranks.index(rank))
+        if current is not None and epoch.same_membership(current.epoch):
+            exchange = current.exchange
+        else:
+            exchange = self._build_exchange(epoch, rank)
+        leader = epoch.members[epoch.leader_rank]
+        if leader.member_id != self.member.member_id:
+            self._connect(leader)
+        with self._lock:
+            self._epochs[epoch.number] = _Prepared(epoch, rank, exchange)
+
+    def commit(self, number: int) -> None:
+        """All members are prepared. The leader of the epoch before (told first) stops and returns when its step is
+        over; the leader of this one begins to name it."""
+        with self._lock:
+            prepared = self._epochs.get(number)
+            if prepared is None:
+                raise EpochError(f"epoch {number} was not prepared here")
+            leader_id = prepared.epoch.members[prepared.epoch.leader_rank].member_id
+            if self._leads and leader_id != self.member.member_id:
+                self._stop_leading()
+            if leader_id == self.member.member_id:
+                self._leads = True
+                event = EpochInstalled(prepared.epoch, self._last_step_id)
+            self._leader_id = leader_id
+        if leader_id == self.member.member_id:
+            self._lead(event)
+        self._place_bid()
+
+    def rollback(self, number: int) -> None:
+        with self._lock:
+            prepared = self._epochs.get(number)
+            if prepared is None or prepared is self._current:
+                return
+            del self._epochs[number]
+            shared = self._current is not None and prepared.exchange is self._current.exchange
+        if not shared:
+            prepared.exchange.abort()
+
+    def retire(self) -> None:
+        """This member is not in the next epoch: stop leading, if it does, when the step in flight is over."""
+        with self._lock:
+            if self._leads:
+                self._stop_leading()
+            self._leader_id, self._bid = "", None
+
+    def close(self) -> None:
+        """Leave at once: peers in a step with us see a lost peer."""
+        with self._lock:
+            exchanges = {id(p.exchange): p.exchange for p in self._epochs.values()}
+            channels = list(self._channels.values())
+            self._epochs.clear()
+            self._channels.clear()
+            self._leads, self._leader_id = False, ""
+        self._timer.close()
+        for exchange in exchanges.values():
+            exchange.abort()
+        for channel in channels:
+            channel.close()
+        if self._server is not None:
+            self._server.close()
+
+    # -- leading
+
+    def _lead(self, event: LeaderEvent) -> None:
+        """Give the leader core an event and perform its commands; the own header is delivered without the lock."""
+        own: StepHeader | None = None
+        with self._lock:
+            for command in self._leader.step(event, monotonic()):
+                if isinstance(command, IssueHeader):
+                    own = self._issue(command)
+                else:
+                    self._timer.set(command.at)
+            if not self._leader.step_in_flight:
+                self._step_over.notify_all()
+        if own is not None:
+            self._deliver(own)
+
+    def _issue(self, command: IssueHeader) -> StepHeader | None:
+        """Send the header to all recipients but this process, which gets it returned."""
+        header, own = command.header, None
+        members = self._epochs[header.epoch].epoch.members
+        payload = header.encode() if len(command.recipients) > 1 else b""
+        for rank in command.recipients:
+            member_id = members[rank].member_id
+            if member_id == self.member.member_id:
+                own = header
+            else:
+                assert self._server is not None
+                try:
+                    self._server.send(member_id, Kind.HEADER, payload)
+                except ReplicaLost as error:  # the step fails at the exchange; the Conductor hears the reason now
+                    self._trouble(header.epoch, error)
+        return own
+
+    def _stop_leading(self) -> None:
+        """Under the lock. No header after this; returns when the step in flight is over on all."""
+        self._leads = False
+        self._leader.step(EpochInstalled(None), monotonic())
+        if not self._step_over.wait_for(
+            lambda: not self._leader.step_in_flight, self._options.exchange.epoch_timeout_s
+        ):
+            raise EpochError("the step in flight did not end: the epoch cannot be left in order")
+
+    # -- frames and reports
+
+    def _place_bid(self) -> None:
+        with self._lock:
+            if self._bid is None or not self._leader_id:
+                return
+            event = BidPlaced(self.member.member_id, *self._bid, self._last_source_step)
+            leads = self._leads
+            if not leads:
+                self._to_leader(self._leader_id, Kind.BID, encode_bid(event))
+        if leads:
+            self._lead(event)
+
+    def _step_done(self, prepared: _Prepared, step_id: int, error: BaseException | None) -> None:
+        local = isinstance(prepared.exchange, LocalExchange)
+        event = StepDone(self.member.member_id, step_id, failed=error is not None and not local)
+        if event.failed and isinstance(error, ExpertMeshError):
+            self._trouble(prepared.epoch.number, error)
+        leader_id = prepared.epoch.members[prepared.epoch.leader_rank].member_id
+        if leader_id == self.member.member_id:
+            self._lead(event)
+        elif self.member.attention or event.failed:
+            self._to_leader(leader_id, Kind.DONE, encode_done(event))
+
+    def _to_leader(self, leader_id: str, kind: Kind, payload: bytes) -> None:
+        channel = self._channels.get(leader_id)
+        if channel is None:
+            return
+        try:
+            channel.send(kind, payload)
+        except ReplicaLost as error:
+            self._trouble(self._current.epoch.number if self._current else 0, error)
+
+    def _on_frame(self, member_id: str, kind: Kind, payload: bytes) -> None:
+        if kind is Kind.HEADER:
+            self._deliver(StepHeader.decode(payload))
+        elif kind is Kind.BID:
+            self._lead(decode_bid(member_id, payload))
+        else:
+            self._lead(decode_done(member_id, payload))
+
+    def _deliver(self, header: StepHeader) -> None:
+        with self._lock:
+            prepared = self._epochs.get(header.epoch)
+            if prepared is not None:
+                self._leader_id = prepared.epoch.members[prepared.epoch.leader_rank].member_id
+                if header.num_tokens[prepared.rank]:
+                    self._bid, self._last_source_step = None, header.step_id
+        self._on_header(header)
+
+    def _on_member_lost(self, member_id: str) -> None:
+        current = self._current
+        if current and any(m.member_id == member_id for m in current.epoch.members):
+            self._trouble(current.epoch.number, ReplicaLost(f"control channel of {member_id!r} closed"))
+
+    def _trouble(self, epoch_number: int, error: ExpertMeshError) -> None:
+        if self._on_trouble is not None:
+            self._on_trouble(epoch_number, error)
+
+    # -- epochs
+
+    def _switch(self, prepared: _Prepared) -> None:
+        """Under the lock, in the engine thread, between steps."""
+        previous, self._current = self._current, prepared
+        placement = prepared.epoch.placement
+        if self._experts is not None:
+            self._experts.use_placement(placement.version)
+        self._load = np.zeros((placement.num_layers, placement.slots_per_rank), dtype=np.int64)
+        for number in [n for n in self._epochs if n < prepared.epoch.number]:
+            del self._epochs[number]
+        leader_id = prepared.epoch.members[prepared.epoch.leader_rank].member_id
+        idle = [self._channels.pop(name) for name in list(self._channels) if name != leader_id]
+        if previous is not None and previous.exchange is not prepared.exchange:
+            previous.exchange.abort()
+        if idle:  # closing joins a reader thread: not in a step
+            threading.Thread(target=lambda: [c.close() for c in idle], name="control-close", daemon=True).start()
+
+    def _build_exchange(self, epoch: Epoch, rank: int) -> Exchange:
+        if len(epoch.members) == 1:
+            return LocalExchange()
+        options = self._options.exchange
+        group = build_gloo(epoch, rank, interface=self._options.interface, timeout_s=options.epoch_timeout_s)
+        return GlooExchange(
+            group,
+            epoch,
+            rank,
+            self._shape,
+            timeout_base_s=options.timeout_base_s,
+            timeout_per_row_s=options.timeout_per_row_s,
+        )
+
+    def _connect(self, leader: Member) -> None:
+        with self._lock:
+            if leader.member_id in self._channels:
+                return
+        channel = connect(
+            self.member.member_id,
+            leader.host,
+            leader.control_port,
+            interface=self._options.interface,
+            cluster_token=self._options.cluster_token,
+            on_frame=self._on_frame,
+            on_lost=lambda _: self._on_leader_lost(leader.member_id),
+        )
+        with self._lock:
+            self._channels[leader.member_id] = channel
+
+    def _on_leader_lost(self, leader_id: str) -> None:
+        with self._lock:
+            lost = self._channels.pop(leader_id, None)
+            number = self._current.epoch.number if self._current else 0
+        if lost is not None:
+            self._trouble(number, ReplicaLost(f"control channel to the leader {leader_id!r} closed"))
+
+
+class LocalMesh(ClusterMesh):
+    """One process owns both roles: epoch 1 is in force at once, the exchange is local, a bid is answered within the
+    call."""
+
+    def __init__(
+        self,
+        experts: LocalExperts | None,
+        placement: Placement,
+        shape: RowShape,
+        *,
+        max_prefill_tokens_per_step: int = 1024,
+    ) -> None:
+        options = MeshOptions(max_prefill_tokens_per_step=max_prefill_tokens_per_step)
+        super().__init__("local#0", attention=True, experts=experts, shape=shape, options=options, listen=False)
+        self.change_placement(placement)
+
+    def change_placement(self, placement: Placement) -> None:
+        """Enter a new epoch with this placement at the next step boundary."""
+        number = max(self._epochs, default=0) + 1
+        self.prepare(Epoch(number=number, members=(self.member,), placement=placement))
+        self.commit(number)
+        if self._current is None:
+            with self._lock:
+                self._switch(self._epochs[number])
+
+
+def _drop(header: StepHeader) -> None:
+    """Before `start` nobody waits for headers."""
