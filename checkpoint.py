@@ -1,0 +1,262 @@
+"""Read tensors, or slices of them, from a folder in Hugging Face layout straight into memory that the caller owns.
+
+Why not the safetensors library: it maps files, so pages that were only passed by count as this process's memory,
+and a truncated file is a bus error. Here the header is validated against the file's true size first, then bytes are
+read through one small buffer (or directly, where no conversion is needed) into the final tensor: a role's memory
+grows by what it keeps. Every value is checked to be finite on the way. All failures are CheckpointError naming
+file, tensor, remedy.
+
+File format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data."""
+
+import json
+import math
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import torch
+
+from .errors import CheckpointError
+from .model_config import GenerationDefaults, ModelConfig
+
+INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BUFFER_BYTES = 8 << 20
+_AGAIN = "download the file again"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where a tensor is: `offset` is from the start of the file."""
+
+    file: Path
+    dtype: str  # safetensors' name
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadProgress:
+    what: str
+    bytes_read: int
+    bytes_total: int
+    elapsed_s: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.bytes_read / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+    def __str__(self) -> str:
+        percent = 100 * self.bytes_read / self.bytes_total if self.bytes_total else 100.0
+        megabytes = f"{self.bytes_read / 1e6:,.1f} of {self.bytes_total / 1e6:,.1f} MB"
+        return f"{self.what}: {megabytes} ({percent:.0f} %), {self.bytes_per_s / 1e6:,.0f} MB/s"
+
+
+ProgressCallback = Callable[[LoadProgress], None]
+
+
+class ProgressMeter:
+    """Counts bytes and reports at most every `interval_s`, and once at the end."""
+
+    def __init__(
+        self,
+        what: str,
+        bytes_total: int,
+        report: ProgressCallback | None,
+        *,
+        interval_s: float = 0.5,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.what, self.bytes_total, self.report, self.interval_s, self.clock = (
+            what,
+            bytes_total,
+            report,
+            interval_s,
+            clock,
+        )
+        self.bytes_read = 0
+        self.started = self.last = clock()
+
+    def add(self, num_bytes: int) -> None:
+        self.bytes_read += num_bytes
+        if self.report is not None and self.clock() - self.last >= self.interval_s:
+            self._emit()
+
+    def finish(self) -> LoadProgress:
+        return self._emit()
+
+    def _emit(self) -> LoadProgress:
+        self.last = self.clock()
+        progress = LoadProgress(
+            what=self.what, bytes_read=self.bytes_read, bytes_total=self.bytes_total, elapsed_s=self.last - self.started
+        )
+        if self.report is not None:
+            self.report(progress)
+        return progress
+
+
+class Checkpoint:
+    """One folder. Opens a file's header only when a tensor in it is first asked for."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(
+                "the folder does not exist; point --model at a downloaded model", file=str(self.folder)
+            )
+        self.config = ModelConfig.from_folder(self.folder)
+        self.generation = GenerationDefaults.from_folder(self.folder, self.config)
+        self._weight_map = _read_weight_map(self.folder)
+        self._headers: dict[Path, dict[str, TensorEntry]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weight_map
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._weight_map)
+
+    def entry(self, name: str) -> TensorEntry:
+        path = self._weight_map.get(name)
+        if path is None:
+            raise CheckpointError(
+                "the tensor is missing from the checkpoint; download it again, or correct config.json",
+                file=str(self.folder),
+                tensor=name,
+            )
+        if path not in self._headers:
+            self._headers[path] = _read_header(path)
+        found = self._headers[path].get(name)
+        if found is None:
+            raise CheckpointError(
+                f"the index names this file, but the tensor is not in it; {_AGAIN}", file=str(path), tensor=name
+            )
+        return found
+
+    def read_into(
+        self, name: str, dest: torch.Tensor, *, index: int | None = None, meter: ProgressMeter | None = None
+    ) -> None:
+        """Fill `dest` (contiguous, any float dtype, CPU or GPU) with the tensor, or with `tensor[index]`.
+        `dest`'s shape is the shape that the config demands; another one on disk is an error."""
+        entry = self.entry(name)
+        expected = tuple(dest.shape) if index is None else (entry.shape[0] if entry.shape else 0, *dest.shape)
+        if entry.shape != expected or (index is not None and not 0 <= index < entry.shape[0]):
+            raise CheckpointError(
+                f"shape {list(entry.shape)} where config.json demands {list(expected)}"
+                + ("" if index is None else f" with index {index}")
+                + "; config.json and weights are of different models: take both from one download",
+                file=str(entry.file),
+                tensor=name,
+            )
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"dtype {entry.dtype} is not supported ({', '.join(DTYPES)} are); take the bfloat16 release",
+                file=str(entry.file),
+                tensor=name,
+            )
+        element_bytes = DTYPES[entry.dtype].itemsize
+        offset = entry.offset + (0 if index is None else index * dest.numel() * element_bytes)
+        _read_range(entry, name, offset, dest, meter)
+
+    def read(self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+        dest = torch.empty(shape, dtype=dtype, device=device)
+        self.read_into(name, dest)
+        return dest
+
+
+def _read_weight_map(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the index, else from the one file's own header, else from all files' headers."""
+    index = folder / INDEX_NAME
+    if index.exists():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            named = {str(name): folder / str(file) for name, file in weight_map.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"the index cannot be read ({error}); {_AGAIN}", file=str(index)) from None
+        missing = sorted({str(p) for p in named.values() if not p.exists()})
+        if missing:
+            raise CheckpointError(f"{len(missing)} file(s) named by the index are missing; {_AGAIN}", file=missing[0])
+        return named
+    files = [folder / SINGLE_NAME] if (folder / SINGLE_NAME).exists() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError("no *.safetensors file in the folder; download the weights too", file=str(folder))
+    return {name: path for path in files for name in _read_header(path)}
+
+
+def _read_header(path: Path) -> dict[str, TensorEntry]:
+    def broken(problem: str, tensor: str = "") -> CheckpointError:
+        return CheckpointError(f"{problem}; {_AGAIN}", file=str(path), tensor=tensor)
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if not 2 <= length <= size - 8:
+                raise broken(f"truncated or not a safetensors file ({size} bytes, header of {length})")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise broken(f"the file cannot be read ({error})") from None
+    except ValueError as error:
+        raise broken(f"the header is not JSON ({error})") from None
+    entries = {}
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape = str(info["dtype"]), tuple(int(n) for n in info["shape"])
+            begin, end = (int(n) for n in info["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise broken(f"the header's entry cannot be read ({error})", name) from None
+        expected = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
+        if not 0 <= begin <= end or end - begin != expected:
+            raise broken(f"the header gives {end - begin} bytes to {dtype} {list(shape)} = {expected} bytes", name)
+        if 8 + length + end > size:
+            raise broken(f"truncated: the tensor ends at byte {8 + length + end} of a file of {size}", name)
+        entries[name] = TensorEntry(path, dtype, shape, 8 + length + begin, end - begin)
+    return entries
+
+
+def _read_range(entry: TensorEntry, name: str, offset: int, dest: torch.Tensor, meter: ProgressMeter | None) -> None:
+    """Bytes of the file at `offset` -> dest, piece by piece, checking every value."""
+    flat = dest.view(-1)  # raises for a non-contiguous destination: our own mistake
+    dtype = DTYPES[entry.dtype]
+    direct = dest.dtype == dtype and dest.device.type == "cpu"
+    piece = _BUFFER_BYTES // dtype.itemsize
+    buffer = torch.empty(0 if direct else min(piece, flat.numel()), dtype=dtype)
+    with entry.file.open("rb", buffering=0) as file:
+        file.seek(offset)
+        for start in range(0, flat.numel(), piece):
+            target = flat[start : start + piece]
+            source = target if direct else buffer[: target.numel()]
+            _read_exactly(file, source.view(torch.uint8).numpy().data, entry, name)
+            if not direct:
+                target.copy_(source)
+            if not _all_finite(source):
+                raise CheckpointError(
+                    f"NaN or infinity among elements {start}..{start + target.numel() - 1} of the slice read; "
+                    "the weights are damaged: download the file again",
+                    file=str(entry.file),
+                    tensor=name,
+                )
+            if meter is not None:
+                meter.add(target.numel() * dtype.itemsize)
+
+
+def _read_exactly(file: FileIO, view: memoryview, entry: TensorEntry, name: str) -> None:
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise CheckpointError(f"the file ended early; {_AGAIN}", file=str(entry.file), tensor=name)
+        done += count
+
+
+def _all_finite(values: torch.Tensor) -> bool:
+    """min and max carry NaN, and show infinities, without a mask of the tensor's size."""
+    low, high = torch.aminmax(values)
+    return math.isfinite(float(low)) and math.isfinite(float(high))

@@ -1,0 +1,179 @@
+"""The expert product of one shard: rows in, one unweighted row per (row, expert) out.
+
+Pairs are sorted by slot, every expert with rows gets a segment of at least `min_rows` rows (padding repeats a row
+and is dropped), then w13, silu_mul, w2. Only experts that have rows are touched: a segmented loop over them, or,
+where nearly all local experts have few rows each (decode of a small model), one batched product over all, which
+saves the loop. Both give the same bits: a pair's result depends on its row and its expert, not on the other rows,
+their order, the capacity or the number of local experts (`numerics.py`). There is never a loop over tokens. Planned
+with NumPy: a decode step's indices are a few hundred numbers, where a torch call costs more than the work."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..checkpoint import Checkpoint, ProgressCallback, ProgressMeter
+from ..errors import EpochError
+from ..numerics import MAX_ROWS, Numerics, select_numerics, silu_mul
+from ..router.placement import Placement
+from .weights import LayerExperts, expert_bytes_on_disk, expert_shapes, load_layer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ResidentPlacement:
+    """What this rank holds under one placement version."""
+
+    version: int
+    layers: dict[int, LayerExperts]  # by layer id, MoE layers only
+
+
+class LocalExpertMLP:
+    """`LocalExperts` of router/contracts.py. `set_placement` may run in a background thread; the rest in one."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        numerics: Numerics | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        self.checkpoint, self.dtype, self.device, self.progress = checkpoint, dtype, device, progress
+        shapes = expert_shapes(checkpoint.config)
+        self.numerics = numerics or select_numerics(
+            batch_invariant=torch.device(device).type == "cpu",
+            linear_shapes=shapes,
+            batched_shapes=shapes,
+            device=device,
+        )
+        self._resident: dict[int, ResidentPlacement] = {}
+        self._current: ResidentPlacement | None = None
+
+    def set_placement(self, placement: Placement, ep_rank: int) -> None:
+        if placement.version in self._resident:
+            return
+        wanted = {
+            layer_id: tuple(placement.local_slots(layer_id, ep_rank).tolist())
+            for layer_id in self.checkpoint.config.moe_layer_ids
+        }
+        total = sum(
+            sum(i >= 0 for i in ids) * expert_bytes_on_disk(self.checkpoint, layer_id)
+            for layer_id, ids in wanted.items()
+        )
+        meter = ProgressMeter(f"experts of ep_rank {ep_rank}", total, self.progress)
+        layers = {layer_id: self._resident_or_loaded(layer_id, ids, meter) for layer_id, ids in wanted.items()}
+        meter.finish()
+        made = ResidentPlacement(placement.version, layers)
+        self._resident[placement.version] = made
+        if self._current is None:
+            self._current = made
+
+    def use_placement(self, version: int) -> None:
+        made = self._resident.get(version)
+        if made is None:
+            raise EpochError(
+                f"placement {version} is not resident here (resident: {sorted(self._resident)}); "
+                "prepare it with set_placement before the epoch is entered"
+            )
+        self._current = made
+        for old in [v for v in self._resident if v < version]:
+            del self._resident[old]
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of all resident experts, each tensor once."""
+        tensors = {t.data_ptr(): t for r in self._resident.values() for e in r.layers.values() for t in (e.w13, e.w2)}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+    @torch.inference_mode()
+    def forward(self, layer_id: int, rows: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
+        assert self._current is not None, "forward before any set_placement"
+        experts = self._current.layers[layer_id]
+        plan = plan_segments(slot_ids.cpu().numpy(), experts.w13.shape[0], self.numerics.min_rows)
+        if plan.num_pairs == 0:
+            return rows.new_empty(0, rows.shape[1])
+        x = rows.index_select(0, torch.from_numpy(plan.source_rows).to(rows.device))
+        if plan.capacity:
+            x = x.view(-1, plan.capacity, x.shape[1])  # [num_slots, capacity, hidden]
+            hidden = silu_mul(self.numerics.batched_linear(x, experts.w13))
+            out = self.numerics.batched_linear(hidden, experts.w2).view(-1, rows.shape[1])
+        else:
+            hidden = silu_mul(_segmented_linear(x, experts.w13, plan))
+            out = _segmented_linear(hidden, experts.w2, plan)
+        return out.index_select(0, torch.from_numpy(plan.result_rows).to(rows.device))
+
+    def _resident_or_loaded(self, layer_id: int, ids: tuple[int, ...], meter: ProgressMeter) -> LayerExperts:
+        """A layer whose slots did not change shares the older placement's tensors."""
+        resident = [r.layers[layer_id] for r in list(self._resident.values())]
+        same = next((e for e in resident if e.logical_ids == ids), None)
+        if same is not None:
+            return same
+        return load_layer(
+            self.checkpoint, layer_id, ids, dtype=self.dtype, device=self.device, resident=resident, meter=meter
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SegmentPlan:
+    """Pairs in slot order, padded. `capacity` > 0: one batched product over all slots, each with so many rows."""
+
+    num_pairs: int
+    capacity: int
+    source_rows: np.ndarray  # [num_padded] int64, which input row each padded row copies
+    result_rows: np.ndarray  # [num_pairs] int64, padded row of each pair in (row, k) order
+    segment_slots: list[int]  # expert of each segment
+    segment_sizes: list[int]  # rows of each segment, min_rows..MAX_ROWS; sums to num_padded
+
+
+def plan_segments(slot_ids: np.ndarray, num_slots: int, min_rows: int) -> SegmentPlan:
+    """slot_ids [R, top_k] int32, -1 none."""
+    flat = slot_ids.reshape(-1)
+    pairs = (flat >= 0).nonzero()[0]
+    slots = flat[pairs]
+    counts = np.bincount(slots, minlength=num_slots)
+    active = counts.nonzero()[0]
+    most = int(counts.max()) if len(pairs) else 0
+    capacity = 0
+    segment_slots: list[int] = []
+    segment_sizes: list[int] = []
+    padded = np.where(counts > 0, np.maximum(counts, min_rows), 0)
+    if most <= 2 * min_rows + 8 and 4 * len(active) >= 3 * num_slots:
+        capacity = max(most, min_rows)
+        starts = np.arange(num_slots) * capacity
+        num_padded = num_slots * capacity
+    else:
+        if most > MAX_ROWS:  # the last piece of a long segment needs min_rows too
+            rest = counts % MAX_ROWS
+            padded = np.where((counts > MAX_ROWS) & (rest > 0) & (rest < min_rows), counts - rest + min_rows, padded)
+        segment_slots, segment_sizes = _pieces(active.tolist(), padded[active].tolist())
+        starts = np.cumsum(padded) - padded
+        num_padded = int(padded.sum())
+    order = np.argsort(slots, kind="stable")
+    ordered = slots[order]
+    first = np.cumsum(counts) - counts
+    positions = starts[ordered] + np.arange(len(pairs)) - first[ordered]  # padded row of each pair in slot order
+    source_rows = np.zeros(num_padded, dtype=np.int64)
+    source_rows[positions] = pairs[order] // slot_ids.shape[1]
+    result_rows = np.empty(len(pairs), dtype=np.int64)
+    result_rows[order] = positions
+    return SegmentPlan(len(pairs), capacity, source_rows, result_rows, segment_slots, segment_sizes)
+
+
+def _pieces(slots: list[int], sizes: list[int]) -> tuple[list[int], list[int]]:
+    """Cut segments into pieces of at most MAX_ROWS rows."""
+    if max(sizes, default=0) <= MAX_ROWS:
+        return slots, sizes
+    cut = [(slot, min(MAX_ROWS, size - done)) for slot, size in zip(slots, sizes) for done in range(0, size, MAX_ROWS)]
+    return [slot for slot, _ in cut], [size for _, size in cut]
+
+
+def _segmented_linear(x: torch.Tensor, w: torch.Tensor, plan: SegmentPlan) -> torch.Tensor:
+    """x [num_padded, K], w [num_slots, N, K] -> [num_padded, N], each segment by its own expert."""
+    out = x.new_empty(x.shape[0], w.shape[1])
+    transposed = w.transpose(1, 2)
+    for slot, rows, result in zip(
+        plan.segment_slots, torch.split(x, plan.segment_sizes), torch.split(out, plan.segment_sizes)
+    ):
+        torch.mm(rows, transposed[slot], out=result)
+    return out
