@@ -30,6 +30,8 @@ from .placement import Placement
 from .step import Step
 from .timer import Timer
 
+_STEPS_TO_LEAVE = 2  # steps in a new membership after which nobody is in a step of the old one
+
 OnHeader = Callable[[StepHeader], None]
 OnTrouble = Callable[[int, ExpertMeshError], None]  # (epoch number, what broke): the agent reports it to the Conductor
 
@@ -90,7 +92,10 @@ class ClusterMesh:
         self._bid: tuple[int, int] | None = None  # not answered yet
         self._last_source_step = 0
         self._last_step_id = 0
+        self._last_epoch = 0  # the newest that a header named
         self._step: Step | None = None
+        self._replaced: Exchange | None = None  # the exchange of the epoch before: a slower peer may still read from it
+        self._replaced_steps = 0
         self._load_lock = threading.Lock()
         self._load = np.zeros((0, 0), dtype=np.int64)
         self._channels: dict[str, Channel] = {}
@@ -143,6 +148,9 @@ class ClusterMesh:
             self._last_step_id = max(self._last_step_id, header.step_id)
             if prepared is not self._current:
                 self._switch(prepared)
+            self._replaced_steps += 1
+            if self._replaced_steps > _STEPS_TO_LEAVE:
+                self._abort_replaced()
         self._step = Step(
             header,
             rank=prepared.rank,
@@ -179,6 +187,8 @@ class ClusterMesh:
             stale = [n for n, p in self._epochs.items() if p is not current]
         for number in stale:
             self.rollback(number)
+        with self._lock:
+            self._abort_replaced()  # at most two are alive
         if self._experts is not None:
             self._experts.set_placement(epoch.placement, epoch.expert_ranks.index(rank))
         if current is not None and epoch.same_membership(current.epoch):
@@ -234,6 +244,7 @@ class ClusterMesh:
             self._epochs.clear()
             self._channels.clear()
             self._leads, self._leader_id = False, ""
+            self._abort_replaced()
         self._timer.close()
         for exchange in exchanges.values():
             exchange.abort()
@@ -328,10 +339,12 @@ class ClusterMesh:
     def _deliver(self, header: StepHeader) -> None:
         with self._lock:
             prepared = self._epochs.get(header.epoch)
-            if prepared is not None:
-                self._leader_id = prepared.epoch.members[prepared.epoch.leader_rank].member_id
-                if header.num_tokens[prepared.rank]:
-                    self._bid, self._last_source_step = None, header.step_id
+            if prepared is None or header.epoch < self._last_epoch:
+                return  # of an epoch that is over or never came: a bid stays unanswered and goes to the next leader
+            self._last_epoch = header.epoch
+            self._leader_id = prepared.epoch.members[prepared.epoch.leader_rank].member_id
+            if header.num_tokens[prepared.rank]:
+                self._bid, self._last_source_step = None, header.step_id
         self._on_header(header)
 
     def _on_member_lost(self, member_id: str) -> None:
@@ -357,9 +370,15 @@ class ClusterMesh:
         leader_id = prepared.epoch.members[prepared.epoch.leader_rank].member_id
         idle = [self._channels.pop(name) for name in list(self._channels) if name != leader_id]
         if previous is not None and previous.exchange is not prepared.exchange:
-            previous.exchange.abort()
+            self._abort_replaced()
+            self._replaced, self._replaced_steps = previous.exchange, 0
         if idle:  # closing joins a reader thread: not in a step
             threading.Thread(target=lambda: [c.close() for c in idle], name="control-close", daemon=True).start()
+
+    def _abort_replaced(self) -> None:
+        replaced, self._replaced = self._replaced, None
+        if replaced is not None:
+            replaced.abort()
 
     def _build_exchange(self, epoch: Epoch, rank: int) -> Exchange:
         if len(epoch.members) == 1:
