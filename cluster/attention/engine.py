@@ -1,0 +1,448 @@
+"""The engine thread of one attention replica: admit, bid, run the named step, publish, free.
+
+One thread owns the scheduler, the KV cache and the device. Everything reaches it as an event on one queue (requests,
+aborts, step headers), so nothing is locked and an idle engine is a thread asleep in `get`. It runs no step of its own
+accord: it bids, and the header that answers says when and how much, because attention replicas step together.
+
+A step is committed as a whole after its forward: until then no sequence has changed. After an ExchangeError the very
+same batch is kept and run again in the next header; blocks of a request that was cancelled meanwhile are held until
+that is done, since the batch still writes to them (its client is answered at once)."""
+
+import heapq
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from time import perf_counter
+from typing import Protocol
+
+from ...config import SchedulerConfig
+from ...errors import (
+    DeadlineExceeded,
+    EpochError,
+    ExchangeError,
+    ExpertMeshError,
+    InvalidRequest,
+    ReplicaLost,
+    Unavailable,
+)
+from ...request import EngineLoad, EngineRequest, FinishReason, RequestOutput
+from ...router.contracts import Mesh, StepContext
+from ...router.epoch import StepHeader
+from .batch import ScheduledTokens, StepBatch
+from .kv_cache import KVCache
+from .runner import Runner, StepResult
+from .scheduler import Scheduler
+from .sequence import Sequence
+
+_log = logging.getLogger(__name__)
+
+Publish = Callable[[list[RequestOutput]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """What one step of this replica did, for telemetry. `forward_s` is the attention tier's own part."""
+
+    header: StepHeader
+    started_at: float  # unix seconds
+    schedule_s: float  # entering the epoch, choosing and building the batch
+    forward_s: float
+    exchange_s: float
+    expert_s: float
+    sample_s: float
+    publish_s: float
+    num_decode_tokens: int
+    num_prefill_tokens: int
+    num_running: int
+    num_waiting: int
+    num_free_kv_blocks: int
+    num_kv_blocks: int
+    num_preemptions: int  # since start
+    request_traceparents: tuple[str, ...]
+    error: BaseException | None = None  # the step failed and will be run again
+
+
+class StepObserver(Protocol):
+    """Called from the engine thread once a step, after its tokens are out; must not block or raise."""
+
+    def observe(self, stats: StepStats) -> None: ...
+
+
+class _Stop(Enum):
+    STOP = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+
+
+_Event = EngineRequest | StepHeader | _Abort | _Stop
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A batch that has been scheduled and not yet committed."""
+
+    scheduled: list[ScheduledTokens]
+    batch: StepBatch
+
+    @property
+    def num_tokens(self) -> int:
+        return self.batch.num_tokens
+
+
+class Engine:
+    """`submit`, `abort`, `load`, `on_header`, `drain`, `stop` are thread-safe; `publish` is called from the engine
+    thread, once a step and when requests end between steps. A stop id that ends a text is among its tokens."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        mesh: Mesh,
+        *,
+        scheduler: SchedulerConfig,
+        publish: Publish,
+        max_model_len: int,
+        enable_prefix_cache: bool = True,
+        clock: Callable[[], float] = time.time,
+        observer: StepObserver | None = None,
+    ) -> None:
+        self._runner, self._mesh, self._publish, self._clock, self._observer = runner, mesh, publish, clock, observer
+        cache = KVCache(runner.num_blocks, runner.block_size, enable_prefix_cache=enable_prefix_cache)
+        self.scheduler = Scheduler(scheduler, cache, max_model_len=max_model_len)
+        # Shared with callers, under the lock.
+        self._lock = threading.Lock()
+        self._live_ids: set[str] = set()
+        self._num_incoming = 0  # submitted, still in the event queue
+        self._draining = False
+        self._failure: ExpertMeshError | None = None
+        self._idle = threading.Condition(self._lock)
+        # The engine thread's own.
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._headers: deque[StepHeader] = deque()
+        self._outputs: list[RequestOutput] = []
+        self._deadlines: list[tuple[float, str]] = []  # heap
+        self._pending: _Pending | None = None
+        self._bid: tuple[int, int] = (0, 0)  # out and not yet answered; (0, 0) = none
+        self._num_arrivals = 0
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    # ------------------------------------------------------------------ any thread
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request, or raise at once: InvalidRequest, QueueFull, KVCacheExhausted, Unavailable."""
+        ids = (*request.prompt_ids, *request.output_ids)
+        self.scheduler.check(len(ids))
+        if min(ids) < 0 or max(ids) >= self._runner.vocab_size:
+            raise InvalidRequest("prompt_ids", max(ids), f"ids of 0..{self._runner.vocab_size - 1}")
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            if self._draining:
+                raise Unavailable("this replica is draining and takes no new requests; try another")
+            if request.request_id in self._live_ids:
+                raise InvalidRequest("request_id", request.request_id, "an id that is not running already")
+            self.scheduler.check_queue(self._num_incoming + self.scheduler.num_waiting)
+            self._live_ids.add(request.request_id)
+            self._num_incoming += 1
+            self._events.put(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request with CANCELLED; its blocks are free within a step. Unknown ids are ignored."""
+        self._events.put(_Abort(request_id))
+
+    def on_header(self, header: StepHeader) -> None:
+        self._events.put(header)
+
+    def load(self) -> EngineLoad:
+        cache = self.scheduler.cache
+        return EngineLoad(
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting + self._num_incoming,
+            num_free_kv_blocks=cache.num_free_blocks,
+            num_kv_blocks=cache.num_blocks,
+            draining=self._draining,
+        )
+
+    @property
+    def failure(self) -> ExpertMeshError | None:
+        """Why this engine serves no more; None = healthy."""
+        return self._failure
+
+    def drain(self) -> None:
+        """Take no new requests; those at hand finish."""
+        with self._lock:
+            self._draining = True
+
+    def wait_until_idle(self, timeout_s: float) -> bool:
+        """True once no request is left."""
+        with self._lock:
+            return self._idle.wait_for(lambda: not self._live_ids, timeout_s)
+
+    def stop(self, timeout_s: float = 30.0) -> None:
+        """End the thread; requests still at hand end with UNAVAILABLE."""
+        self._events.put(_Stop.STOP)
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    # ------------------------------------------------------------------ engine thread
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._receive()
+                if self._headers and not self._stopping:
+                    self._step(self._headers.popleft())
+                self._expire()
+                self._flush()
+                self._offer()
+            self._fail(ReplicaLost("this attention replica was stopped; the request can go on at another"))
+        except Exception as error:
+            _log.exception("the engine thread failed; this replica serves no more")
+            self._fail(ReplicaLost(f"the engine of this attention replica failed: {type(error).__name__}: {error}"))
+
+    def _receive(self) -> None:
+        """Sleep until something happens, then take every event that is there."""
+        try:
+            if not self._headers:
+                self._take(self._events.get(timeout=self._seconds_to_deadline()))
+            while True:
+                self._take(self._events.get_nowait())
+        except queue.Empty:
+            return
+
+    def _take(self, event: _Event) -> None:
+        match event:
+            case StepHeader():
+                self._headers.append(event)
+            case EngineRequest():
+                self._admit(event)
+            case _Abort(request_id):
+                self._end_early(request_id, FinishReason.CANCELLED)
+            case _Stop.STOP:
+                self._stopping = True
+
+    def _admit(self, request: EngineRequest) -> None:
+        sequence = Sequence.of(request, arrival=self._num_arrivals, arrived_at=self._clock())
+        self._num_arrivals += 1
+        try:
+            self.scheduler.add(sequence)
+        except ExpertMeshError as error:
+            self._answer(request.request_id, FinishReason.ERROR, error)
+            return
+        finally:
+            with self._lock:
+                self._num_incoming -= 1
+        if request.deadline > 0:
+            heapq.heappush(self._deadlines, (request.deadline, request.request_id))
+        if request.output_ids:  # a replay may already be complete
+            reason = sequence.finish_after(request.output_ids[-1], forced=False, max_model_len=self._max_len)
+            if reason is not FinishReason.NONE:
+                self.scheduler.remove(sequence)
+                self._answer(request.request_id, reason)
+
+    def _step(self, header: StepHeader) -> None:
+        """Do what the header says; own tokens if this rank is a source and has some, else serve the others."""
+        started_at, started = self._clock(), perf_counter()
+        try:
+            step = self._mesh.enter(header)
+        except (ExchangeError, EpochError) as error:  # a broken epoch, or a header that came after its epoch was over
+            _log.warning("step %d was not entered: %s", header.step_id, error)
+            self._bid = (0, 0)
+            return
+        granted = header.num_tokens[self._mesh.rank]
+        pending = self._choose(granted) if granted else None
+        scheduled_s = perf_counter() - started
+        result: StepResult | None = None
+        failure: ExchangeError | None = None
+        try:
+            if pending is None:
+                step.serve()
+            else:
+                result = self._runner.execute(pending.batch, pending.scheduled, step)
+        except ExchangeError as error:
+            _log.warning("step %d will be run again: %s", header.step_id, error)
+            failure, self._bid = error, (0, 0)
+        computed = perf_counter()
+        if pending is not None and result is not None:
+            self._commit(pending, result)
+        self._offer()  # before publishing: the leader decides on the next step meanwhile
+        self._flush()
+        if self._observer is not None and pending is not None:
+            self._observer.observe(
+                self._stats(step, started_at, scheduled_s, pending, result, perf_counter() - computed, failure)
+            )
+
+    def _choose(self, granted: int) -> _Pending | None:
+        """The batch to run with so many tokens: the one that failed before, or a new one; None = nothing to do."""
+        num_decode, self._bid = self._bid[0], (0, 0)
+        if self._pending is None:
+            scheduled = self.scheduler.schedule(granted, granted - min(granted, num_decode))
+            if scheduled:
+                now = self._clock()
+                for item in scheduled:
+                    if item.sequence.admitted_at < 0:
+                        item.sequence.admitted_at = now
+                self._pending = _Pending(scheduled, self._runner.build(scheduled))
+        if self._pending is not None and self._pending.num_tokens > granted:
+            return None  # a replay needs room for all of its batch
+        return self._pending
+
+    def _commit(self, pending: _Pending, result: StepResult) -> None:
+        """The step succeeded: its tokens count, the drawn ones are accepted, finished sequences are freed."""
+        self._pending = None
+        sampled = result.sampled
+        samplers = [item.sequence for item in pending.scheduled if item.samples]
+        broken = {id(s) for s, finite in zip(samplers, sampled.finite) if not finite}
+        self.scheduler.advance([i for i in pending.scheduled if id(i.sequence) not in broken])
+        for row, sequence in enumerate(samplers):
+            if sequence.finish_reason is not FinishReason.NONE:
+                continue
+            if not sampled.finite[row]:
+                error = ExpertMeshError("the model's output for this request is not finite; nothing of it was cached")
+                self._finish(sequence, FinishReason.ERROR, error)
+                continue
+            token_id = sampled.token_ids[row]
+            sequence.append(token_id)
+            output = RequestOutput(sequence.request_id, [token_id])
+            if not sequence.published:
+                sequence.published = True
+                output.num_cached_tokens = sequence.num_cached_tokens
+                output.queue_s = sequence.admitted_at - sequence.arrived_at
+            logprob = sampled.logprobs[row]
+            if logprob is not None:
+                output.logprobs.append(logprob)
+            output.finish_reason = sequence.finish_after(
+                token_id, forced=sampled.forced[row], max_model_len=self._max_len
+            )
+            self._outputs.append(output)
+            if output.finish_reason is not FinishReason.NONE:
+                self.scheduler.remove(sequence)
+                self._forget(sequence.request_id)
+        for item in pending.scheduled:  # cancelled while the batch waited to be run again
+            if item.sequence.finish_reason is not FinishReason.NONE:
+                self.scheduler.remove(item.sequence)
+
+    def _end_early(self, request_id: str, reason: FinishReason, error: ExpertMeshError | None = None) -> None:
+        sequence = self.scheduler.get(request_id)
+        if sequence is not None and sequence.finish_reason is FinishReason.NONE:
+            self._finish(sequence, reason, error)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, error: ExpertMeshError | None = None) -> None:
+        """End a sequence outside the normal way. One that a kept batch still writes for is removed with that batch."""
+        self._answer(sequence.request_id, reason, error)
+        pending = self._pending
+        if pending is None or all(item.sequence is not sequence for item in pending.scheduled):
+            self.scheduler.remove(sequence)
+            return
+        sequence.finish_reason = reason
+        if all(item.sequence.finish_reason is not FinishReason.NONE for item in pending.scheduled):
+            self._pending = None  # nobody waits for this batch
+            for item in pending.scheduled:
+                self.scheduler.remove(item.sequence)
+
+    def _answer(self, request_id: str, reason: FinishReason, error: ExpertMeshError | None = None) -> None:
+        output = RequestOutput(request_id, [], finish_reason=reason)
+        if error is not None:
+            output.error_code, output.error_message = error.code, error.message
+        self._outputs.append(output)
+        self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        with self._lock:
+            self._live_ids.discard(request_id)
+
+    def _expire(self) -> None:
+        """End requests whose deadline has passed."""
+        while self._deadlines:
+            deadline, request_id = self._deadlines[0]
+            late = self._clock() - deadline
+            if late < 0 and request_id in self._live_ids:
+                return
+            heapq.heappop(self._deadlines)
+            if late >= 0:
+                sequence = self.scheduler.get(request_id)
+                if sequence is not None and sequence.request.deadline == deadline:
+                    message = f"the deadline passed after {sequence.num_output_tokens} tokens"
+                    self._end_early(request_id, FinishReason.ERROR, DeadlineExceeded(message))
+
+    def _seconds_to_deadline(self) -> float | None:
+        return max(0.0, self._deadlines[0][0] - self._clock()) if self._deadlines else None
+
+    def _flush(self) -> None:
+        if self._outputs:
+            outputs, self._outputs = self._outputs, []
+            try:
+                self._publish(outputs)
+            finally:
+                with self._lock:
+                    if not self._live_ids:
+                        self._idle.notify_all()
+
+    def _offer(self) -> None:
+        """Keep one bid out while there is work; a kept batch is asked for whole. Withdraw it when the work is gone."""
+        if self._headers or self._stopping:
+            return
+        wanted = (self._pending.num_tokens, 0) if self._pending is not None else self.scheduler.bid()
+        has_work, is_out = wanted != (0, 0), self._bid != (0, 0)
+        if has_work != is_out:
+            self._bid = wanted
+            self._mesh.bid(*wanted)
+
+    def _fail(self, error: ReplicaLost) -> None:
+        """Refuse everything from now on and end every request, so that no stream hangs."""
+        with self._lock:
+            self._failure = error
+            live = sorted(self._live_ids)
+        for request_id in live:
+            self._answer(request_id, FinishReason.ERROR, error)
+        try:
+            self._flush()
+        except Exception:
+            _log.exception("%d requests could not be told that the engine ended", len(live))
+
+    @property
+    def _max_len(self) -> int:
+        return self.scheduler.max_model_len
+
+    def _stats(
+        self,
+        step: StepContext,
+        started_at: float,
+        schedule_s: float,
+        pending: _Pending,
+        result: StepResult | None,
+        publish_s: float,
+        error: ExchangeError | None,
+    ) -> StepStats:
+        scheduled, load = pending.scheduled, self.load()
+        num_decode = sum(1 for item in scheduled if item.num_tokens == 1)
+        return StepStats(
+            header=step.header,
+            started_at=started_at,
+            schedule_s=schedule_s,
+            forward_s=result.forward_s - step.exchange_s - step.expert_s if result is not None else 0.0,
+            exchange_s=step.exchange_s,
+            expert_s=step.expert_s,
+            sample_s=result.sample_s if result is not None else 0.0,
+            publish_s=publish_s,
+            num_decode_tokens=num_decode,
+            num_prefill_tokens=pending.num_tokens - num_decode,
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            num_free_kv_blocks=load.num_free_kv_blocks,
+            num_kv_blocks=load.num_kv_blocks,
+            num_preemptions=self.scheduler.num_preemptions,
+            request_traceparents=tuple(t for item in scheduled if (t := item.sequence.request.traceparent)),
+            error=error,
+        )

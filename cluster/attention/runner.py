@@ -1,0 +1,154 @@
+"""Runs one step batch on this device: owns the model's weights and the KV pages, sizes the pages, samples.
+
+A failed step leaves nothing behind that matters: KV is written by slot, so running the same batch again writes the same
+values, and the draw depends on seed and position alone."""
+
+import os
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Protocol
+
+import torch
+
+from ...checkpoint import Checkpoint, ProgressCallback
+from ...config import CacheConfig
+from ...errors import StartupError
+from ...model_config import ModelConfig
+from ...router.contracts import StepContext
+from .batch import ScheduledTokens, StepBatch, build
+from .model import Model
+from .sampler import Sampled, Sampler
+
+KVPages = Seq[tuple[torch.Tensor, torch.Tensor]]  # per layer K, V [num_blocks, block_size, num_kv_heads, head_dim]
+
+
+class TokenModel(Protocol):
+    """What a runner needs of a model; `model.Model` is the real one."""
+
+    def new_kv_cache(self, num_blocks: int) -> KVPages: ...
+
+    def forward(self, batch: StepBatch, kv_cache: KVPages, step: StepContext) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Row i of `sampled` belongs to the i-th scheduled item that samples."""
+
+    sampled: Sampled
+    forward_s: float  # exchange and own expert work included
+    sample_s: float
+
+
+class Runner:
+    """Engine thread only."""
+
+    def __init__(
+        self,
+        model: TokenModel,
+        *,
+        num_blocks: int,
+        block_size: int,
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.model = model
+        self.num_blocks, self.block_size, self.vocab_size, self.device = num_blocks, block_size, vocab_size, device
+        self.kv_pages = model.new_kv_cache(num_blocks)
+        self.sampler = Sampler(vocab_size)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        cache: CacheConfig,
+        *,
+        vocab_size: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        batch_invariant: bool = True,
+        progress: ProgressCallback | None = None,
+    ) -> "Runner":
+        """Load this tier's weights and make the KV pool. `vocab_size` = ids that the tokenizer knows, 0 = the model's.
+
+        Raises StartupError, with the numbers, before anything is loaded where it cannot fit."""
+        weight_bytes = attention_weight_bytes(checkpoint.config, dtype)
+        num_blocks = size_kv_pool(
+            checkpoint.config, cache, dtype=dtype, weight_bytes=weight_bytes, available_bytes=available_memory(device)
+        )
+        model = Model.load(
+            checkpoint,
+            dtype=dtype,
+            device=device,
+            block_size=cache.block_size,
+            batch_invariant=batch_invariant,
+            progress=progress,
+        )
+        return cls(
+            model,
+            num_blocks=num_blocks,
+            block_size=cache.block_size,
+            vocab_size=min(vocab_size or checkpoint.config.vocab_size, checkpoint.config.vocab_size),
+            device=device,
+        )
+
+    def build(self, scheduled: Seq[ScheduledTokens]) -> StepBatch:
+        return build(scheduled, block_size=self.block_size, device=self.device)
+
+    def execute(self, batch: StepBatch, scheduled: Seq[ScheduledTokens], step: StepContext) -> StepResult:
+        """Forward and sample. An ExchangeError leaves everything ready for the same call again."""
+        started = perf_counter()
+        logits = self.model.forward(batch, self.kv_pages, step)
+        computed = perf_counter()
+        sampled = self.sampler.sample(logits, [item.sequence for item in scheduled if item.samples])
+        return StepResult(sampled, computed - started, perf_counter() - computed)
+
+
+def attention_weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of the attention tier's weights: everything but the experts."""
+    hidden = config.hidden_size
+    attention = hidden * (2 * config.q_size + 2 * config.kv_size)
+    num_moe = len(config.moe_layer_ids)
+    mlps = num_moe * hidden * config.num_experts + (config.num_layers - num_moe) * 3 * hidden * config.intermediate_size
+    embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+    return (config.num_layers * attention + mlps + embeddings) * dtype.itemsize
+
+
+def size_kv_pool(
+    config: ModelConfig, cache: CacheConfig, *, dtype: torch.dtype, weight_bytes: int, available_bytes: int | None
+) -> int:
+    """Number of KV blocks: as configured, or what kv_memory_bytes holds; refused where the memory is not there."""
+    block_bytes = cache.block_size * config.kv_bytes_per_token(dtype.itemsize)
+    num_blocks = cache.num_blocks or cache.kv_memory_bytes // block_bytes
+    if num_blocks < 2:
+        raise StartupError(
+            f"the KV pool of {_mib(cache.kv_memory_bytes)} holds {num_blocks} blocks of {cache.block_size} tokens "
+            f"({_mib(block_bytes)} each); raise cache.kv_memory_bytes to at least {2 * block_bytes}"
+        )
+    kv_bytes = num_blocks * block_bytes
+    needed = weight_bytes + kv_bytes
+    if available_bytes is not None and needed > available_bytes:
+        raise StartupError(
+            f"this attention replica needs {_mib(needed)}: {_mib(weight_bytes)} of weights and {_mib(kv_bytes)} of KV "
+            f"({num_blocks} blocks); {_mib(available_bytes)} are available; lower cache.kv_memory_bytes or "
+            "cache.num_blocks, or use a larger machine"
+        )
+    return num_blocks
+
+
+def available_memory(device: torch.device | str) -> int | None:
+    """Free bytes on the device; None where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (OSError, ValueError):
+        return None
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 20):,.1f} MiB"
