@@ -315,7 +315,7 @@ def test_bad_requests_are_refused_at_once():
             w.engine.submit(request("a", range(40)))
         with pytest.raises(KVCacheExhausted, match="9 KV blocks of 4 tokens, the pool has 8"):
             w.engine.submit(request("a", range(35)))
-        with pytest.raises(InvalidRequest, match="0..96"):
+        with pytest.raises(InvalidRequest, match=r"0\.\.96"):
             w.engine.submit(request("a", [VOCAB]))
         with pytest.raises(InvalidRequest, match="at least 1"):
             w.engine.submit(request("a", []))
