@@ -1,0 +1,52 @@
+// common.cuh: the few PTX instructions that every kernel here is built from. No CUDA header is needed.
+#pragma once
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+// The kernel before this one in the stream has finished and its writes are visible. First thing every kernel does.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel may become resident; it waits for us by itself.
+__device__ __forceinline__ void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ float bf16_low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float bf16_high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+
+// Two floats rounded to nearest even; `low` goes to the lower address.
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+
+__device__ __forceinline__ int round_up_8(int n) { return (n + 7) & ~7; }
+
+constexpr float E4M3_MAX = 448.0f;
+
+// The scale of a group whose largest magnitude is `peak`; a group of zeros gets 1. NaN and infinity pass through.
+__device__ __forceinline__ float fp8_scale(float peak) { return peak == 0.0f ? 1.0f : __fdiv_rn(peak, E4M3_MAX); }
+
+// Two floats to e4m3, nearest even, saturating; `low` goes to the lower address.
+__device__ __forceinline__ u16 pack_e4m3(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+  u16 pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  (void)low, (void)high;
+  return 0;
+#endif
+}

@@ -1,0 +1,301 @@
+"""Compile the `.cu` files beside this one and launch them: source -> NVRTC -> cubin -> module -> torch's current stream.
+
+Why NVRTC by its low-level binding: it compiles for any architecture without a GPU, so `compile_only` is both the CPU test
+of every kernel (errors, spills, stack use) and the first half of a launch. No CUDA header is included anywhere, so neither
+nvcc nor a toolkit is needed. Cubins are kept in memory and on disk under a key of everything that shapes them.
+Launches go through cuLaunchKernelEx, so that a kernel may start its prologue while the one before it still runs
+(programmatic dependent launch), inside CUDA graphs too; tensors, sized numpy scalars and raw bytes are passed by value."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import KernelError
+from . import wgmma
+
+SUPPORTED_ARCHS = ("sm_80", "sm_90a", "sm_100a")  # what the CPU checks compile for
+_DIRECTORY = Path(__file__).parent
+_INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"', re.MULTILINE)
+_COMMON_FLAGS = ("--std=c++17", "--ptxas-options=-v")
+
+
+@dataclass(frozen=True, slots=True)
+class KernelUse:
+    """What ptxas said of one kernel."""
+
+    name: str
+    registers: int
+    stack_bytes: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+
+    @property
+    def clean(self) -> bool:
+        return not (self.stack_bytes or self.spill_store_bytes or self.spill_load_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """One translation unit for one architecture."""
+
+    key: str
+    cubin: bytes
+    log: str
+
+    def use(self) -> list[KernelUse]:
+        return parse_ptxas_log(self.log)
+
+
+def compile_only(file: str, arch: str, defines: Mapping[str, int] | None = None) -> Compiled:
+    """Compile `file` for `arch` ("sm_90a"). Needs NVRTC, neither GPU nor driver. Raises KernelError with the log."""
+    return _compile(file, arch, tuple(sorted((defines or {}).items())))
+
+
+def parse_ptxas_log(log: str) -> list[KernelUse]:
+    """Registers, stack and spills of each kernel in a `-v` log of ptxas."""
+    found: list[KernelUse] = []
+    name, frame = "", (0, 0, 0)
+    for line in log.splitlines():
+        if m := re.search(r"Compiling entry function '(\w+)'", line):
+            name, frame = m[1], (0, 0, 0)
+        elif m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            frame = max(frame, (int(m[1]), int(m[2]), int(m[3])))
+        elif (m := re.search(r"Used (\d+) registers", line)) and name:
+            found.append(KernelUse(name, int(m[1]), *frame))
+    return found
+
+
+def set_cache_directory(directory: Path | None) -> None:
+    """Where cubins are kept between processes; None keeps them in memory only."""
+    global _cache_directory
+    _cache_directory = directory
+
+
+_cache_directory: Path | None = Path.home() / ".cache" / "expertmesh" / "kernels"
+_lock = threading.Lock()
+
+
+@functools.cache
+def architecture(device_index: int) -> str:
+    """Architecture to compile for on this device: with the `a` suffix where wgmma or tcgen05 exist."""
+    require_gpu()
+    major, minor = torch.cuda.get_device_capability(device_index)
+    if major < 8:
+        raise KernelError(
+            f"GPU {device_index} ({torch.cuda.get_device_name(device_index)}) has compute capability {major}.{minor}; "
+            "the kernels need 8.0 or newer: use the torch path (kernels='torch')"
+        )
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+
+@functools.cache
+def _has_overlap(device_index: int) -> bool:
+    return torch.cuda.get_device_capability(device_index)[0] >= 9
+
+
+def require_gpu() -> None:
+    """Raise a readable error where no kernel can run."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = "this torch has no CUDA" if built is None else f"torch for CUDA {built} found no usable GPU or driver"
+        raise KernelError(f"no GPU to run kernels on: {why}; use the torch path (kernels='torch') or check nvidia-smi")
+
+
+class Kernel:
+    """One `extern "C"` kernel of one translation unit, loaded on each device at its first launch (before any capture)."""
+
+    def __init__(self, file: str, name: str, defines: Mapping[str, int] | None = None) -> None:
+        self.file, self.name = file, name
+        self.defines = dict(defines or {})
+        self._functions: dict[int, int] = {}
+        self._modules: list[Any] = []
+
+    def launch(
+        self,
+        grid: tuple[int, ...],
+        block: int,
+        arguments: Sequence[Any],
+        *,
+        device: torch.device,
+        shared_bytes: int = 0,
+        overlap: bool = True,
+    ) -> None:
+        """Launch on torch's current stream of `device`. `overlap`: the kernel waits by itself (griddepcontrol.wait)
+        for the kernel before it, so it may be resident early. Tensors are passed as pointers, numpy scalars by value."""
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        function = self._functions.get(index) or self._load(index, shared_bytes)
+        stream = torch.cuda.current_stream(index).cuda_stream
+        overlap = overlap and _has_overlap(index)
+        if torch.cuda.current_device() == index:
+            _launch(function, grid, block, shared_bytes, stream, arguments, overlap, self.name)
+            return
+        with torch.cuda.device(index):
+            _launch(function, grid, block, shared_bytes, stream, arguments, overlap, self.name)
+
+    def _load(self, index: int, shared_bytes: int) -> int:
+        compiled = compile_only(self.file, architecture(index), self.defines)
+        from cupy.cuda.function import Module  # CuPy only where a kernel really runs
+
+        with torch.cuda.device(index), _lock:
+            module = Module()
+            module.load(compiled.cubin)
+            function = int(module.get_function(self.name).ptr)
+            if shared_bytes > 48 << 10:
+                _check(
+                    _driver().cuFuncSetAttribute(ctypes.c_void_p(function), 8, ctypes.c_int(shared_bytes)), self.name
+                )
+            self._modules.append(module)
+            self._functions[index] = function
+        return function
+
+
+def source_with_includes(file: str) -> str:
+    """A `.cu` with its local headers written in, each once. `wgmma.cuh` is made by `wgmma.py`, not a file."""
+    seen: set[str] = set()
+
+    def expand(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = wgmma.header() if name == "wgmma.cuh" else (_DIRECTORY / name).read_text()
+        text = text.replace("#pragma once\n", "")
+        return _INCLUDE.sub(lambda m: f'#line 1 "{m[1]}"\n{expand(m[1])}#line 1 "{name} after {m[1]}"', text)
+
+    return f'#line 1 "{file}"\n' + expand(file)
+
+
+@functools.cache
+def _compile(file: str, arch: str, defines: tuple[tuple[str, int], ...]) -> Compiled:
+    source = source_with_includes(file)
+    flags = (f"--gpu-architecture={arch}", *_COMMON_FLAGS, *(f"-D{k}={v}" for k, v in defines))
+    nvrtc = _nvrtc()
+    version = ".".join(map(str, nvrtc.getVersion()))
+    digest = hashlib.sha256(repr((source, flags, version)).encode()).hexdigest()[:32]
+    key = f"{Path(file).stem}-{arch}-{digest}"
+    if stored := _read_cache(key):
+        return stored
+    program = nvrtc.createProgram(source, file, (), ())
+    try:
+        try:
+            nvrtc.compileProgram(program, flags)
+        except nvrtc.NVRTCError as error:
+            log = nvrtc.getProgramLog(program) or str(error)
+            raise KernelError(f"{file} does not compile for {arch} with {dict(defines)}:\n{log}") from error
+        compiled = Compiled(key, bytes(nvrtc.getCUBIN(program)), nvrtc.getProgramLog(program) or "")
+    finally:
+        nvrtc.destroyProgram(program)
+    _write_cache(compiled)
+    return compiled
+
+
+def _read_cache(key: str) -> Compiled | None:
+    if _cache_directory is None:
+        return None
+    cubin, log = _cache_directory / f"{key}.cubin", _cache_directory / f"{key}.log"
+    try:
+        return Compiled(key, cubin.read_bytes(), log.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def _write_cache(compiled: Compiled) -> None:
+    """Each file appears whole or not at all; the cubin last, since it is what a reader looks for first."""
+    if _cache_directory is None:
+        return
+    try:
+        _cache_directory.mkdir(parents=True, exist_ok=True)
+        for suffix, content in ((".log", compiled.log.encode()), (".cubin", compiled.cubin)):
+            handle, temporary = tempfile.mkstemp(dir=_cache_directory)
+            with os.fdopen(handle, "wb") as f:
+                f.write(content)
+            os.replace(temporary, _cache_directory / f"{compiled.key}{suffix}")
+    except OSError:
+        return  # a read-only home costs a compilation per process, nothing else
+
+
+def _nvrtc() -> Any:
+    try:
+        from cupy.cuda import nvrtc
+
+        nvrtc.getVersion()
+    except (ImportError, RuntimeError, OSError) as error:
+        raise KernelError(
+            f"NVRTC is not usable ({error}); install expertmesh[gpu] on a GPU host, expertmesh[kernel-checks] elsewhere"
+        ) from error
+    return nvrtc
+
+
+# ------------------------------------------------------------------------------------------------------------- driver
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_char * 64)]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        *[(n, ctypes.c_uint) for n in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared_bytes")],
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    ]
+
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_serialization = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=b"\x01")
+
+
+@functools.cache
+def _driver() -> Any:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise KernelError(f"no NVIDIA driver on this host ({error}); use the torch path (kernels='torch')") from error
+
+
+def _check(code: int, name: str) -> None:
+    if code:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(code, ctypes.byref(text))
+        raise KernelError(f"kernel {name}: driver error {code}: {(text.value or b'unknown').decode()}")
+
+
+def _launch(
+    function: int,
+    grid: tuple[int, ...],
+    block: int,
+    shared_bytes: int,
+    stream: int,
+    arguments: Sequence[Any],
+    overlap: bool,
+    name: str,
+) -> None:
+    values = [_by_value(a) for a in arguments]  # kept alive until the call returns
+    pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
+    x, y, z = (*grid, 1, 1)[:3]
+    config = _Config(x, y, z, block, 1, 1, shared_bytes, stream, ctypes.pointer(_serialization), 1 if overlap else 0)
+    _check(_driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), pointers, None), name)
+
+
+def _by_value(argument: Any) -> Any:
+    """A ctypes object holding the argument: pointer (tensor, address, None is null), a sized numpy scalar, or raw bytes."""
+    if argument is None:
+        return ctypes.c_void_p(0)
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, int):
+        return ctypes.c_void_p(argument)
+    if isinstance(argument, np.generic):
+        return (ctypes.c_char * argument.nbytes).from_buffer_copy(argument.tobytes())
+    if isinstance(argument, bytes):
+        return (ctypes.c_char * len(argument)).from_buffer_copy(argument)
+    raise TypeError(f"kernel argument of type {type(argument).__name__}: pass a tensor, a sized numpy scalar or bytes")

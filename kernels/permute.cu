@@ -1,0 +1,162 @@
+// permute.cu: put (row, k) pairs into expert order, all on the device.
+// route: one CTA.  Counts pairs per local expert, pads every expert to 8 rows, gives each pair its place (stable: by
+// expert,
+//   then by pair index), and cuts each expert's rows into tiles of at most TILE rows for the grouped GEMM.
+//   Each warp owns a run of pairs and a private histogram, so nothing is atomic and the order never changes between
+//   runs.
+// pack: gathers rows into k-blocks of 128 bytes, packed[k / 128B][place][128 B], 16-byte pieces swizzled by place & 7:
+// what a
+//   bulk copy must bring so that wgmma can read it.  FP8: quantises on the way, one float32 scale per row and 128
+//   columns.
+// Needs: NUM_EXPERTS <= 512 local experts; HIDDEN % 64 == 0 (FP8: % 128).
+#include "common.cuh"
+
+#ifndef NUM_EXPERTS
+#define NUM_EXPERTS 128
+#endif
+#ifndef HIDDEN
+#define HIDDEN 4096
+#endif
+#ifndef TOP_K
+#define TOP_K 8
+#endif
+#ifndef FP8
+#define FP8 0
+#endif
+
+constexpr int WARPS = NUM_EXPERTS <= 256 ? 32 : 16;
+static_assert(NUM_EXPERTS <= WARPS * 32, "one thread per local expert");
+
+// state[0] tiles, [1] padded rows, [2] pairs, [3] next tile to claim (the grouped GEMM counts it up from 0)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+    route(const int* __restrict__ ids, i64 num_pairs, const int* __restrict__ expert_map, int num_mapped, int tile,
+          int* counts, int* pair_of_row, int4* tiles, u32* ready, int* state) {
+  __shared__ int histogram[WARPS * NUM_EXPERTS];
+  __shared__ int first_row[NUM_EXPERTS];
+  __shared__ u64 warp_totals[WARPS];
+  const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
+  const i64 segment = ((num_pairs + WARPS * 32 - 1) / (WARPS * 32)) * 32;
+  const i64 begin = warp * segment, end = min(begin + segment, num_pairs);
+  for (int i = thread; i < WARPS * NUM_EXPERTS; i += WARPS * 32) histogram[i] = 0;
+  __syncthreads();
+  allow_next_kernel();
+  wait_for_previous_kernel();
+
+  auto local_expert = [&](i64 pair) {
+    if (pair >= end) return -1;
+    int e = __ldg(ids + pair);
+    if (expert_map) e = (u32)e < (u32)num_mapped ? __ldg(expert_map + e) : -1;
+    return (u32)e < (u32)NUM_EXPERTS ? e : -1;
+  };
+  int* mine = histogram + warp * NUM_EXPERTS;
+  for (i64 base = begin; base < end; base += 32) {
+    const int e = local_expert(base + lane);
+    const u32 same = __match_any_sync(0xffffffffu, e);
+    if (e >= 0 && __ffs(same) - 1 == lane) mine[e] += __popc(same);
+    __syncwarp();
+  }
+  __syncthreads();
+
+  int count = 0;
+  if (thread < NUM_EXPERTS)
+#pragma unroll 4
+    for (int w = 0; w < WARPS; ++w) {
+      const int c = histogram[w * NUM_EXPERTS + thread];
+      histogram[w * NUM_EXPERTS + thread] = count;
+      count += c;
+    }
+  const int num_tiles = (count + tile - 1) / tile;
+  const u64 own = ((u64)round_up_8(count) << 32) | (u32)num_tiles;
+  u64 sum = own;  // inclusive scan over experts of (padded rows, tiles)
+  for (int d = 1; d < 32; d <<= 1) {
+    const u64 other = __shfl_up_sync(0xffffffffu, sum, d);
+    if (lane >= d) sum += other;
+  }
+  if (lane == 31) warp_totals[warp] = sum;
+  const int pairs_in_warp = __reduce_add_sync(0xffffffffu, count);
+  __shared__ int warp_pairs[WARPS];
+  if (lane == 0) warp_pairs[warp] = pairs_in_warp;
+  __syncthreads();
+  u64 before = 0, total = 0;
+#pragma unroll 4
+  for (int w = 0; w < WARPS; ++w) {
+    if (w < warp) before += warp_totals[w];
+    total += warp_totals[w];
+  }
+  if (thread == 0) {
+    int pairs = 0;
+#pragma unroll 4
+    for (int w = 0; w < WARPS; ++w) pairs += warp_pairs[w];
+    state[0] = (int)(u32)total;
+    state[1] = (int)(total >> 32);
+    state[2] = pairs;
+    state[3] = 0;
+  }
+  if (thread < NUM_EXPERTS) {
+    const u64 start = before + sum - own;
+    int row = (int)(start >> 32), t = (int)(u32)start;
+    first_row[thread] = row;
+    counts[thread] = count;
+    for (int pad = count; pad < round_up_8(count); ++pad) pair_of_row[row + pad] = -1;
+    const int step = num_tiles ? round_up_8((count + num_tiles - 1) / num_tiles) : 0;
+    for (int done = 0; done < count; done += step, ++t) {
+      tiles[t] = make_int4(thread, row + done, min(step, count - done), 0);
+      ready[t] = 0;
+    }
+  }
+  __syncthreads();
+
+  for (i64 base = begin; base < end; base += 32) {
+    const int e = local_expert(base + lane);
+    const u32 same = __match_any_sync(0xffffffffu, e);
+    if (e >= 0) pair_of_row[first_row[e] + mine[e] + __popc(same & ((1u << lane) - 1))] = (int)(base + lane);
+    __syncwarp();
+    if (e >= 0 && __ffs(same) - 1 == lane) mine[e] += __popc(same);
+    __syncwarp();
+  }
+}
+
+// One warp moves 256 columns of one row at a time; the rows' number is known only on the device.
+extern "C" __global__ void __launch_bounds__(256)
+    pack(const u16* __restrict__ x, const int* __restrict__ pair_of_row, const int* __restrict__ state, i64 capacity,
+         u8* packed, float* scales) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  constexpr int SPANS = (HIDDEN + 255) / 256;
+  const int lane = threadIdx.x & 31;
+  const i64 num_items = (i64)__ldg(state + 1) * SPANS;
+  for (i64 item = blockIdx.x * 8 + (threadIdx.x >> 5); item < num_items; item += gridDim.x * 8) {
+    const i64 row = item / SPANS;
+    const int column = (int)(item % SPANS) * 256 + lane * 8;
+    const int pair = __ldg(pair_of_row + row);
+    const bool inside = pair >= 0 && column < HIDDEN;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (inside) v = __ldg((const uint4*)(x + (i64)(pair / TOP_K) * HIDDEN + column));
+#if FP8
+    const u32 word[4] = {v.x, v.y, v.z, v.w};
+    float f[8], peak = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      f[2 * i] = bf16_low(word[i]);
+      f[2 * i + 1] = bf16_high(word[i]);
+      peak = fmaxf(peak, fmaxf(fabsf(f[2 * i]), fabsf(f[2 * i + 1])));
+    }
+#pragma unroll
+    for (int d = 1; d < 16; d <<= 1) peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, d));
+    const float scale = fp8_scale(peak);
+    if (inside) {
+      u16 q[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) q[i] = pack_e4m3(__fdiv_rn(f[2 * i], scale), __fdiv_rn(f[2 * i + 1], scale));
+      const int block = column >> 7, piece = (column & 127) >> 4;
+      u8* line = packed + ((i64)block * capacity + row) * 128;
+      *(uint2*)(line + ((piece ^ (int)(row & 7)) << 4) + (column & 8)) =
+          make_uint2(q[0] | (u32)q[1] << 16, q[2] | (u32)q[3] << 16);
+      if ((lane & 15) == 0) scales[(i64)block * capacity + row] = scale;
+    }
+#else
+    const int block = column >> 6, piece = (column & 63) >> 3;
+    if (inside) *(uint4*)(packed + ((i64)block * capacity + row) * 128 + ((piece ^ (int)(row & 7)) << 4)) = v;
+#endif
+  }
+}
