@@ -1,0 +1,396 @@
+"""One generation at the gateway, whatever the transport: request in, events out.
+
+    prepare: validate -> session.open -> chat template -> encode -> sampling and thinking -> EngineRequest
+    events:  tier.generate -> conversation -> GenerateEvent with gapless offsets -> session.commit -> finished
+
+The gRPC server streams the events; any other front door serves the same ones. Several tokens that came while the client
+was slow are one event, so a slow reader costs less, not more."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ... import telemetry as names
+from ...errors import ExpertMeshError, InvalidRequest, SessionStoreUnavailable
+from ...proto import expertmesh_pb2 as pb
+from ...request import EngineRequest, FinishReason, RequestOutput, SamplingParams, ThinkingBudget
+from ...telemetry import Telemetry
+from . import validation
+from .chat import ChatTemplate, Family
+from .conversation import Conversation, Delta, Section, State, prompt_state
+from .link_messages import encode_logprob
+from .session import SessionRecord, TurnRecord
+from .tokenizer import Tokenizer
+
+CLOSING_TEXT = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
+    "</think>\n\n"
+)  # Qwen3's documentation; ends the think block when its budget is spent
+ENCODE_INLINE_CHARS = 16_384  # longer prompts are encoded in a thread
+_COMMITTED = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.TOOL_CALLS)
+_log = logging.getLogger(__name__)
+
+
+class OutputStream(Protocol):
+    """Outputs of one request; aborting ends the iteration and the work."""
+
+    @property
+    def replica_id(self) -> str: ...
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]: ...
+
+    async def __anext__(self) -> RequestOutput: ...
+
+    def abort(self) -> None: ...
+
+
+class Tier(Protocol):
+    def generate(self, request: EngineRequest, *, affinity: str = "") -> OutputStream: ...
+
+
+class Sessions(Protocol):
+    """What a generation needs of the session store (`session.py`)."""
+
+    async def open(self, session_id: str, owner: str = "") -> SessionRecord: ...
+
+    async def commit(
+        self, session_id: str, expected_version: int, turn: TurnRecord, *, owner: str = "", affinity: str = ""
+    ) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationConfig:
+    """What the gateway knows about the served model."""
+
+    model: str  # name told to clients
+    max_model_len: int  # tokens of prompt and output together
+    vocab_size: int  # rows of the embedding; ids that the tokenizer does not know are refused whatever this is
+    closing_text: str = CLOSING_TEXT
+
+
+class Generations:
+    """Makes generations. Holds what they share; nothing of any request."""
+
+    def __init__(
+        self,
+        config: GenerationConfig,
+        *,
+        tokenizer: Tokenizer,
+        tier: Tier,
+        sessions: Sessions | None,
+        telemetry: Telemetry | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        new_seed: Callable[[], int] = lambda: secrets.randbits(63),
+    ) -> None:
+        self.config, self.tokenizer, self.tier, self.sessions = config, tokenizer, tier, sessions
+        self.telemetry = telemetry or Telemetry.off()
+        self.clock, self.wall_clock, self._new_seed = clock, wall_clock, new_seed
+        self.template = ChatTemplate.of(tokenizer)
+        self.vocab_size = min(config.vocab_size, tokenizer.vocab_size)
+        self._closing_ids = tuple(tokenizer.encode(config.closing_text))
+
+    async def prepare(
+        self, request: pb.GenerateRequest, *, owner: str = "", remaining_s: float | None = None, traceparent: str = ""
+    ) -> "Generation":
+        """Check the request and make everything the engine needs; no work has started when this returns."""
+        received_at = self.clock()
+        validation.check_input(request)
+        stop = validation.stop_strings(request.sampling)
+        session: SessionRecord | None = None
+        messages: list[dict[str, Any]] = []
+        if request.HasField("chat"):
+            messages = validation.chat_messages(request.chat)
+            if request.session_id:
+                session = await self._open(request.session_id, owner)
+        prompt_ids = await self._prompt_ids(request, messages, session)
+        state = prompt_state(prompt_ids, self.tokenizer.special_ids)
+        engine_request = EngineRequest(
+            request_id=request.request_id or secrets.token_hex(12),
+            prompt_ids=tuple(prompt_ids),
+            sampling=self._sampling(request, len(prompt_ids)),
+            thinking=self._budget(request, state),
+            deadline=0.0 if remaining_s is None else self.wall_clock() + remaining_s,
+            traceparent=traceparent,
+        )
+        conversation = Conversation(
+            self.tokenizer,
+            state=state,
+            stop=stop,
+            stop_ids=engine_request.sampling.stop_token_ids,
+            strip_answer=request.HasField("chat"),
+        )
+        return Generation(
+            self,
+            engine_request,
+            conversation,
+            messages=messages,
+            session=session,
+            owner=owner,
+            include_token_ids=request.include_token_ids,
+            received_at=received_at,
+        )
+
+    async def _open(self, session_id: str, owner: str) -> SessionRecord:
+        if self.sessions is None:
+            raise SessionStoreUnavailable("this gateway has no session store; send the whole chat instead")
+        return await self.sessions.open(session_id, owner)
+
+    async def _prompt_ids(
+        self, request: pb.GenerateRequest, messages: list[dict[str, Any]], session: SessionRecord | None
+    ) -> Sequence[int]:
+        if request.HasField("token_ids"):
+            validation.check_token_ids("token_ids.ids", request.token_ids.ids, self.vocab_size)
+            ids: Sequence[int] = request.token_ids.ids
+            field = "token_ids"
+        else:
+            field = "chat" if messages else "prompt"
+            text = self._render(request, messages, session) if messages else self._plain(request)
+            if len(text) <= ENCODE_INLINE_CHARS:
+                ids = self.tokenizer.encode(text, add_special_tokens=not messages)
+            else:
+                ids = await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=not messages)
+            if not ids:
+                raise InvalidRequest(field, "no tokens", "text that encodes to at least one token")
+            if max(ids) >= self.vocab_size:
+                raise InvalidRequest(field, max(ids), f"text in the model's vocabulary of {self.vocab_size} ids")
+        if len(ids) >= self.config.max_model_len:
+            raise InvalidRequest(
+                field,
+                f"{len(ids)} tokens",
+                f"at most {self.config.max_model_len - 1}, the context of {self.config.max_model_len} less one",
+            )
+        return ids
+
+    def _plain(self, request: pb.GenerateRequest) -> str:
+        if request.thinking.mode:
+            mode = pb.ThinkingOptions.Mode.Name(request.thinking.mode)
+            raise InvalidRequest("thinking.mode", mode, "DEFAULT with prompt: the mode goes into a chat template")
+        prompt: str = request.prompt
+        return prompt
+
+    def _render(
+        self, request: pb.GenerateRequest, messages: list[dict[str, Any]], session: SessionRecord | None
+    ) -> str:
+        if self.template is None:
+            raise InvalidRequest("chat", "set", "prompt or token_ids: this model has no chat template")
+        history = session.messages if session is not None else []
+        return self.template.render(
+            [*history, *messages],
+            tools=validation.tool_definitions(request.tools),
+            enable_thinking=self._enable_thinking(request.thinking, self.template.family),
+        )
+
+    def _enable_thinking(self, options: pb.ThinkingOptions, family: Family) -> bool | None:
+        off = options.mode == pb.ThinkingOptions.OFF
+        if options.mode == pb.ThinkingOptions.ON and family is Family.INSTRUCT:
+            raise InvalidRequest("thinking.mode", "ON", "DEFAULT or OFF: this model never thinks")
+        if off and family is Family.THINKING:
+            raise InvalidRequest("thinking.mode", "OFF", "DEFAULT or ON: this model always thinks")
+        if off or (options.HasField("budget_tokens") and options.budget_tokens == 0):
+            return False
+        return True if options.mode == pb.ThinkingOptions.ON else None
+
+    def _budget(self, request: pb.GenerateRequest, state: State) -> ThinkingBudget | None:
+        if not request.thinking.HasField("budget_tokens") or state is State.CLOSED:
+            return None
+        budget, special = request.thinking.budget_tokens, self.tokenizer.special_ids
+        if special.think is None or special.end_think is None:
+            raise InvalidRequest("thinking.budget_tokens", budget, "unset: this model's vocabulary has no think tokens")
+        return ThinkingBudget(
+            budget_tokens=budget,
+            think_id=special.think,
+            end_think_id=special.end_think,
+            closing_ids=self._closing_ids,
+            starts_inside=state is State.REASONING,
+        )
+
+    def _sampling(self, request: pb.GenerateRequest, num_prompt_tokens: int) -> SamplingParams:
+        return validation.sampling_params(
+            request.sampling,
+            self.tokenizer.defaults,
+            eos=self.tokenizer.special_ids.eos,
+            vocab_size=self.vocab_size,
+            room=self.config.max_model_len - num_prompt_tokens,
+            seed=self._new_seed(),
+        )
+
+
+class Generation:
+    """One request in work: iterate `events()` once."""
+
+    def __init__(
+        self,
+        shared: Generations,
+        request: EngineRequest,
+        conversation: Conversation,
+        *,
+        messages: list[dict[str, Any]],
+        session: SessionRecord | None,
+        owner: str,
+        include_token_ids: bool,
+        received_at: float,
+    ) -> None:
+        self.request = request
+        self._shared, self._conversation, self._messages = shared, conversation, messages
+        self._session, self._owner = session, owner
+        self._include_token_ids = include_token_ids
+        self._include_all = include_token_ids or request.sampling.num_logprobs >= 0  # also deltas without text
+        self._received_at = received_at
+        self._stream: OutputStream | None = None
+        self._reply: dict[Section, list[str]] | None = (
+            {Section.REASONING: [], Section.ANSWER: []} if session is not None else None
+        )
+        self._output_ids: list[int] = []  # kept for the session record only
+        self._num_cached_tokens = 0
+        self._timings = pb.Timings()
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    def cancel(self) -> None:
+        """End it now; the stream finishes with CANCELLED."""
+        if self._stream is not None:
+            self._stream.abort()
+
+    async def events(self) -> AsyncGenerator[pb.GenerateEvent, None]:
+        """Submit, then the events in order. Closing this iterator aborts the work."""
+        shared, offset = self._shared, 0
+        affinity = self._session.affinity if self._session is not None else ""
+        stream = self._stream = shared.tier.generate(self.request, affinity=affinity)
+        try:
+            yield pb.GenerateEvent(offset=offset, started=self._started())
+            reason = FinishReason.CANCELLED
+            async for output in stream:
+                deltas = self._take(output)
+                ended = self._conversation.stopped or bool(output.finish_reason)
+                if ended:
+                    reason = FinishReason.STOP if self._conversation.stopped else output.finish_reason
+                    deltas += self._conversation.finish()
+                for event in self._delta_events(deltas):
+                    offset += 1
+                    event.offset = offset
+                    yield event
+                if ended:
+                    break
+            else:  # cancelled
+                for event in self._delta_events(self._conversation.finish()):
+                    offset += 1
+                    event.offset = offset
+                    yield event
+            replica_id = stream.replica_id
+        finally:
+            stream.abort()
+        yield pb.GenerateEvent(offset=offset + 1, finished=await self._finished(reason, replica_id))
+
+    def _started(self) -> pb.Started:
+        return pb.Started(
+            request_id=self.request_id,
+            session_id=self._session.session_id if self._session is not None else "",
+            model=self._shared.config.model,
+            prompt_tokens=len(self.request.prompt_ids),
+            seed=self.request.sampling.seed,
+        )
+
+    def _take(self, output: RequestOutput) -> list[Delta]:
+        """One output through the conversation, with the times that are measured."""
+        timings = self._timings
+        if not timings.time_to_first_token_s and output.token_ids:
+            timings.time_to_first_token_s = self._shared.clock() - self._received_at
+            timings.queue_s = output.queue_s
+            self._num_cached_tokens = output.num_cached_tokens
+        deltas = self._conversation.push(output.token_ids, output.logprobs)
+        if not timings.time_to_first_answer_token_s and any(d.section is Section.ANSWER and d.text for d in deltas):
+            timings.time_to_first_answer_token_s = self._shared.clock() - self._received_at
+        if self._session is not None:
+            self._output_ids.extend(output.token_ids)
+        return deltas
+
+    def _delta_events(self, deltas: list[Delta]) -> list[pb.GenerateEvent]:
+        """Deltas as events, offsets still to be set."""
+        events = []
+        for delta in deltas:
+            if self._reply is not None and delta.text:
+                self._reply[delta.section].append(delta.text)
+            if not delta.text and not self._include_all:
+                continue
+            message = pb.Delta(text=delta.text)
+            if self._include_all:
+                if self._include_token_ids:
+                    message.token_ids.extend(delta.token_ids)
+                message.logprobs.extend(encode_logprob(x) for x in delta.logprobs)
+            if delta.section is Section.REASONING:
+                events.append(pb.GenerateEvent(reasoning=message))
+            else:
+                events.append(pb.GenerateEvent(answer=message))
+        return events
+
+    async def _finished(self, reason: FinishReason, replica_id: str) -> pb.Finished:
+        usage = pb.Usage(
+            prompt_tokens=len(self.request.prompt_ids),
+            cached_tokens=self._num_cached_tokens,
+            completion_tokens=self._conversation.completion_tokens,
+            reasoning_tokens=self._conversation.reasoning_tokens,
+        )
+        committed, version = await self._commit(reason, usage, replica_id)
+        self._timings.total_s = self._shared.clock() - self._received_at
+        self._record(reason, usage)
+        return pb.Finished(
+            reason=int(reason),  # type: ignore[arg-type]
+            usage=usage,
+            committed=committed,
+            session_version=version,
+            timings=self._timings,
+            stop_matched=self._conversation.stop_matched,
+        )
+
+    async def _commit(self, reason: FinishReason, usage: pb.Usage, replica_id: str) -> tuple[bool, int]:
+        """Whether the turn is in the session record, and the record's version. SessionConflict goes to the client."""
+        session, sessions = self._session, self._shared.sessions
+        if session is None or sessions is None or self._reply is None:
+            return False, 0
+        if reason not in _COMMITTED:
+            return False, session.version
+        reply = {
+            "role": "assistant",
+            "content": "".join(self._reply[Section.ANSWER]),
+            "reasoning_content": "".join(self._reply[Section.REASONING]),
+        }
+        turn = TurnRecord(
+            messages=[*self._messages, reply],
+            output_ids=self._output_ids[: self._conversation.completion_tokens],
+            usage={field.name: value for field, value in usage.ListFields()},
+            request_id=self.request_id,
+            finished_at=self._shared.wall_clock(),
+        )
+        try:
+            version = await sessions.commit(
+                session.session_id, session.version, turn, owner=self._owner, affinity=replica_id
+            )
+        except SessionStoreUnavailable as error:
+            _log.warning("turn %s of session %s is not committed: %s", self.request_id, session.session_id, error)
+            return False, session.version
+        return True, version
+
+    def _record(self, reason: FinishReason, usage: pb.Usage) -> None:
+        telemetry, timings = self._shared.telemetry, self._timings
+        telemetry.record(names.METRIC_REQUESTS, 1, outcome=reason.name)
+        if timings.time_to_first_token_s:
+            telemetry.record(names.METRIC_TTFT, timings.time_to_first_token_s)
+            telemetry.record(names.METRIC_QUEUE, timings.queue_s)
+            if usage.completion_tokens > 1:
+                mean = (timings.total_s - timings.time_to_first_token_s) / (usage.completion_tokens - 1)
+                telemetry.record(names.METRIC_INTER_TOKEN, mean)
+        if timings.time_to_first_answer_token_s:
+            telemetry.record(names.METRIC_TTFA, timings.time_to_first_answer_token_s)
+        for kind in ("prompt", "cached", "completion", "reasoning"):
+            telemetry.record(names.METRIC_TOKENS, getattr(usage, f"{kind}_tokens"), kind=kind)
+
+
+def record_failure(telemetry: Telemetry, error: ExpertMeshError) -> None:
+    telemetry.record(names.METRIC_REQUESTS, 1, outcome=error.code)

@@ -1,0 +1,367 @@
+"""The public gRPC front of a gateway: Generation, Sessions, Cluster, health, reflection.
+
+Handlers take bytes and give bytes, so malformed protobuf is answered by us, an event is serialised once, and a stream
+is one `write` an event. Everything else is in `generation.py`. Every error leaves as a typed status (`rpc_errors.py`).
+
+A request's life here: deadline from the call, `traceparent` from its metadata into the request's span and on over the
+link; a dropped or expired call cancels its handler, which closes the generation, which aborts the work in the engine.
+Constructor arguments are small protocols, so the server is tested without Ray, Redis or an engine."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from ... import telemetry as names
+from ...errors import ExpertMeshError, InvalidRequest, NotFound, SessionStoreUnavailable, Unauthenticated, Unavailable
+from ...proto import expertmesh_pb2 as pb
+from ...telemetry import Telemetry
+from ..status import ClusterState, ProcessStatus
+from .generation import Generation, GenerationConfig, Generations, Sessions, Tier, record_failure
+from .link import TOKEN_KEY, bind, token_matches
+from .rpc_errors import status_code, trailing_metadata
+from .session import SessionRecord
+from .tokenizer import Tokenizer
+from .validation import check_name, parse
+
+DRAIN_RETRY_S = 1.0
+MAX_PAGE = 500
+_SERVICES = ("Generation", "Sessions", "Cluster")
+_log = logging.getLogger(__name__)
+
+
+class SessionSource(Sessions, Protocol):
+    """The session store (`session.py`) as the Sessions service uses it."""
+
+    async def get(self, session_id: str, owner: str = "") -> SessionRecord: ...
+
+    async def list(
+        self, owner: str = "", *, page_size: int = 50, page_token: str = ""
+    ) -> tuple[list[SessionRecord], str]: ...
+
+    async def delete(self, session_id: str, owner: str = "") -> None: ...
+
+
+class TopologySource(Protocol):
+    """Who serves what, as the Conductor knows it."""
+
+    async def state(self) -> ClusterState: ...
+
+
+class GatewayServer:
+    """`start`, serve, `drain`. `num_running` generations are in work."""
+
+    def __init__(
+        self,
+        config: GenerationConfig,
+        *,
+        tokenizer: Tokenizer,
+        tier: Tier,
+        sessions: SessionSource | None = None,
+        topology: TopologySource | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        cluster_token: str = "",
+        max_message_bytes: int = 64 << 20,
+        layout: str = "",
+        num_logical_experts: int = 0,
+        num_moe_layers: int = 0,
+        telemetry: Telemetry | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.address = ""  # host:port once started
+        self.telemetry = telemetry or Telemetry.off()
+        self.generations = Generations(
+            config,
+            tokenizer=tokenizer,
+            tier=tier,
+            sessions=sessions,
+            telemetry=self.telemetry,
+            clock=clock,
+            wall_clock=wall_clock,
+        )
+        self._sessions, self._topology, self._cluster_token = sessions, topology, cluster_token
+        self._host, self._port, self._max_message_bytes = host, port, max_message_bytes
+        self._facts = pb.Topology(
+            model=config.model,
+            layout=layout,
+            num_logical_experts=num_logical_experts,
+            num_moe_layers=num_moe_layers,
+        )
+        self._running: dict[str, Generation] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._server: grpc.aio.Server | None = None
+        self._health = health.aio.HealthServicer()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    async def start(self) -> str:
+        """Bind and serve; returns host:port."""
+        self._server = grpc.aio.server(options=_server_options(self._max_message_bytes))
+        self._server.add_generic_rpc_handlers(self._handlers())
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        full_names = [f"{pb.DESCRIPTOR.package}.{name}" for name in _SERVICES]
+        reflection.enable_server_reflection((*full_names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self.address = f"{self._host}:{bind(self._server, self._host, self._port)}"
+        await self._server.start()
+        for name in ("", *full_names):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return self.address
+
+    async def drain(self, grace_s: float = 30.0) -> None:
+        """NOT_SERVING, nothing new, let the running ones end (at most `grace_s`, then they are cut), stop."""
+        self._draining = True
+        await self._health.enter_graceful_shutdown()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), grace_s)
+        await self.stop()
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            await self._server.stop(0)
+
+    # ---- Generation
+
+    async def _generate(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+        metadata = dict(context.invocation_metadata() or ())
+        span = self.telemetry.start(names.SPAN_REQUEST, str(metadata.get("traceparent", "")))
+        try:
+            if self._draining:
+                raise Unavailable("this gateway is draining; dial another one", retry_after_s=DRAIN_RETRY_S)
+            request = parse(pb.GenerateRequest, data)
+            generation = await self.generations.prepare(
+                request,
+                remaining_s=context.time_remaining(),
+                traceparent=span.traceparent or str(metadata.get("traceparent", "")),
+            )
+            span.set(names.ATTR_REQUEST_ID, generation.request_id)
+            await self._stream(generation, context)
+        except ExpertMeshError as error:
+            record_failure(self.telemetry, error)
+            span.end(error)
+            raise
+        finally:
+            span.end()
+
+    async def _stream(self, generation: Generation, context: grpc.aio.ServicerContext) -> None:
+        if generation.request_id in self._running:
+            raise InvalidRequest("request_id", generation.request_id, "an id that is not running already")
+        self._running[generation.request_id] = generation
+        self._idle.clear()
+        try:
+            async with contextlib.aclosing(generation.events()) as events:
+                async for event in events:
+                    await context.write(event.SerializeToString())
+        finally:
+            del self._running[generation.request_id]
+            if not self._running:
+                self._idle.set()
+
+    async def _cancel(self, request: pb.CancelRequest, _context: grpc.aio.ServicerContext) -> pb.CancelResponse:
+        check_name("request_id", request.request_id)
+        generation = self._running.get(request.request_id)
+        if generation is None:
+            raise NotFound("running request", request.request_id)
+        generation.cancel()
+        return pb.CancelResponse()
+
+    async def _resume(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+        """Streams are resumed from a journal, which this gateway does not keep yet."""
+        request = parse(pb.ResumeRequest, data)
+        check_name("request_id", request.request_id)
+        if request.request_id not in self._running:
+            raise NotFound("resumable request", request.request_id)
+        await context.abort(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"request {request.request_id!r} runs without a stream journal and cannot be resumed",
+        )
+
+    # ---- Sessions
+
+    async def _get_session(self, request: pb.GetSessionRequest, _context: grpc.aio.ServicerContext) -> pb.Session:
+        return encode_session(await self._store().get(check_name("session_id", request.session_id)))
+
+    async def _list_sessions(
+        self, request: pb.ListSessionsRequest, _context: grpc.aio.ServicerContext
+    ) -> pb.ListSessionsResponse:
+        if request.page_size > MAX_PAGE:
+            raise InvalidRequest("page_size", request.page_size, f"0..{MAX_PAGE}")
+        if request.page_token:
+            check_name("page_token", request.page_token)
+        found, token = await self._store().list(page_size=request.page_size or 50, page_token=request.page_token)
+        return pb.ListSessionsResponse(sessions=[encode_session(s) for s in found], next_page_token=token)
+
+    async def _delete_session(
+        self, request: pb.DeleteSessionRequest, _context: grpc.aio.ServicerContext
+    ) -> pb.DeleteSessionResponse:
+        await self._store().delete(check_name("session_id", request.session_id))
+        return pb.DeleteSessionResponse()
+
+    def _store(self) -> SessionSource:
+        if self._sessions is None:
+            raise SessionStoreUnavailable("this gateway has no session store")
+        return self._sessions
+
+    # ---- Cluster
+
+    async def _get_topology(self, _request: pb.GetTopologyRequest, context: grpc.aio.ServicerContext) -> pb.Topology:
+        """Model and gateways for any client; the members only for those who have the cluster token."""
+        metadata = context.invocation_metadata() or ()
+        has_token = any(key == TOKEN_KEY for key, _ in metadata)
+        if has_token and not token_matches(metadata, self._cluster_token):
+            raise Unauthenticated(f"the cluster token in {TOKEN_KEY} is wrong")
+        if self._topology is None:
+            return pb.Topology(**{f.name: v for f, v in self._facts.ListFields()}, gateways=[self.address])
+        state = await self._topology.state()
+        topology = encode_topology(state, self._facts)
+        if self._cluster_token and not has_token:
+            del topology.members[:]
+        return topology
+
+    # ---- shells: bytes and errors
+
+    def _handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
+        package = pb.DESCRIPTOR.package
+        methods = {
+            "Generation": {
+                "Generate": _streaming(self._generate),
+                "Resume": _streaming(self._resume),
+                "Cancel": _unary(self._cancel, pb.CancelRequest),
+            },
+            "Sessions": {
+                "Get": _unary(self._get_session, pb.GetSessionRequest),
+                "List": _unary(self._list_sessions, pb.ListSessionsRequest),
+                "Delete": _unary(self._delete_session, pb.DeleteSessionRequest),
+            },
+            "Cluster": {"GetTopology": _unary(self._get_topology, pb.GetTopologyRequest)},
+        }
+        return tuple(grpc.method_handlers_generic_handler(f"{package}.{k}", v) for k, v in methods.items())
+
+
+def _streaming(
+    method: Callable[[bytes, grpc.aio.ServicerContext], Awaitable[None]],
+) -> grpc.RpcMethodHandler:
+    async def handle(data: bytes, context: grpc.aio.ServicerContext) -> None:
+        async with _as_status(context):
+            await method(data, context)
+
+    return grpc.unary_stream_rpc_method_handler(handle)
+
+
+def _unary(
+    method: Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]], request_class: Any
+) -> grpc.RpcMethodHandler:
+    async def handle(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
+        async with _as_status(context):
+            response = await method(parse(request_class, data), context)
+        encoded: bytes = response.SerializeToString()
+        return encoded
+
+    return grpc.unary_unary_rpc_method_handler(handle)
+
+
+class _as_status(contextlib.AbstractAsyncContextManager[None]):
+    """An error of the tree becomes its status. Any other is our bug: INTERNAL to the client, a traceback in the log."""
+
+    def __init__(self, context: grpc.aio.ServicerContext) -> None:
+        self._context = context
+
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
+        if isinstance(error, ExpertMeshError):
+            await self._context.abort(status_code(error), error.message, trailing_metadata(error))
+        if isinstance(error, Exception) and not isinstance(error, grpc.aio.AbortError):
+            _log.error("a handler failed", exc_info=error)
+            await self._context.abort(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}")
+
+
+def _server_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_metadata_size", 16 << 10),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.so_reuseport", 0),  # a taken port must be an error, not a silent share
+    ]
+
+
+# ---- records as messages
+
+
+def encode_session(record: SessionRecord) -> pb.Session:
+    session = pb.Session(
+        session_id=record.session_id,
+        version=record.version,
+        created_at=record.created_at,
+        expires_at=record.expires_at,
+    )
+    for turn in record.turns:
+        session.turns.add(
+            messages=[_encode_message(m) for m in turn.messages],
+            usage=pb.Usage(**turn.usage),
+            request_id=turn.request_id,
+            finished_at=turn.finished_at,
+        )
+    return session
+
+
+def _encode_message(message: dict[str, Any]) -> pb.Message:
+    calls = [
+        pb.ToolCall(name=c["name"], arguments_json=json.dumps(c["arguments"], ensure_ascii=False))
+        for c in message.get("tool_calls", ())
+    ]
+    return pb.Message(
+        role=message["role"],
+        content=message["content"],
+        reasoning_content=message.get("reasoning_content", ""),
+        tool_calls=calls,
+    )
+
+
+def encode_topology(state: ClusterState, facts: pb.Topology) -> pb.Topology:
+    """`facts`: the fields that never change while a gateway lives."""
+    topology = pb.Topology(epoch=state.epoch, placement_version=state.placement_version, gateways=state.gateways)
+    topology.MergeFrom(facts)
+    for process in state.processes:
+        if process.role != "gateway":
+            topology.members.append(_encode_member(process, state))
+    return topology
+
+
+def _encode_member(process: ProcessStatus, state: ClusterState) -> pb.MemberStatus:
+    return pb.MemberStatus(
+        member_id=process.name,
+        attention=process.attention,
+        expert=process.expert,
+        state=process.state,
+        ep_rank=state.ranks.get(process.name, -1),
+        pid=process.pid,
+        node=process.node,
+        num_running=process.num_running,
+        num_waiting=process.num_waiting,
+        num_free_kv_blocks=process.num_free_kv_blocks,
+        num_kv_blocks=process.num_kv_blocks,
+        num_physical_experts=process.num_physical_experts,
+        num_rows=process.num_rows,
+        busy_fraction=process.busy_fraction,
+        weight_bytes=process.weight_bytes,
+        age_s=state.ages_s.get(process.name, 0.0),
+    )

@@ -1,0 +1,165 @@
+"""The attention tier as a gateway sees it: links to all replicas, a choice per request, and failover.
+
+A replica that dies takes no stream with it: the request goes to another one with the tokens so far (`output_ids`),
+which replays them and goes on. Draws are keyed by (seed, position), so it says what the first one would have said."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
+
+from ...errors import NoReplica, Overloaded, ReplicaLost
+from ...request import EngineRequest, RequestOutput
+from .balancer import BalancerConfig, ReplicaView, pick
+from .link import LinkClient, RequestStream
+
+FAILOVER_WAIT_S = 30.0  # a stream in flight waits so long for a replica to come (back)
+MAX_FAILOVERS = 8
+
+
+class AttentionTier:
+    """Owns one LinkClient per replica. `set_replicas` follows the topology."""
+
+    def __init__(
+        self,
+        *,
+        gateway_id: str,
+        cluster_token: str,
+        config: BalancerConfig | None = None,
+        max_message_bytes: int = 64 << 20,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config or BalancerConfig()
+        self.clock = clock
+        self._gateway_id, self._cluster_token, self._max_message_bytes = gateway_id, cluster_token, max_message_bytes
+        self._links: dict[str, LinkClient] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def set_replicas(self, addresses: Mapping[str, str]) -> None:
+        """Replica id -> host:port of its link. New ones are dialled, missing ones hung up, moved ones dialled again."""
+        for replica_id, link in list(self._links.items()):
+            if addresses.get(replica_id) != link.address:
+                del self._links[replica_id]
+                task = asyncio.create_task(link.close())
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+        for replica_id, address in addresses.items():
+            if replica_id not in self._links:
+                self._links[replica_id] = LinkClient(
+                    replica_id,
+                    address,
+                    gateway_id=self._gateway_id,
+                    cluster_token=self._cluster_token,
+                    max_message_bytes=self._max_message_bytes,
+                )
+
+    @property
+    def num_connected(self) -> int:
+        return sum(link.connected.is_set() for link in self._links.values())
+
+    @property
+    def num_in_flight(self) -> int:
+        return sum(link.num_in_flight for link in self._links.values())
+
+    async def wait_connected(self, timeout_s: float, *, count: int = 1) -> None:
+        """Until `count` replicas are connected; NoReplica past the bound."""
+        deadline = self.clock() + timeout_s
+        while self.num_connected < count:
+            waits = [
+                asyncio.ensure_future(k.connected.wait()) for k in self._links.values() if not k.connected.is_set()
+            ]
+            left = deadline - self.clock()
+            if left <= 0:
+                raise NoReplica(f"{self.num_connected} of {count} attention replicas connected in {timeout_s:g} s")
+            if not waits:
+                await asyncio.sleep(min(left, 0.05))
+                continue
+            await asyncio.wait(waits, timeout=min(left, 0.5), return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+
+    def generate(self, request: EngineRequest, *, affinity: str = "") -> "TierStream":
+        """Submit to the best replica at once (NoReplica, QueueFull) and return its outputs."""
+        return TierStream(self, request, affinity)
+
+    def submit(self, request: EngineRequest, affinity: str, excluded: set[str]) -> RequestStream:
+        views = [
+            ReplicaView(
+                replica_id=k.replica_id,
+                connected=k.connected.is_set(),
+                load=k.load,
+                num_unreported=k.num_unreported,
+            )
+            for k in self._links.values()
+        ]
+        return self._links[pick(views, self.config, affinity=affinity, excluded=excluded)].generate(request)
+
+    async def close(self) -> None:
+        self.set_replicas({})
+        await asyncio.gather(*self._closing)
+
+
+class TierStream(AsyncIterator[RequestOutput]):
+    """Outputs of one request, over as many replicas as it takes. Closing it aborts the request."""
+
+    __slots__ = ("_closed", "_full", "_num_failovers", "_received", "_request", "_stream", "_tier")
+
+    def __init__(self, tier: AttentionTier, request: EngineRequest, affinity: str) -> None:
+        self._tier, self._request = tier, request
+        self._closed = False
+        self._received: list[int] = []
+        self._num_failovers = 0
+        self._full: set[str] = set()  # replicas that refused for want of room
+        self._stream: RequestStream | None = tier.submit(request, affinity, set())
+
+    @property
+    def replica_id(self) -> str:
+        """Where it runs now: the affinity hint of the next turn."""
+        return self._stream.replica_id if self._stream is not None else ""
+
+    async def __anext__(self) -> RequestOutput:
+        while True:
+            stream = self._stream
+            if stream is None or self._closed:
+                self.abort()
+                raise StopAsyncIteration
+            try:
+                output = await stream.__anext__()
+            except ReplicaLost:
+                self._stream = None
+                self._stream = await self._fail_over()
+                continue
+            except Overloaded:
+                if self._received:
+                    raise
+                self._full.add(stream.replica_id)
+                self._stream = None
+                self._stream = self._tier.submit(self._request, "", self._full)
+                continue
+            self._received.extend(output.token_ids)
+            return output
+
+    async def aclose(self) -> None:
+        self.abort()
+
+    def abort(self) -> None:
+        self._closed = True
+        if self._stream is not None:
+            self._stream.abort()
+            self._stream = None
+
+    async def _fail_over(self) -> RequestStream:
+        """Send prompt and tokens so far to another replica, waiting for one where none is there."""
+        self._num_failovers += 1
+        if self._num_failovers > MAX_FAILOVERS:
+            raise ReplicaLost(f"lost {self._num_failovers} attention replicas under one request; giving up")
+        request = replace(self._request, output_ids=(*self._request.output_ids, *self._received))
+        deadline = self._tier.clock() + FAILOVER_WAIT_S
+        while True:
+            try:
+                return self._tier.submit(request, "", set())
+            except (NoReplica, ReplicaLost):
+                left = deadline - self._tier.clock()
+                if left <= 0:
+                    raise
+                await self._tier.wait_connected(left)
