@@ -145,7 +145,7 @@ def sampling_params(
     room: int,
     seed: int,
 ) -> SamplingParams:
-    """Options over the checkpoint's defaults. `room` tokens fit behind the prompt; `seed` is for requests without one."""
+    """Options over the checkpoint's defaults. `room` tokens fit behind the prompt; `seed` is the default seed."""
 
     def number(name: str, default: float, ok: str, low: float, high: float, *, open_: str = "") -> float:
         value = getattr(options, name) if options.HasField(name) else default
