@@ -39,6 +39,17 @@ redis.call('PEXPIRE', KEYS[2], ARGV[5])
 return {1, version}
 """
 
+# KEYS index by id, index by expiry (one slot, another than the session's); ARGV session id, now, expires at.
+# Puts the session in and takes up to 100 expired ones out, so the index stays as large as what lives.
+_INDEX = """
+redis.call('ZADD', KEYS[1], 0, ARGV[1])
+redis.call('ZADD', KEYS[2], ARGV[3], ARGV[1])
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', ARGV[2], 'LIMIT', 0, 100)) do
+  redis.call('ZREM', KEYS[1], id)
+  redis.call('ZREM', KEYS[2], id)
+end
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRecord:
@@ -93,6 +104,7 @@ class SessionStore:
         )
         self._redis: Any = redis.Redis(connection_pool=pool)
         self._commit = self._redis.register_script(_COMMIT)
+        self._enter = self._redis.register_script(_INDEX)
 
     async def open(self, session_id: str, owner: str = "") -> SessionRecord:
         """The record that a new turn begins from, empty where there is none yet."""
@@ -120,8 +132,8 @@ class SessionStore:
         committed, version = await self._answer(self._commit(keys=[meta, turns], args=arguments))
         if not committed:
             raise SessionConflict(session_id, expected_version=expected_version, current_version=version)
-        if version == 1:
-            await self._answer(self._redis.zadd(_index(owner), {session_id: 0}))  # another slot, so not in the script
+        now = self._wall_clock()
+        await self._answer(self._enter(keys=_index(owner), args=[session_id, now, now + self._ttl_s]))
         return int(version)
 
     async def get(self, session_id: str, owner: str = "") -> SessionRecord:
@@ -136,7 +148,8 @@ class SessionStore:
 
     async def delete(self, session_id: str, owner: str = "") -> None:
         removed = await self._answer(self._redis.delete(*_keys(session_id, owner)))
-        await self._answer(self._redis.zrem(_index(owner), session_id))
+        for index in _index(owner):
+            await self._answer(self._redis.zrem(index, session_id))
         if not removed:
             raise NotFound("session", session_id)
 
@@ -155,7 +168,7 @@ class SessionStore:
         return self._record(session_id, found, items, ttl_ms)
 
     async def _list(self, owner: str, page_size: int, page_token: str) -> Page:
-        index, start = _index(owner), f"({page_token}" if page_token else "-"
+        index, start = _index(owner)[0], f"({page_token}" if page_token else "-"
         records: list[SessionRecord] = []
         while len(records) < page_size:
             wanted = page_size - len(records)
@@ -204,8 +217,9 @@ def _keys(session_id: str, owner: str) -> tuple[str, str]:
     return f"{tag}:meta", f"{tag}:turns"
 
 
-def _index(owner: str) -> str:
-    return f"{PREFIX}:sessions:{{{owner}}}"
+def _index(owner: str) -> tuple[str, str]:
+    """An owner's sessions by id (for pages) and by expiry."""
+    return f"{PREFIX}:sessions:{{{owner}}}", f"{PREFIX}:sessions:{{{owner}}}:expiry"
 
 
 def _short(error: BaseException) -> str:
