@@ -20,6 +20,7 @@ from ..errors import ExchangeError, ExchangeTimeout, PeerLost
 from .dispatch import DispatchPlan
 from .epoch import Epoch, StepHeader
 from .exchange import ExchangeHandle, RowShape
+from .group import abort_gloo
 from .placement import Int32Array
 
 _HEAD_WORDS = 16  # 64 bytes, so that rows are aligned
@@ -96,7 +97,7 @@ class GlooExchange:
     def abort(self) -> None:
         if not self._aborted:
             self._aborted = True
-            self._group.abort()
+            abort_gloo(self._group, peer=1 if self._rank == 0 else 0)
 
     # -- a source's half
 

@@ -11,12 +11,14 @@ import os
 import socket
 from datetime import timedelta
 
+import torch
 from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, TCPStore
 
 from ..errors import EpochError
 from .epoch import Epoch
 
 _IDLE_TIMEOUT = timedelta(hours=24)
+_ABORT_TAG = (1 << 31) - 1  # no message has it
 
 
 class RendezvousStore:
@@ -54,6 +56,18 @@ def build_gloo(epoch: Epoch, rank: int, *, interface: str, timeout_s: float) -> 
             f"epoch {epoch.number}: no communicator of {len(epoch.members)} members within {timeout_s:.0f} s: {error}"
         ) from error
     return group
+
+
+def abort_gloo(group: ProcessGroup, peer: int) -> None:
+    """End all waits on this group, here and at the peers, now.
+
+    Trap: `ProcessGroupGloo.abort()` closes no connection while anything refers to the group, and a peer would wait for
+    its deadline. A receive that times out does: Gloo then fails the whole context, so one is made to."""
+    never = torch.empty(1, dtype=torch.uint8)
+    with contextlib.suppress(RuntimeError):
+        group.recv([never], peer, _ABORT_TAG).wait(timedelta(milliseconds=1))
+    with contextlib.suppress(RuntimeError):
+        group.abort()
 
 
 def use_batch_scheduling() -> None:

@@ -87,7 +87,8 @@ class ClusterMesh:
         self._leads = False
         self._timer = Timer(lambda: self._lead(GraceOver()))
         self._epochs: dict[int, _Prepared] = {}
-        self._current: _Prepared | None = None
+        self._current: _Prepared | None = None  # entered
+        self._committed: _Prepared | None = None  # the newest that may be entered
         self._leader_id = ""  # to whom bids go
         self._bid: tuple[int, int] | None = None  # not answered yet
         self._last_source_step = 0
@@ -179,20 +180,24 @@ class ClusterMesh:
         """Make the epoch enterable. Blocks (call it from a worker thread); EpochError where a peer does not come."""
         rank = epoch.rank_of(self.member.member_id)
         with self._lock:
-            current = self._current
+            latest = self._committed
             if epoch.number in self._epochs:
                 return
-            if current and epoch.number <= current.epoch.number:
-                raise EpochError(f"epoch {epoch.number} is not after {current.epoch.number}")
-            stale = [n for n, p in self._epochs.items() if p is not current]
+            if latest and epoch.number <= latest.epoch.number:
+                raise EpochError(f"epoch {epoch.number} is not after {latest.epoch.number}")
+            if latest and not _same_table(epoch.placement, latest.epoch.placement):
+                raise EpochError(
+                    f"epoch {epoch.number} has another table under placement version {epoch.placement.version}"
+                )
+            stale = [n for n, p in self._epochs.items() if p not in (latest, self._current)]
         for number in stale:
             self.rollback(number)
         with self._lock:
             self._abort_replaced()  # at most two are alive
         if self._experts is not None:
             self._experts.set_placement(epoch.placement, epoch.expert_ranks.index(rank))
-        if current is not None and epoch.same_membership(current.epoch):
-            exchange = current.exchange
+        if latest is not None and epoch.same_membership(latest.epoch):
+            exchange = latest.exchange
         else:
             exchange = self._build_exchange(epoch, rank)
         leader = epoch.members[epoch.leader_rank]
@@ -208,6 +213,7 @@ class ClusterMesh:
             prepared = self._epochs.get(number)
             if prepared is None:
                 raise EpochError(f"epoch {number} was not prepared here")
+            self._committed = prepared
             leader_id = prepared.epoch.members[prepared.epoch.leader_rank].member_id
             if self._leads and leader_id != self.member.member_id:
                 self._stop_leading()
@@ -222,12 +228,9 @@ class ClusterMesh:
     def rollback(self, number: int) -> None:
         with self._lock:
             prepared = self._epochs.get(number)
-            if prepared is None or prepared is self._current:
+            if prepared is None or prepared in (self._current, self._committed):
                 return
-            del self._epochs[number]
-            shared = self._current is not None and prepared.exchange is self._current.exchange
-        if not shared:
-            prepared.exchange.abort()
+            self._drop_epoch(number)
 
     def retire(self) -> None:
         """This member is not in the next epoch: stop leading, if it does, when the step in flight is over."""
@@ -311,8 +314,9 @@ class ClusterMesh:
     def _step_done(self, prepared: _Prepared, step_id: int, error: BaseException | None) -> None:
         local = isinstance(prepared.exchange, LocalExchange)
         event = StepDone(self.member.member_id, step_id, failed=error is not None and not local)
-        if event.failed and isinstance(error, ExpertMeshError):
-            self._trouble(prepared.epoch.number, error)
+        if event.failed:
+            known = isinstance(error, ExpertMeshError)
+            self._trouble(prepared.epoch.number, error if known else ReplicaLost(f"a step failed here: {error!r}"))
         leader_id = prepared.epoch.members[prepared.epoch.leader_rank].member_id
         if leader_id == self.member.member_id:
             self._lead(event)
@@ -342,6 +346,8 @@ class ClusterMesh:
             if prepared is None or header.epoch < self._last_epoch:
                 return  # of an epoch that is over or never came: a bid stays unanswered and goes to the next leader
             self._last_epoch = header.epoch
+            if self._committed is None or self._committed.epoch.number < header.epoch:
+                self._committed = prepared  # the leader was told a little earlier
             self._leader_id = prepared.epoch.members[prepared.epoch.leader_rank].member_id
             if header.num_tokens[prepared.rank]:
                 self._bid, self._last_source_step = None, header.step_id
@@ -365,15 +371,21 @@ class ClusterMesh:
         if self._experts is not None:
             self._experts.use_placement(placement.version)
         self._load = np.zeros((placement.num_layers, placement.slots_per_rank), dtype=np.int64)
-        for number in [n for n in self._epochs if n < prepared.epoch.number]:
-            del self._epochs[number]
         leader_id = prepared.epoch.members[prepared.epoch.leader_rank].member_id
         idle = [self._channels.pop(name) for name in list(self._channels) if name != leader_id]
         if previous is not None and previous.exchange is not prepared.exchange:
             self._abort_replaced()
             self._replaced, self._replaced_steps = previous.exchange, 0
+        for number in [n for n in self._epochs if n < prepared.epoch.number]:
+            self._drop_epoch(number)
         if idle:  # closing joins a reader thread: not in a step
             threading.Thread(target=lambda: [c.close() for c in idle], name="control-close", daemon=True).start()
+
+    def _drop_epoch(self, number: int) -> None:
+        """Under the lock. Forget an epoch that will not be entered any more; its exchange ends unless others use it."""
+        exchange = self._epochs.pop(number).exchange
+        if exchange is not self._replaced and all(exchange is not p.exchange for p in self._epochs.values()):
+            exchange.abort()
 
     def _abort_replaced(self) -> None:
         replaced, self._replaced = self._replaced, None
@@ -442,6 +454,11 @@ class LocalMesh(ClusterMesh):
         if self._current is None:
             with self._lock:
                 self._switch(self._epochs[number])
+
+
+def _same_table(new: Placement, old: Placement) -> bool:
+    """A version names one table; loading and switching rely on it."""
+    return new.version != old.version or new.physical_to_logical.equal(old.physical_to_logical)
 
 
 def _drop(header: StepHeader) -> None:

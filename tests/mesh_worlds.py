@@ -1,0 +1,185 @@
+"""Members of a mesh as real processes for test_mesh.py: toy layers, tiny deterministic experts, commands by pipe."""
+
+import collections
+import os
+import queue
+import signal
+import threading
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from expertmesh.config import ExchangeConfig
+from expertmesh.errors import ExpertMeshError
+from expertmesh.router.epoch import Epoch, Member, StepHeader
+from expertmesh.router.exchange import RowShape
+from expertmesh.router.mesh import ClusterMesh, MeshOptions
+from expertmesh.router.placement import Placement, uniform
+
+NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN = 5, 16, 4, 32
+LAYERS = (1, 2, 4)
+SHAPE = RowShape(hidden_size=HIDDEN, top_k=TOP_K, dtype=torch.float32)
+TOKEN = "shared secret"
+
+
+class TinyExperts:
+    """Each logical expert of a layer is one seeded matrix; a row's product is computed by itself, so its bits depend on
+    nothing else."""
+
+    def __init__(self) -> None:
+        self.resident: dict[int, dict[int, torch.Tensor]] = {}  # version -> layer -> [slots, hidden, hidden]
+        self.version = 0
+        self.broken = False  # the next product fails
+
+    def set_placement(self, placement: Placement, ep_rank: int) -> None:
+        if placement.version not in self.resident:
+            self.resident[placement.version] = {
+                layer_id: torch.stack([matrix(layer_id, e) for e in placement.local_slots(layer_id, ep_rank).tolist()])
+                for layer_id in placement.moe_layers
+            }
+        self.version = self.version or placement.version
+
+    def use_placement(self, version: int) -> None:
+        self.version = version
+        self.resident = {v: layers for v, layers in self.resident.items() if v >= version}
+
+    def forward(self, layer_id: int, rows: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
+        if self.broken:
+            self.broken = False
+            raise RuntimeError("a broken expert")
+        row, k = (slot_ids >= 0).nonzero(as_tuple=True)
+        weights = self.resident[self.version][layer_id]
+        products = [weights[slot_ids[r, j]] @ rows[r] for r, j in zip(row.tolist(), k.tolist(), strict=True)]
+        return torch.stack(products) if products else rows[:0]
+
+
+def matrix(layer_id: int, expert: int) -> torch.Tensor:
+    """[hidden, hidden]; an empty slot (-1) holds NaN: it must never be asked."""
+    if expert < 0:
+        return torch.full((HIDDEN, HIDDEN), float("nan"))
+    generator = torch.Generator().manual_seed(1000 * layer_id + expert)
+    return torch.randn(HIDDEN, HIDDEN, generator=generator) / HIDDEN**0.5
+
+
+def toy_model(step: Any, batch_id: int, num_tokens: int) -> torch.Tensor:
+    """[num_tokens, hidden]: seeded input through every MoE layer, with seeded routing."""
+    generator = torch.Generator().manual_seed(batch_id)
+    x = torch.randn(num_tokens, HIDDEN, generator=generator)
+    for layer_id in LAYERS:
+        ids = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).argsort(1)[:, :TOP_K].to(torch.int32)
+        weights = torch.rand(num_tokens, TOP_K, generator=generator)
+        x = x + step.moe(layer_id, x, ids, weights)
+    return x
+
+
+def placement(ep_size: int, version: int) -> Placement:
+    """Version 1 is plain; later ones shuffle the experts over the ranks and add copies."""
+    plain = uniform(NUM_LAYERS, NUM_EXPERTS, ep_size, moe_layers=LAYERS)
+    if version == 1:
+        return plain
+    generator = torch.Generator().manual_seed(version)
+    extra = NUM_EXPERTS // 2
+    table = torch.full((NUM_LAYERS, NUM_EXPERTS + extra), -1, dtype=torch.int32)
+    for layer_id in LAYERS:
+        copies = torch.randperm(NUM_EXPERTS, generator=generator)[:extra]
+        row = torch.cat([torch.arange(NUM_EXPERTS), copies])
+        table[layer_id] = row[torch.randperm(len(row), generator=generator)].to(torch.int32)
+    return Placement(version, NUM_EXPERTS, ep_size, table)
+
+
+class MemberProcess:
+    """One member: the main thread obeys (method, args) from the test's pipe, as an agent would; the engine thread runs
+    the steps that headers name."""
+
+    def __init__(self, rank: int, connection: Connection, roles: str, exchange: ExchangeConfig) -> None:
+        self.connection = connection
+        self.headers = queue.SimpleQueue[StepHeader | None]()
+        self.outputs = queue.SimpleQueue[tuple[int, Any, int]]()  # (batch id, output or error, epoch)
+        self.batches = collections.deque[tuple[int, int]]()  # (batch id, tokens)
+        self.troubles: list[str] = []
+        self.steps_served: collections.Counter[int] = collections.Counter()  # by epoch
+        self.dies = False
+        role = roles[rank]
+        self.mesh = ClusterMesh(
+            f"member{rank}#0",
+            attention=role in "ab",
+            experts=TinyExperts() if role in "eb" else None,
+            shape=SHAPE,
+            options=MeshOptions(cluster_token=TOKEN, exchange=exchange),
+            on_trouble=lambda epoch, error: self.troubles.append(type(error).__name__),
+        )
+        self.mesh.start(self.headers.put)
+        self.engine = threading.Thread(target=self._engine)
+        self.engine.start()
+
+    def run(self) -> None:
+        while True:
+            method, args = self.connection.recv()
+            if method == "end":
+                break
+            try:
+                answer = getattr(self, method)(*args)
+            except ExpertMeshError as error:
+                answer = str(error)
+            self.connection.send(("value", answer))
+        self.headers.put(None)
+        self.engine.join()
+        self.mesh.close()
+
+    def member(self) -> Member:
+        return self.mesh.member
+
+    def prepare(self, epoch: Epoch) -> None:
+        self.mesh.prepare(epoch)
+
+    def commit(self, number: int) -> None:
+        self.mesh.commit(number)
+
+    def rollback(self, number: int) -> None:
+        self.mesh.rollback(number)
+
+    def submit(self, batches: list[tuple[int, int]]) -> None:
+        self.batches.extend(batches)
+        self._bid()
+
+    def collect(self, count: int) -> list[tuple[int, Any, int]]:
+        return [self.outputs.get(timeout=30.0) for _ in range(count)]
+
+    def die_in_next_step(self) -> None:
+        self.dies = True
+
+    def break_experts(self) -> None:
+        self.mesh._experts.broken = True
+
+    def report(self) -> tuple[dict[int, int], list[str], int, int]:
+        """(steps by epoch, troubles, placement version, rows computed under it)."""
+        version, rows = self.mesh.load()
+        return dict(self.steps_served), self.troubles, version, int(rows.sum())
+
+    def _bid(self) -> None:
+        if self.batches:
+            self.mesh.bid(self.batches[0][1], 0)
+
+    def _engine(self) -> None:
+        while (header := self.headers.get()) is not None:
+            batch = None
+            try:
+                step = self.mesh.enter(header)
+                if self.dies:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if header.num_tokens[self.mesh.rank] and self.batches:
+                    batch = self.batches.popleft()
+                    self.outputs.put((batch[0], toy_model(step, *batch), header.epoch))
+                else:
+                    step.serve()
+                self.steps_served[header.epoch] += 1
+            except (ExpertMeshError, RuntimeError) as error:
+                if batch is not None:  # as an engine does: the same batch runs again
+                    self.batches.appendleft(batch)
+                self.outputs.put((batch[0] if batch else -1, f"{type(error).__name__}: {error}", header.epoch))
+            self._bid()
+
+
+def member_process(rank: int, connection: Connection, roles: str, exchange: ExchangeConfig) -> None:
+    MemberProcess(rank, connection, roles, exchange).run()
