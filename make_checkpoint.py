@@ -98,6 +98,7 @@ def make_checkpoint(
     fused_experts: bool = False,
     tokenizer_folder: str | Path | None = None,
     generation: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> MadeCheckpoint:
     """`config` is the name of a preset or the contents of a config.json (absent fields get Qwen3's values).
@@ -106,7 +107,7 @@ def make_checkpoint(
     parsed = ModelConfig.from_mapping(raw, file="the given configuration")
     shapes = tensor_shapes(parsed, fused_experts=fused_experts)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    _clear(folder, overwrite)
     _write_json(folder / "config.json", raw)
     _write_json(folder / "generation_config.json", generation or _generation_config(raw))
     _copy_tokenizer(folder, tokenizer_folder, parsed.vocab_size)
@@ -182,7 +183,15 @@ def tensor_shapes(config: ModelConfig, *, fused_experts: bool = False) -> dict[s
 
 
 def random_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
-    """float32 values of one tensor."""
+    """float32 values of one tensor. A fused one holds what the single experts' tensors would."""
+    prefix, is_experts, part = name.partition(".mlp.experts.")
+    if is_experts and part in ("gate_up_proj", "down_proj"):
+        single = [f"{prefix}.mlp.experts.{expert}." for expert in range(shape[0])]
+        parts = ("gate", "up") if part == "gate_up_proj" else ("down",)
+        rows = (shape[1] // len(parts), shape[2])
+        return torch.stack(
+            [torch.cat([random_tensor(f"{s}{p}_proj.weight", rows, config, seed) for p in parts]) for s in single]
+        )
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     values = torch.randn(shape, generator=generator)
@@ -237,6 +246,16 @@ def _split(shapes: Mapping[str, tuple[int, ...]], element_bytes: int, max_bytes:
         names.append(name)
         size += num_bytes
     yield names
+
+
+def _clear(folder: Path, overwrite: bool) -> None:
+    """Weights of another model must not stay beside these."""
+    folder.mkdir(parents=True, exist_ok=True)
+    old = [*folder.glob("*.safetensors"), *folder.glob(INDEX_NAME)]
+    if old and not overwrite:
+        raise ConfigError("folder", str(folder), "a folder without weights; name another one, or ask to overwrite")
+    for path in old:
+        path.unlink()
 
 
 def _generation_config(raw: Mapping[str, Any]) -> dict[str, Any]:
