@@ -8,6 +8,7 @@ counts once. Turns hold text and the generated ids. Both keys expire together, r
 Redis away means SessionStoreUnavailable here and nothing anywhere else: stateless traffic never comes by."""
 
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ from ...errors import InvalidRequest, NotFound, SessionConflict, SessionStoreUna
 T = TypeVar("T")
 Page = tuple[list["SessionRecord"], str]  # sessions without turns, token of the next page
 PREFIX = "expertmesh"
+_log = logging.getLogger(__name__)
 
 # KEYS meta, turns; ARGV expected version, request id, turn JSON, now, ttl ms, affinity.
 # Returns {1, version} when committed, {0, current version} when another writer was first.
@@ -133,7 +135,10 @@ class SessionStore:
         if not committed:
             raise SessionConflict(session_id, expected_version=expected_version, current_version=version)
         now = self._wall_clock()
-        await self._answer(self._enter(keys=_index(owner), args=[session_id, now, now + self._ttl_s]))
+        try:
+            await self._answer(self._enter(keys=_index(owner), args=[session_id, now, now + self._ttl_s]))
+        except SessionStoreUnavailable as error:  # the turn is in; the next one enters the session again
+            _log.warning("session %s is not in the index: %s", session_id, error)
         return int(version)
 
     async def get(self, session_id: str, owner: str = "") -> SessionRecord:
