@@ -46,7 +46,8 @@ Publish = Callable[[list[RequestOutput]], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
-    """What one step of this replica did, for telemetry. `forward_s` is the attention tier's own part."""
+    """What one step of this replica did, for telemetry. No tokens = it only served its experts to others. `forward_s`
+    is the attention tier's own part."""
 
     header: StepHeader
     started_at: float  # unix seconds
@@ -175,6 +176,11 @@ class Engine:
         )
 
     @property
+    def vocab_size(self) -> int:
+        """Ids from here on are neither taken nor given."""
+        return self._runner.vocab_size
+
+    @property
     def failure(self) -> ExpertMeshError | None:
         """Why this engine serves no more; None = healthy."""
         return self._failure
@@ -278,7 +284,7 @@ class Engine:
             self._commit(pending, result)
         self._offer()  # before publishing: the leader decides on the next step meanwhile
         self._flush()
-        if self._observer is not None and pending is not None:
+        if self._observer is not None:
             self._observer.observe(
                 self._stats(step, started_at, scheduled_s, pending, result, perf_counter() - computed, failure)
             )
@@ -420,12 +426,13 @@ class Engine:
         step: StepContext,
         started_at: float,
         schedule_s: float,
-        pending: _Pending,
+        pending: _Pending | None,
         result: StepResult | None,
         publish_s: float,
         error: ExchangeError | None,
     ) -> StepStats:
-        scheduled, load = pending.scheduled, self.load()
+        load = self.load()
+        scheduled = pending.scheduled if pending is not None else []
         num_decode = sum(1 for item in scheduled if item.num_tokens == 1)
         return StepStats(
             header=step.header,
@@ -437,7 +444,7 @@ class Engine:
             sample_s=result.sample_s if result is not None else 0.0,
             publish_s=publish_s,
             num_decode_tokens=num_decode,
-            num_prefill_tokens=pending.num_tokens - num_decode,
+            num_prefill_tokens=sum(item.num_tokens for item in scheduled) - num_decode,
             num_running=load.num_running,
             num_waiting=load.num_waiting,
             num_free_kv_blocks=load.num_free_kv_blocks,

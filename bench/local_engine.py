@@ -1,0 +1,114 @@
+"""A whole engine in one process: real model, real scheduler, real KV, a mesh of one. For benchmarks of the engine
+itself and for tests that compare a busy engine's streams with solo runs."""
+
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from ..checkpoint import Checkpoint
+from ..cluster.attention.engine import Engine, StepObserver
+from ..cluster.attention.runner import Runner
+from ..config import CacheConfig, SchedulerConfig
+from ..experts.mlp import LocalExpertMLP
+from ..request import EngineRequest, FinishReason, RequestOutput
+from ..router.exchange import RowShape
+from ..router.mesh import LocalMesh
+from ..router.placement import uniform
+
+
+@dataclass(slots=True)
+class Stream:
+    """What one request gave; times are those of `time.perf_counter`."""
+
+    submitted_s: float = 0.0
+    token_ids: list[int] = field(default_factory=list)
+    token_times_s: list[float] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    end: RequestOutput | None = None
+
+    @property
+    def time_to_first_token_s(self) -> float:
+        return self.token_times_s[0] - self.submitted_s
+
+
+class LocalEngine:
+    """Use as a context manager; `run` submits requests together and returns their streams when all have ended."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        cache: CacheConfig,
+        scheduler: SchedulerConfig | None = None,
+        batch_invariant: bool = True,
+        observer: StepObserver | None = None,
+    ) -> None:
+        scheduler = scheduler or SchedulerConfig()
+        checkpoint = Checkpoint(folder)
+        config = checkpoint.config
+        runner = Runner.load(checkpoint, cache, batch_invariant=batch_invariant)
+        placement = uniform(config.num_layers, config.num_experts, 1, moe_layers=config.moe_layer_ids)
+        shape = RowShape(hidden_size=config.hidden_size, top_k=config.top_k, dtype=torch.float32)
+        experts = LocalExpertMLP(checkpoint) if config.num_experts else None
+        self.mesh = LocalMesh(
+            experts, placement, shape, max_prefill_tokens_per_step=scheduler.max_prefill_tokens_per_step
+        )
+        self.engine = Engine(
+            runner,
+            self.mesh,
+            scheduler=scheduler,
+            publish=self._take,
+            max_model_len=config.max_position_embeddings,
+            enable_prefix_cache=cache.enable_prefix_cache,
+            observer=observer,
+        )
+        self.mesh.start(self.engine.on_header)
+        self.streams: dict[str, Stream] = {}
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> "LocalEngine":
+        self.engine.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.engine.stop()
+        self.mesh.close()
+
+    def submit(self, request: EngineRequest) -> Stream:
+        stream = self.streams[request.request_id] = Stream(submitted_s=time.perf_counter())
+        self.engine.submit(request)
+        return stream
+
+    def wait(self, request_ids: Iterable[str], timeout_s: float = 600.0) -> None:
+        names = list(request_ids)
+        with self._changed:
+            if not self._changed.wait_for(lambda: all(self.streams[n].end for n in names), timeout_s):
+                raise TimeoutError(f"not ended after {timeout_s} s: {[n for n in names if not self.streams[n].end]}")
+
+    def run(self, requests: Sequence[EngineRequest], timeout_s: float = 600.0) -> list[Stream]:
+        streams = [self.submit(request) for request in requests]
+        self.wait([request.request_id for request in requests], timeout_s)
+        return streams
+
+    @property
+    def books_balance(self) -> bool:
+        """Every block is free and nothing is queued."""
+        load = self.engine.load()
+        return load.num_free_kv_blocks == load.num_kv_blocks and load.num_running == load.num_waiting == 0
+
+    def _take(self, outputs: list[RequestOutput]) -> None:
+        now = time.perf_counter()
+        with self._changed:
+            for output in outputs:
+                stream = self.streams[output.request_id]
+                stream.token_ids += output.token_ids
+                stream.token_times_s += [now] * len(output.token_ids)
+                stream.num_cached_tokens = max(stream.num_cached_tokens, output.num_cached_tokens)
+                if output.finish_reason is not FinishReason.NONE:
+                    stream.end = output
+            self._changed.notify_all()
