@@ -1,0 +1,251 @@
+"""The Serve deployment of one expert shard: a member of the mesh that owns experts and sends no tokens.
+
+Its event loop only joins, reports and answers health checks. One serving thread takes every step that a header names:
+enter, serve all MoE layers' turns, wait for the next header in a blocking read. Which experts it holds is the placement's
+business: they are loaded when an epoch is prepared, before it is entered. Serve never sends it a request; what Serve
+needs for scaling is reported with `record_autoscaling_stats`."""
+
+import asyncio
+import logging
+import os
+import queue
+import secrets
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, Protocol
+
+import torch
+from ray import serve
+
+from ..checkpoint import Checkpoint, LoadProgress
+from ..config import ClusterConfig
+from ..errors import EpochError, ExchangeError, ExpertMeshError, ReplicaLost
+from ..numerics import select_numerics
+from ..router.epoch import StepHeader
+from ..router.exchange import RowShape
+from ..router.group import use_batch_scheduling
+from ..router.mesh import ClusterMesh, MeshOptions
+from ..router.status import ConductorLink, ProcessStatus, describe_error, report_forever
+from .mlp import LocalExpertMLP
+from .weights import expert_shapes
+
+_log = logging.getLogger(__name__)
+
+
+class Agent(Protocol):
+    """Follows the Conductor's commands for one mesh (`cluster/member_agent.py`)."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def on_trouble(self, epoch: int, error: ExpertMeshError) -> None: ...
+
+
+MakeAgent = Callable[[ClusterMesh, ConductorLink], Agent]
+
+
+class ExpertShard:
+    """One shard. `__init__` returns when it has asked to join; it is READY when its epoch is committed."""
+
+    async def __init__(self, config_text: str, conductor: ConductorLink, make_agent: MakeAgent) -> None:
+        config = ClusterConfig.from_json(config_text)
+        self.member_id, self._conductor = replica_name("expert"), conductor
+        self._detail, self._draining = "", False
+        self._last = ProcessStatus(name=self.member_id, role="expert")
+        settle_on_cpu()
+        try:
+            checkpoint = await asyncio.to_thread(Checkpoint, config.model)
+            self._experts = await asyncio.to_thread(load_experts, config, checkpoint, self._show)
+            self._mesh = ClusterMesh(
+                self.member_id,
+                attention=False,
+                experts=self._experts,
+                shape=row_shape(config, checkpoint),
+                options=MeshOptions.of(config),
+                on_trouble=lambda number, error: self._agent.on_trouble(number, error),
+            )
+            self._agent = make_agent(self._mesh, conductor)
+            self._server = StepServer(self._mesh)
+            self._load = ExpertLoad(self._mesh, self._experts)
+            self._server.start()
+            self._agent.start()
+        except Exception as error:
+            await conductor.fail(self.member_id, describe_error(error))
+            raise
+        self._reporter = asyncio.create_task(report_forever(conductor, self._status))
+
+    def check_health(self) -> None:
+        if self._server.failure is not None:
+            raise self._server.failure
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve's autoscaling policy reads: part of the time spent computing rows, and rows so far."""
+        return {"busy_fraction": self._last.busy_fraction, "num_rows": float(self._last.num_rows)}
+
+    async def __del__(self) -> None:
+        self._draining = True
+        self._reporter.cancel()
+        await asyncio.to_thread(self._agent.stop)
+        await asyncio.to_thread(self._server.stop)
+        self._mesh.close()
+        await self._conductor.forget(self.member_id)
+
+    def _show(self, progress: LoadProgress) -> None:
+        self._detail = str(progress)
+
+    def _status(self) -> ProcessStatus:
+        epoch = self._mesh.epoch
+        self._last = ProcessStatus(
+            name=self.member_id,
+            role="expert",
+            state=state_of(epoch is not None, self._draining),
+            detail=self._detail,
+            pid=os.getpid(),
+            node=node_name(),
+            epoch=epoch.number if epoch else 0,
+            **self._load.read(self._server.take_busy_s()),
+        )
+        return self._last
+
+
+class StepServer:
+    """The serving thread of a member without tokens: takes part in every step that names it."""
+
+    def __init__(self, mesh: ClusterMesh) -> None:
+        self._mesh = mesh
+        self._headers: queue.SimpleQueue[StepHeader | None] = queue.SimpleQueue()
+        self._busy_s = 0.0
+        self.failure: ReplicaLost | None = None
+        self._thread = threading.Thread(target=self._run, name="expert-steps", daemon=True)
+        mesh.start(self._headers.put)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._headers.put(None)
+        self._thread.join(timeout=10.0)
+
+    def take_busy_s(self) -> float:
+        """Seconds spent computing rows since the last call."""
+        busy, self._busy_s = self._busy_s, 0.0
+        return busy
+
+    def _run(self) -> None:
+        use_batch_scheduling()
+        try:
+            while (header := self._headers.get()) is not None:
+                self._take_part(header)
+        except Exception as error:
+            _log.exception("the serving thread failed; this shard serves no more")
+            self.failure = ReplicaLost(f"the serving thread of this shard failed: {describe_error(error)}")
+            self._mesh.close()  # peers see a lost peer at once, not a time-out
+
+    def _take_part(self, header: StepHeader) -> None:
+        try:
+            step = self._mesh.enter(header)
+            step.serve()
+        except (ExchangeError, EpochError) as error:
+            # The mesh has told the leader and the Conductor; the next epoch replays the step.
+            _log.warning("step %d ended early: %s", header.step_id, error)
+            return
+        self._busy_s += step.expert_s
+
+
+class ExpertLoad:
+    """Rows, busy fraction and sizes of a member that owns experts, for its report."""
+
+    def __init__(self, mesh: ClusterMesh, experts: LocalExpertMLP) -> None:
+        self._mesh, self._experts = mesh, experts
+        self._version, self._rows, self._rows_before = 0, 0, 0
+        self._read_at = monotonic()
+
+    def read(self, busy_s: float) -> dict[str, Any]:
+        """Fields of ProcessStatus; `busy_s` = computing time since the last call."""
+        now = monotonic()
+        elapsed, self._read_at = max(now - self._read_at, 1e-3), now
+        version, rows = self._mesh.load()
+        if version != self._version:  # the mesh counts anew in each placement version
+            self._rows_before, self._version = self._rows_before + self._rows, version
+        self._rows = int(rows.sum())
+        epoch = self._mesh.epoch
+        slots = 0
+        if epoch is not None:
+            ep_rank = epoch.expert_ranks.index(epoch.rank_of(self._mesh.member.member_id))
+            held = [epoch.placement.local_slots(layer, ep_rank) for layer in epoch.placement.moe_layers]
+            slots = sum(int((layer >= 0).sum()) for layer in held)
+        return {
+            "num_rows": self._rows_before + self._rows,
+            "busy_fraction": round(min(1.0, busy_s / elapsed), 4),
+            "num_physical_experts": slots,
+            "weight_bytes": self._experts.resident_bytes,
+        }
+
+
+# ---------------------------------------------------------------- shared with cluster/replica.py
+
+
+def load_experts(
+    config: ClusterConfig, checkpoint: Checkpoint, progress: Callable[[LoadProgress], None]
+) -> LocalExpertMLP:
+    """The expert product of this process; its weights come with the first placement."""
+    device, dtype = compute_device(config), compute_dtype(config, checkpoint)
+    shapes = expert_shapes(checkpoint.config)
+    numerics = select_numerics(
+        batch_invariant=is_batch_invariant(config), linear_shapes=shapes, batched_shapes=shapes, device=device
+    )
+    return LocalExpertMLP(checkpoint, numerics, dtype=dtype, device=device, progress=progress)
+
+
+def row_shape(config: ClusterConfig, checkpoint: Checkpoint) -> RowShape:
+    model = checkpoint.config
+    return RowShape(hidden_size=model.hidden_size, top_k=model.top_k, dtype=compute_dtype(config, checkpoint))
+
+
+def compute_device(config: ClusterConfig) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def compute_dtype(config: ClusterConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """auto: float32 on a CPU, the checkpoint's own type on a GPU."""
+    name = config.dtype
+    if name == "auto":
+        name = checkpoint.config.dtype if compute_device(config).type == "cuda" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def is_batch_invariant(config: ClusterConfig) -> bool:
+    return compute_device(config).type == "cpu" if config.batch_invariant is None else config.batch_invariant
+
+
+def settle_on_cpu() -> None:
+    """One torch thread, so that a row's bits don't change with the batch and ranks don't fight for cores."""
+    torch.set_num_threads(1)
+    use_batch_scheduling()
+
+
+def replica_name(role: str) -> str:
+    """The process's identity: Serve's replica tag and an incarnation. Never Serve's rank, which is used again."""
+    return f"{role}-{serve.get_replica_context().replica_tag}#{secrets.token_hex(2)}"
+
+
+def node_name() -> str:
+    return os.uname().nodename
+
+
+def state_of(in_epoch: bool, draining: bool) -> str:
+    if draining:
+        return "draining"
+    return "ready" if in_epoch else "joining"
+
+
+def own_metrics_port(config: ClusterConfig, *, role_offset: int) -> int:
+    """-1 off, 0 a free one; else the configured port + 100 (attention) or 200 (experts) + place on this host."""
+    port = config.network.metrics_port
+    if port <= 0:
+        return port
+    return port + role_offset + serve.get_replica_context().rank.local_rank

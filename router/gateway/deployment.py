@@ -1,0 +1,132 @@
+"""The Serve deployment of a gateway: our own grpc.aio server inside a Serve replica.
+
+Serve places it, checks its health and tells it to drain; requests come over the server's own port. It follows the
+Conductor's topology to know which attention replicas to dial, keeps nothing that matters (sessions are in Redis), and
+announces its address when it has reached an attention replica: that is what READY waits for."""
+
+import asyncio
+import os
+from dataclasses import replace
+
+from ray import serve
+
+from ...config import ClusterConfig
+from ...errors import NoReplica, Unavailable
+from ...model_config import ModelConfig
+from ...telemetry import configure
+from ..status import ConductorLink, ProcessStatus, describe_error, report_forever
+from .balancer import BalancerConfig
+from .generation import GenerationConfig
+from .server import GatewayServer
+from .session import SessionStore
+from .tier import AttentionTier
+from .tokenizer import Tokenizer
+
+WATCH_S = 20.0  # length of a long poll for the topology
+RETRY_S = 1.0  # pause while the Conductor restarts
+DRAIN_S = 20.0  # below Serve's graceful_shutdown_timeout_s
+
+
+class Gateway:
+    """One gateway. `__init__` returns when its port is open."""
+
+    async def __init__(self, config_text: str, conductor: ConductorLink) -> None:
+        config = ClusterConfig.from_json(config_text)
+        context = serve.get_replica_context()
+        self.gateway_id, self._conductor = f"gateway-{context.replica_tag}", conductor
+        self._server: GatewayServer | None = None
+        self._status = ProcessStatus(
+            name=self.gateway_id, role="gateway", state="joining", pid=os.getpid(), node=os.uname().nodename
+        )
+        try:
+            self._server = await self._build(config, context.rank.local_rank)
+            address = await self._server.start()
+        except Exception as error:
+            await conductor.fail(self.gateway_id, describe_error(error))
+            raise
+        self._status = replace(self._status, address=address)
+        self._tasks = [
+            asyncio.create_task(self._follow_topology(), name="topology"),
+            asyncio.create_task(report_forever(conductor, lambda: self._status), name="reports"),
+        ]
+
+    async def _build(self, config: ClusterConfig, local_rank: int) -> GatewayServer:
+        network = config.network
+        model = ModelConfig.from_folder(config.model)
+        tokenizer = await asyncio.to_thread(Tokenizer.for_checkpoint, config.model)
+        telemetry = configure(
+            config.telemetry,
+            role="gateway",
+            instance=self.gateway_id,
+            metrics_host=network.gateway_host,
+            metrics_port=network.metrics_port + (local_rank if network.metrics_port > 0 else 0),
+        )
+        self._store = SessionStore(config.redis_url, ttl_s=config.session_ttl_s)
+        self._tier = AttentionTier(
+            gateway_id=self.gateway_id,
+            cluster_token=network.cluster_token,
+            config=BalancerConfig(max_num_waiting=config.scheduler.max_num_waiting),
+            max_message_bytes=network.max_message_bytes,
+        )
+        return GatewayServer(
+            GenerationConfig(
+                model=config.served_model_name,
+                max_model_len=config.max_model_len or model.max_position_embeddings,
+                vocab_size=model.vocab_size,
+            ),
+            tokenizer=tokenizer,
+            tier=self._tier,
+            sessions=self._store,
+            topology=self._conductor,
+            host=network.gateway_host,
+            port=network.gateway_port + (local_rank if network.gateway_port else 0),  # several on one host: next ports
+            cluster_token=network.cluster_token,
+            max_message_bytes=network.max_message_bytes,
+            layout=config.layout,
+            num_logical_experts=model.num_experts,
+            num_moe_layers=len(model.moe_layer_ids),
+            telemetry=telemetry,
+        )
+
+    def check_health(self) -> None:
+        if self._server is None or not self._server.address:
+            raise Unavailable("the gateway's gRPC server is not up")
+
+    async def __del__(self) -> None:
+        """Drain: health says NOT_SERVING, running streams end, then the port closes."""
+        if self._server is None:
+            return
+        for task in self._tasks:
+            task.cancel()
+        await self._conductor.report(replace(self._status, state="draining"))
+        await self._server.drain(DRAIN_S)
+        await self._tier.close()
+        await self._store.close()
+        self._server.telemetry.shutdown()
+        await self._conductor.forget(self.gateway_id)
+
+    async def _follow_topology(self) -> None:
+        """Dial who serves. While the Conductor restarts, the present links go on."""
+        version = 0
+        while True:
+            try:
+                state = await self._conductor.watch(version, WATCH_S)
+            except Unavailable:
+                await asyncio.sleep(RETRY_S)
+                continue
+            version = state.version
+            if not state.links:
+                continue
+            self._tier.set_replicas(state.links)
+            if self._status.state != "ready" and not await self._announce():
+                version = 0  # look again at once
+
+    async def _announce(self) -> bool:
+        """READY once an attention replica is connected; it stays so, since replicas come and go."""
+        try:
+            await self._tier.wait_connected(RETRY_S)
+        except NoReplica:
+            return False
+        self._status = replace(self._status, state="ready")
+        await self._conductor.report(self._status)
+        return True
