@@ -94,7 +94,7 @@ def select_numerics(
         return Numerics()
     if torch.device(device).type != "cpu":
         raise ConfigError(
-            "batch_invariant", True, "off on this device: only the CPU mode exists; set batch_invariant=false"
+            "batch_invariant", True, f"off on {device}: only a CPU mode exists; set batch_invariant=false"
         )
     if torch.get_num_threads() != 1:
         raise ConfigError(

@@ -138,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if ok else 1
 
 
-def check(configuration: Configuration, *, num_prompts: int = 20, num_tokens: int = 64, seed: int = 0) -> Result:
+def check(
+    configuration: Configuration, *, num_prompts: int = 20, num_tokens: int = 64, num_streams: int = 32, seed: int = 0
+) -> Result:
     """All checks of one configuration, in a temporary folder."""
     started = time.monotonic()
     result = Result(name=configuration.name)
@@ -149,7 +151,7 @@ def check(configuration: Configuration, *, num_prompts: int = 20, num_tokens: in
         generator = random.Random(seed)
         check_logits_and_routing(result, ours, reference, generator)
         check_greedy(result, ours, reference, generator, num_prompts, num_tokens)
-        check_bits(result, folder, ours, generator)
+        check_bits(result, folder, ours, generator, num_streams)
     result.seconds = round(time.monotonic() - started, 1)
     return result
 
@@ -206,8 +208,8 @@ def check_greedy(
 
 
 def explained_by_routing_tie(ours: InProcessModel, reference: Reference, tokens: Sequence[int]) -> bool:
-    """True when the reference's own choice of experts hangs by less than ROUTING_GAP somewhere in `tokens`, and with its
-    choice injected ours is its next token. Such a tie may fall either way in any arithmetic, and its experts differ."""
+    """True when the reference's own choice of experts hangs by less than ROUTING_GAP somewhere in `tokens`, and with
+    that choice injected our next token is its. Such a tie falls either way in other arithmetic, to other experts."""
     recorded = reference.record(tokens)
     narrowest = min((float(gaps.min()) for gaps in recorded.gaps.values()), default=1.0)
     ours.model.routing_hook = _compare_and_inject(Result(name=""), recorded)
@@ -218,9 +220,11 @@ def explained_by_routing_tie(ours: InProcessModel, reference: Reference, tokens:
     return narrowest < ROUTING_GAP and int(logits[0].argmax()) == int(recorded.logits[-1].argmax())
 
 
-def check_bits(result: Result, folder: str | Path, ours: InProcessModel, generator: random.Random) -> None:
-    """Logits of 32 prompts, whole and alone, are the truth; every other arrangement must give the same bits."""
-    lengths = [1, 2, 63, 64, 65, 150] + [generator.randint(3, 80) for _ in range(26)]
+def check_bits(
+    result: Result, folder: str | Path, ours: InProcessModel, generator: random.Random, num_streams: int
+) -> None:
+    """Logits of all prompts, whole and alone, are the truth; every other arrangement must give the same bits."""
+    lengths = [1, 2, 63, 64, 65, 150] + [generator.randint(3, 80) for _ in range(num_streams - 6)]
     prompts = [random_prompt(generator, length, ours.config.vocab_size) for length in lengths]
     alone = [in_chunks(ours, prompt, [len(prompt)]) for prompt in prompts]
 
@@ -233,7 +237,7 @@ def check_bits(result: Result, folder: str | Path, ours: InProcessModel, generat
     for size in (1, 7, 16, 50):
         chunked = [in_chunks(ours, prompt, [size] * len(prompt)) for prompt in prompts[:8]]
         expect(f"chunks of {size}", chunked, alone)
-    expect("mixed batch of 32", mixed(ours, prompts, generator), alone)
+    expect(f"mixed batch of {num_streams}", mixed(ours, prompts, generator), alone)
     for what, placement in placements(ours.config, generator):
         sharded = InProcessModel(folder, placement=placement)
         expect(what, mixed(sharded, prompts, generator), alone)
@@ -350,9 +354,10 @@ def random_prompt(generator: random.Random, length: int, vocab_size: int) -> lis
 def _line(result: Result) -> str:
     verdict = "ok" if not result.failures else "FAILED: " + "; ".join(result.failures)
     return (
-        f"{result.name}: logits {result.logits_error:.1e}, routing {result.routing_differences}"
-        f"/{result.routing_decisions} differ, greedy {result.greedy_identical}/{result.greedy_prompts} identical "
-        f"(+{result.greedy_close_calls} close calls, +{result.greedy_routing_ties} routing ties), {result.bit_checks} bit checks, {result.seconds} s: {verdict}"
+        f"{result.name}: logits {result.logits_error:.1e}, routing {result.routing_differences}/"
+        f"{result.routing_decisions} differ, greedy {result.greedy_identical}/{result.greedy_prompts} identical "
+        f"(+{result.greedy_close_calls} close calls, +{result.greedy_routing_ties} routing ties), "
+        f"{result.bit_checks} bit checks, {result.seconds} s: {verdict}"
     )
 
 
