@@ -85,6 +85,7 @@ class ClusterMesh:
         self._step_over = threading.Condition(self._lock)
         self._leader = Leader(max_prefill_tokens=options.max_prefill_tokens_per_step)
         self._leads = False
+        self._closed = False
         self._timer = Timer(lambda: self._lead(GraceOver()))
         self._epochs: dict[int, _Prepared] = {}
         self._current: _Prepared | None = None  # entered
@@ -93,6 +94,7 @@ class ClusterMesh:
         self._bid: tuple[int, int] | None = None  # not answered yet
         self._last_source_step = 0
         self._last_step_id = 0
+        self._highest_number = 0
         self._last_epoch = 0  # the newest that a header named
         self._step: Step | None = None
         self._replaced: Exchange | None = None  # the exchange of the epoch before: a slower peer may still read from it
@@ -168,8 +170,13 @@ class ClusterMesh:
 
     @property
     def epoch(self) -> Epoch | None:
-        """The epoch in force here."""
-        return self._current.epoch if self._current else None
+        """The epoch in force here: the newest committed one (an idle member enters it with its next step)."""
+        return self._committed.epoch if self._committed else None
+
+    @property
+    def highest_number(self) -> int:
+        """The highest epoch number ever prepared here: a fence for a Conductor that lost its own count."""
+        return self._highest_number
 
     def load(self) -> tuple[int, npt.NDArray[np.int64]]:
         """(placement version, rows per slot [num_layers, slots_per_rank] since that version came into force)."""
@@ -189,6 +196,7 @@ class ClusterMesh:
                 raise EpochError(
                     f"epoch {epoch.number} has another table under placement version {epoch.placement.version}"
                 )
+            self._highest_number = max(self._highest_number, epoch.number)
             stale = [n for n, p in self._epochs.items() if p not in (latest, self._current)]
         for number in stale:
             self.rollback(number)
@@ -204,6 +212,9 @@ class ClusterMesh:
         if leader.member_id != self.member.member_id:
             self._connect(leader)
         with self._lock:
+            if self._closed:
+                exchange.abort()
+                raise EpochError("this member has left")
             self._epochs[epoch.number] = _Prepared(epoch, rank, exchange)
 
     def commit(self, number: int) -> None:
@@ -221,6 +232,8 @@ class ClusterMesh:
                 self._leads = True
                 event = EpochInstalled(prepared.epoch, self._last_step_id)
             self._leader_id = leader_id
+            if self._current is None:
+                self._switch(prepared)  # the first: no step runs that it could cut
         if leader_id == self.member.member_id:
             self._lead(event)
         self._place_bid()
@@ -246,7 +259,7 @@ class ClusterMesh:
             channels = list(self._channels.values())
             self._epochs.clear()
             self._channels.clear()
-            self._leads, self._leader_id = False, ""
+            self._leads, self._leader_id, self._closed = False, "", True
             self._abort_replaced()
         self._timer.close()
         for exchange in exchanges.values():
@@ -451,9 +464,6 @@ class LocalMesh(ClusterMesh):
         number = max(self._epochs, default=0) + 1
         self.prepare(Epoch(number=number, members=(self.member,), placement=placement))
         self.commit(number)
-        if self._current is None:
-            with self._lock:
-                self._switch(self._epochs[number])
 
 
 def _same_table(new: Placement, old: Placement) -> bool:

@@ -106,8 +106,10 @@ class Placement:
         """`map_to_physical` on arrays. Id -1 reads the extra last row of the tables, whose only copy is -1."""
         copies = self._copies[layer_id]
         if copies.shape[1] == 1:
-            return copies[:, 0].take(ids, mode="wrap") if ids.size else np.empty(ids.shape, np.int32)
-        return copies[ids, (key[:, None] + ids) % self._counts[layer_id][ids]]
+            only: Int32Array = copies[:, 0]
+            return only.take(ids, mode="wrap") if ids.size else np.empty(ids.shape, np.int32)
+        chosen: Int32Array = copies[ids, (key[:, None] + ids) % self._counts[layer_id][ids]]
+        return chosen
 
     def encode(self) -> bytes:
         """Version-marked bytes for a socket; no pickle."""
