@@ -106,6 +106,8 @@ class LinkServer(pb_grpc.LinkServicer):
         self._server: grpc.aio.Server | None = None
         self._routes: dict[str, tuple[_GatewayLink, int]] = {}  # request id in the engine -> link, handle
         self._links: set[_GatewayLink] = set()
+        self._no_links = asyncio.Event()
+        self._no_links.set()
         self._num_links = 0  # ever
         self._num_steps = 0
 
@@ -135,8 +137,10 @@ class LinkServer(pb_grpc.LinkServicer):
             link.wake()
 
     async def stop(self, grace_s: float = 0.0) -> None:
+        """Hang up (after `grace_s`); returns when every link's work is aborted."""
         if self._server is not None:
             await self._server.stop(grace_s)
+        await self._no_links.wait()
 
     async def Open(self, request_iterator: Any, context: grpc.aio.ServicerContext) -> None:
         assert self._engine is not None
@@ -153,10 +157,13 @@ class LinkServer(pb_grpc.LinkServicer):
         self._num_links += 1
         link = _GatewayLink(f"{hello.hello.gateway_id}.{self._num_links}")
         self._links.add(link)
+        self._no_links.clear()
         writer = asyncio.create_task(self._write(link, context))
         try:
             while (message := await context.read()) is not grpc.aio.EOF:
                 self._take(link, message)
+        except asyncio.CancelledError:
+            _log.info("link to gateway %s ended", link.name)  # it went away, or this server stops
         finally:
             writer.cancel()
             self._links.discard(link)
@@ -165,6 +172,8 @@ class LinkServer(pb_grpc.LinkServicer):
                 self._engine.abort(request_id)
             with contextlib.suppress(asyncio.CancelledError, grpc.aio.UsageError):
                 await writer
+            if not self._links:
+                self._no_links.set()
 
     def _take(self, link: "_GatewayLink", message: pb.GatewayMessage) -> None:
         assert self._engine is not None

@@ -13,6 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import fields
 from typing import Any, Protocol
 
 import grpc
@@ -218,7 +219,7 @@ class GatewayServer:
     # ---- Cluster
 
     async def _get_topology(self, _request: pb.GetTopologyRequest, context: grpc.aio.ServicerContext) -> pb.Topology:
-        """Model and gateways for any client; the members only for those who have the cluster token."""
+        """Model and gateways for any client; the members for callers on this host or with the cluster token."""
         metadata = context.invocation_metadata() or ()
         has_token = any(key == TOKEN_KEY for key, _ in metadata)
         if has_token and not token_matches(metadata, self._cluster_token):
@@ -227,7 +228,7 @@ class GatewayServer:
             return pb.Topology(**{f.name: v for f, v in self._facts.ListFields()}, gateways=[self.address])
         state = await self._topology.state()
         topology = encode_topology(state, self._facts)
-        if self._cluster_token and not has_token:
+        if self._cluster_token and not has_token and not is_local(context.peer()):
             del topology.members[:]
         return topology
 
@@ -303,6 +304,11 @@ def _server_options(max_message_bytes: int) -> list[tuple[str, int]]:
     ]
 
 
+def is_local(peer: str) -> bool:
+    """Whether a gRPC peer name is of this host."""
+    return peer.startswith(("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:"))
+
+
 # ---- records as messages
 
 
@@ -347,21 +353,16 @@ def encode_topology(state: ClusterState, facts: pb.Topology) -> pb.Topology:
 
 
 def _encode_member(process: ProcessStatus, state: ClusterState) -> pb.MemberStatus:
-    return pb.MemberStatus(
+    member = pb.MemberStatus(
         member_id=process.name,
         attention=process.attention,
         expert=process.expert,
-        state=process.state,
         ep_rank=state.ranks.get(process.name, -1),
-        pid=process.pid,
-        node=process.node,
-        num_running=process.num_running,
-        num_waiting=process.num_waiting,
-        num_free_kv_blocks=process.num_free_kv_blocks,
-        num_kv_blocks=process.num_kv_blocks,
-        num_physical_experts=process.num_physical_experts,
-        num_rows=process.num_rows,
-        busy_fraction=process.busy_fraction,
-        weight_bytes=process.weight_bytes,
         age_s=state.ages_s.get(process.name, 0.0),
     )
+    for name in _MEMBER_FIELDS:
+        setattr(member, name, getattr(process, name))
+    return member
+
+
+_MEMBER_FIELDS = tuple({f.name for f in fields(ProcessStatus)} & set(pb.MemberStatus.DESCRIPTOR.fields_by_name))

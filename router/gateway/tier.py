@@ -129,12 +129,8 @@ class TierStream(AsyncIterator[RequestOutput]):
                 self._stream = None
                 self._stream = await self._fail_over()
                 continue
-            except Overloaded:
-                if self._received:
-                    raise
-                self._full.add(stream.replica_id)
-                self._stream = None
-                self._stream = self._tier.submit(self._request, "", self._full)
+            except Overloaded as error:
+                self._stream = self._pass_over(stream.replica_id, error)
                 continue
             self._received.extend(output.token_ids)
             return output
@@ -147,6 +143,17 @@ class TierStream(AsyncIterator[RequestOutput]):
         if self._stream is not None:
             self._stream.abort()
             self._stream = None
+
+    def _pass_over(self, replica_id: str, error: Overloaded) -> RequestStream:
+        """A replica refused for want of room: another one, or the refusal where there is none."""
+        self._stream = None
+        self._full.add(replica_id)
+        if self._received:
+            raise error
+        try:
+            return self._tier.submit(self._request, "", self._full)
+        except (Overloaded, NoReplica):
+            raise error from None
 
     async def _fail_over(self) -> RequestStream:
         """Send prompt and tokens so far to another replica, waiting for one where none is there."""

@@ -1,9 +1,9 @@
 """Text to ids and back for any checkpoint folder in Hugging Face layout, on `tokenizers` alone.
 
-Why not transformers: its import takes seconds and a gateway starts on every node. Why bytes: every Qwen3 token is a byte
-string (byte-level BPE), so decoding is a table look-up per id and one incremental UTF-8 decoder per stream. That is O(1) a
-token, never splits a character, and equals the whole-text decode of `tokenizers`: both replace each maximal invalid part
-by U+FFFD.
+Why not transformers: its import takes seconds and a gateway starts on every node. Why bytes: every Qwen3 token is a
+byte string (byte-level BPE), so decoding is a table look-up per id and one incremental UTF-8 decoder per stream. That
+is O(1) a token, never splits a character, and equals the whole-text decode of `tokenizers`: both replace each maximal
+invalid part by U+FFFD.
 
 No id is written in this file: think, end-of-think, tool and end-of-sequence ids are looked up by their text."""
 
