@@ -4,6 +4,7 @@ For measuring and testing everything in front of the engine. It keeps the engine
 `publish` a step, replay from `output_ids`, abort within a step, typed rejection when full."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 from ..errors import QueueFull
@@ -14,12 +15,12 @@ Publish = Callable[[list[RequestOutput]], None]
 
 
 class FakeEngine:
-    """`reply(request)` is the whole output, cut at max_tokens. Without `credits` it steps as fast as it can."""
+    """`reply(request)` is the whole output, cut at max_tokens. Steps take `step_s`, 0 = as fast as it can."""
 
     def __init__(self, publish: Publish, reply: Reply, *, max_num_seqs: int = 4096, step_s: float = 0.0) -> None:
         self.aborted: list[str] = []
         self.submitted: list[EngineRequest] = []
-        self._publish, self._reply, self._max_num_seqs, self._step_s = publish, reply, max_num_seqs, step_s
+        self._publish, self._reply, self._max_num_seqs, self.step_s = publish, reply, max_num_seqs, step_s
         self._running: dict[str, tuple[EngineRequest, Sequence[int], int]] = {}  # request, reply, tokens said
         self._credits = -1  # steps allowed; -1 = no limit
         self._stopped = False
@@ -63,6 +64,7 @@ class FakeEngine:
         self._thread.join()
 
     def _run(self) -> None:
+        due = time.monotonic()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopped or (self._running and self._credits))
@@ -72,9 +74,10 @@ class FakeEngine:
                 outputs = [self._advance(*running) for running in list(self._running.values())]
                 self._changed.notify_all()
             self._publish(outputs)
-            if self._step_s:
+            if self.step_s:
+                due = max(due + self.step_s, time.monotonic() - self.step_s)  # late by a step at most, no burst after
                 with self._changed:
-                    self._changed.wait_for(lambda: self._stopped, self._step_s)
+                    self._changed.wait_for(lambda: self._stopped, max(0.0, due - time.monotonic()))
 
     def _advance(self, request: EngineRequest, reply: Sequence[int], said: int) -> RequestOutput:
         first = said == len(request.output_ids)
