@@ -1,9 +1,9 @@
 """The Serve deployment of one expert shard: a member of the mesh that owns experts and sends no tokens.
 
 Its event loop only joins, reports and answers health checks. One serving thread takes every step that a header names:
-enter, serve all MoE layers' turns, wait for the next header in a blocking read. Which experts it holds is the placement's
-business: they are loaded when an epoch is prepared, before it is entered. Serve never sends it a request; what Serve
-needs for scaling is reported with `record_autoscaling_stats`."""
+enter, serve all MoE layers' turns, wait for the next header in a blocking read. Which experts it holds is the
+placement's business: they are loaded when an epoch is prepared, before it is entered. Serve never sends it a request;
+what Serve needs for scaling is reported with `record_autoscaling_stats`."""
 
 import asyncio
 import logging
@@ -30,6 +30,7 @@ from ..router.status import ConductorLink, ProcessStatus, describe_error, report
 from .mlp import LocalExpertMLP
 from .weights import expert_shapes
 
+LEAVE_S = 25.0  # in good order: an epoch without this member; below Serve's graceful_shutdown_timeout_s
 _log = logging.getLogger(__name__)
 
 
@@ -37,6 +38,8 @@ class Agent(Protocol):
     """Follows the Conductor's commands for one mesh (`cluster/member_agent.py`)."""
 
     def start(self) -> None: ...
+
+    def drain(self, timeout_s: float) -> bool: ...
 
     def stop(self) -> None: ...
 
@@ -87,6 +90,7 @@ class ExpertShard:
     async def __del__(self) -> None:
         self._draining = True
         self._reporter.cancel()
+        await asyncio.to_thread(self._agent.drain, LEAVE_S)
         await asyncio.to_thread(self._agent.stop)
         await asyncio.to_thread(self._server.stop)
         self._mesh.close()

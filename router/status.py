@@ -14,7 +14,7 @@ from ..errors import ExpertMeshError, Unavailable
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessStatus:
-    """One report. `state`: loading, joining, ready, draining; the counters are those of `expertmesh.v1.MemberStatus`."""
+    """One report. `state`: loading, joining, ready, draining. The counters are those of MemberStatus."""
 
     name: str  # member id, or gateway id
     role: str  # attention, expert, colocated, gateway
@@ -92,7 +92,7 @@ async def report_forever(
 ) -> None:
     """Send `read()` when it has changed, looked at every `interval_s`, and at least every `heartbeat_s`.
 
-    An idle process costs one small call a heartbeat. A Conductor that restarts misses nothing: the next one is whole."""
+    An idle process costs one small call a heartbeat. A Conductor that restarts misses nothing: each report is whole."""
     sent: ProcessStatus | None = None
     sent_at = 0.0
     while True:

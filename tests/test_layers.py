@@ -15,7 +15,7 @@ LAYERS = [
     {"router"},
     {"experts"},
     {"cluster"},
-    {"client", "cli", "make_checkpoint"},
+    {"client", "console", "cli", "make_checkpoint"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 RAY_FILES = {

@@ -1,0 +1,254 @@
+"""Build and end a whole cluster: Redis, Ray, the Conductor, and the three Serve applications.
+
+Serve places, starts, restarts and drains the processes; it carries no token, so its proxies are off and each gateway
+replica runs its own gRPC server. Start-up has one bound: it ends READY, or with a StartupError that carries the cause
+which a replica reported (a broken checkpoint, a taken port), never with a bare time-out where a cause is known."""
+
+import contextlib
+import io
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.api import RunTarget, run_many
+
+from ..config import ClusterConfig
+from ..errors import ConfigError, StartupError, Unavailable
+from ..experts.worker import ExpertShard
+from ..model_config import ModelConfig
+from ..redis_server import EmbeddedRedis, resolve_url
+from ..router.gateway.deployment import Gateway
+from ..router.status import ClusterState
+from .conductor import Conductor, ConductorClient, start_conductor
+from .member_agent import MemberAgent
+from .replica import AttentionReplica
+
+OBJECT_STORE_BYTES = 80 << 20  # nothing of ours travels through Ray's object store
+REPLICA_NUM_CPUS = 0.01  # Serve replicas share the cores; Ray's count must not stop a laptop from starting them
+POLL_S = 0.2
+APPLICATIONS = ("experts", "attention", "gateway")
+
+Progress = Callable[[str], None]
+
+
+class Cluster:
+    """A cluster that this process started. `start` returns when it serves, `stop` ends all of it, `with` does both."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        *,
+        ray_address: str = "",
+        progress: Progress | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`ray_address` names a running Ray ("auto", host:port); empty = a local one made for this cluster.
+        `interrupted` is asked while waiting: true ends the start with KeyboardInterrupt."""
+        if not config.model:
+            raise ConfigError("model", "", "a checkpoint folder in Hugging Face layout")
+        self.config = replace(config, model=str(Path(config.model).expanduser().resolve()))
+        self.gateways: tuple[str, ...] = ()
+        self.conductor: ConductorClient | None = None
+        self._ray_address = ray_address
+        self._progress = progress or (lambda _line: None)
+        self._interrupted = interrupted
+        self._redis: EmbeddedRedis | None = None
+        self._owns_ray = False
+        self._started_at = time.monotonic()
+
+    def start(self) -> None:
+        self._started_at = time.monotonic()
+        try:
+            self._check_checkpoint()
+            self._complete_config()
+            self._start_ray()
+            self._start_conductor()
+            self._deploy()
+            self.gateways = self._wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        self._say(f"ready: gRPC on {', '.join(self.gateways)}")
+
+    def state(self) -> ClusterState:
+        assert self.conductor is not None, "the cluster is not started"
+        return self.conductor.state_now()
+
+    def stop(self) -> None:
+        """End every process of the cluster. Safe after a failed start and when called twice."""
+        if self.conductor is not None:
+            with contextlib.suppress(Unavailable):
+                self.conductor.close()
+            self._delete_applications()
+            self.conductor.kill()
+            self.conductor = None
+        if self._owns_ray:
+            stop_ray()
+            self._owns_ray = False
+        if self._redis is not None:
+            self._redis.stop()
+            self._redis = None
+
+    def __enter__(self) -> "Cluster":
+        self.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.stop()
+
+    # ---- phases of the start
+
+    def _check_checkpoint(self) -> None:
+        """Fail at once on what config.json alone can tell; tensors and shapes are the replicas' to check."""
+        model = ModelConfig.from_folder(self.config.model)
+        if model.num_experts and self.config.num_expert_ranks > model.num_experts:
+            raise ConfigError("num_expert_shards", self.config.num_expert_ranks, f"at most {model.num_experts} experts")
+
+    def _complete_config(self) -> None:
+        network = self.config.network
+        if not network.cluster_token:
+            network = replace(network, cluster_token=secrets.token_urlsafe(32))
+        url = resolve_url(self.config.redis_url, os.environ)
+        if not url:
+            self._redis = EmbeddedRedis(host=network.interface if self._ray_address else "")
+            url = self._redis.url
+        name = self.config.served_model_name or Path(self.config.model).name
+        self.config = replace(self.config, network=network, redis_url=url, served_model_name=name)
+
+    def _start_ray(self) -> None:
+        if not ray.is_initialized():
+            self._say("starting Ray")
+            start_ray(self._ray_address)
+            self._owns_ray = True
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
+
+    def _start_conductor(self) -> None:
+        name = f"conductor-{secrets.token_hex(4)}"
+        start_conductor(Conductor, name, self.config)
+        self.conductor = ConductorClient(name)
+
+    def _deploy(self) -> None:
+        self._say(f"starting {describe(self.config)}")
+        assert self.conductor is not None
+        targets = [RunTarget(app, name, None) for name, app in _applications(self.config, self.conductor).items()]
+        run_many(targets, wait_for_applications_running=False, wait_for_ingress_deployment_creation=False)
+
+    def _wait_ready(self) -> tuple[str, ...]:
+        """Poll the Conductor until all are in and an epoch is committed; a reported failure ends the wait at once."""
+        assert self.conductor is not None
+        deadline = self._started_at + self.config.startup_timeout_s
+        shown = ""
+        while True:
+            state = self.conductor.state_now()
+            if state.failures:
+                raise StartupError(f"the cluster did not start: {state.failures[0]}")
+            if state.ready:
+                return state.gateways
+            if state.summary != shown:
+                shown = state.summary
+                self._say(shown)
+            if self._interrupted():
+                raise KeyboardInterrupt
+            if time.monotonic() > deadline:
+                raise StartupError(
+                    f"the cluster was not ready after {self.config.startup_timeout_s:.0f} s: {state.summary}; raise "
+                    f"startup_timeout_s or read the logs under {_session_folder()}"
+                )
+            self._raise_if_serve_gave_up()
+            time.sleep(POLL_S)
+
+    def _raise_if_serve_gave_up(self) -> None:
+        for name, application in serve.status().applications.items():
+            if name in APPLICATIONS and application.status.value == "DEPLOY_FAILED":
+                reasons = [d.message for d in application.deployments.values() if d.message] or [application.message]
+                raise StartupError(f"{name} did not start: {reasons[0].strip().splitlines()[-1]}")
+
+    def _delete_applications(self) -> None:
+        if not ray.is_initialized():
+            return
+        for name in reversed(APPLICATIONS):  # the gateway first, so that its streams end before what they wait for
+            with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
+                serve.delete(name, _blocking=name == APPLICATIONS[0])
+
+    def _say(self, line: str) -> None:
+        self._progress(f"[{time.monotonic() - self._started_at:5.1f} s] {line}")
+
+
+def describe(config: ClusterConfig) -> str:
+    """`1 gateway, 2 attention replicas, 4 expert shards`, in the words of the layout."""
+
+    def counted(n: int, noun: str) -> str:
+        return f"{n} {noun}{'s' if n != 1 else ''}"
+
+    gateways = counted(config.num_gateways, "gateway")
+    if config.layout == "colocated":
+        return f"{gateways}, {counted(config.num_attention_replicas, 'colocated rank')}"
+    attention = counted(config.num_attention_replicas, "attention replica")
+    return f"{gateways}, {attention}, {counted(config.num_expert_shards, 'expert shard')}"
+
+
+def start_ray(address: str = "") -> None:
+    """A light local Ray, or a connection to a running one.
+
+    Ray puts the driver's current folder on its workers' path and starts them in it. From a checkout, our `proto` would
+    then shadow a published package of that name: so the call is made from the root folder, which holds no modules (a
+    folder that is removed later would break torch's MKL in the workers, since it looks up its libraries from there)."""
+    if not address:
+        # A local Ray listens on this machine for this user only; `ray up` clusters set token authentication themselves.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    local: dict[str, Any] = {
+        "num_cpus": max(2, os.cpu_count() or 2),
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+    }
+    where = {"address": address} if address else local
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    with contextlib.chdir("/"):
+        ray.init(namespace="expertmesh", log_to_driver=False, logging_level=logging.ERROR, **where)
+
+
+def stop_ray() -> None:
+    """End Serve and the Ray that `start_ray` made. Ray reports its own controller's end as an error: not shown."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        if ray.is_initialized():
+            serve.shutdown()
+        ray.shutdown()
+
+
+def _applications(config: ClusterConfig, conductor: ConductorClient) -> dict[str, serve.Application]:
+    """One Serve application a tier, so that each is upgraded and scaled alone."""
+    common: dict[str, Any] = {
+        "graceful_shutdown_wait_loop_s": 0.1,
+        "graceful_shutdown_timeout_s": 60.0,
+        "health_check_period_s": 10.0,  # death is noticed on the data plane; a busy replica must not be killed
+        "health_check_timeout_s": 30.0,
+        "ray_actor_options": {"num_cpus": REPLICA_NUM_CPUS, "num_gpus": 0},
+        "max_constructor_retry_count": 3,
+    }
+    compute = {**common, "ray_actor_options": {"num_cpus": REPLICA_NUM_CPUS, "num_gpus": int(config.device == "cuda")}}
+    text = config.to_json()
+    made: dict[str, serve.Application] = {}
+    if config.layout == "disaggregated":
+        shards = serve.deployment(ExpertShard).options(
+            name="ExpertShard", num_replicas=config.num_expert_shards, **compute
+        )
+        made["experts"] = shards.bind(text, conductor, MemberAgent)
+    replicas = serve.deployment(AttentionReplica).options(
+        name="AttentionReplica", num_replicas=config.num_attention_replicas, **compute
+    )
+    made["attention"] = replicas.bind(text, conductor, MemberAgent)
+    gateways = serve.deployment(Gateway).options(name="Gateway", num_replicas=config.num_gateways, **common)
+    made["gateway"] = gateways.bind(text, conductor)
+    return made
+
+
+def _session_folder() -> str:
+    return str(Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "serve")

@@ -1,0 +1,322 @@
+"""The Conductor: one restartable Ray actor around the membership core, and the client that every process calls it by.
+
+`membership.py` decides, `membership_host.py` keeps its clock and the members' mailboxes; this shell adds the last
+report of each process and who waits for a change of the topology. All of it is soft. After a restart the members find
+themselves unknown, join again with the epoch that they are in, and the highest is adopted; tokens flow meanwhile, since
+no step needs the Conductor."""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import time
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from ..config import ClusterConfig
+from ..errors import Unavailable
+from ..model_config import ModelConfig
+from ..router.epoch import Epoch
+from ..router.placement import Placement
+from ..router.status import ClusterState, ProcessStatus
+from .membership import (
+    Command,
+    Event,
+    Join,
+    Lost,
+    Membership,
+    PlacementRequested,
+    PrepareFailed,
+    Rejoin,
+    uniform_place,
+)
+from .membership_host import MembershipHost
+
+NAMESPACE = "expertmesh"
+WATCH_S = 20.0  # a long poll's length: an idle watcher costs one call in this time
+LOST_AFTER_S = 60.0  # a member that polls no more for so long is taken out of the next epoch
+CLOSING_PAUSE_S = 0.5
+CALL_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 60.0
+MAX_FAILURES = 20
+_HOPELESS = ("CheckpointError", "ConfigError", "StartupError", "KernelError")  # trying again cannot help
+
+
+class Conductor:
+    """Plain class of coroutines; `start_conductor` makes it an actor."""
+
+    def __init__(self, config_text: str) -> None:
+        self._config = ClusterConfig.from_json(config_text)
+        self._core, self._num_expert = membership_of(self._config)
+        self._host = MembershipHost(self._core, on_change=self._on_change)
+        self._polled_at: dict[str, float] = {}
+        self._closing = asyncio.Event()
+        self._reports: dict[str, ProcessStatus] = {}
+        self._reported_at: dict[str, float] = {}
+        self._failures: list[str] = []
+        self._seen: tuple[Epoch | None, bool] = (None, False)
+        self._version = time.time_ns()  # a restarted Conductor does not repeat versions that watchers have seen
+        self._changed = asyncio.Event()  # replaced at each change: whoever waits holds the old one
+
+    # ---- members (`member_agent.ConductorClient`)
+
+    async def join(self, event: Join) -> None:
+        if self._closing.is_set():
+            await asyncio.sleep(CLOSING_PAUSE_S)
+            return
+        self._polled_at[event.member.member_id] = time.monotonic()
+        await self._host.join(event)
+
+    async def tell(self, event: Event) -> None:
+        """A member's event: it has prepared, has committed, saw the epoch break, leaves."""
+        if isinstance(event, PrepareFailed) and self._core.epoch is None and event.reason.startswith(_HOPELESS):
+            await self.fail(event.member_id, event.reason)
+        await self._host.tell(event)
+
+    async def next_commands(self, member_id: str, after: int, timeout_s: float) -> tuple[int, list[Command]]:
+        """What the member must do now, waited for. While the cluster ends, nobody is known: who leaves is let go."""
+        self._polled_at[member_id] = time.monotonic()
+        poll = asyncio.ensure_future(self._host.next_commands(member_id, after, timeout_s))
+        closing = asyncio.ensure_future(self._closing.wait())
+        await asyncio.wait({poll, closing}, return_when=asyncio.FIRST_COMPLETED)
+        closing.cancel()
+        if self._closing.is_set():
+            poll.cancel()
+            return 0, [Rejoin(member_id)]
+        self._polled_at[member_id] = time.monotonic()
+        return await poll
+
+    async def place(self, placement: Placement) -> None:
+        """Serve by this table of experts from the next epoch on; same members, another version."""
+        self._host.take(PlacementRequested(placement))
+
+    async def epoch(self) -> Epoch | None:
+        """The epoch in force."""
+        return self._core.epoch
+
+    async def close(self) -> None:
+        """The cluster ends: members may go without waiting for one another."""
+        self._closing.set()
+
+    def _give_up_silent(self) -> None:
+        """Members that poll no more are dead. Looked at when others report: an idle Conductor needs no timer."""
+        limit = time.monotonic() - LOST_AFTER_S
+        for member_id in [i for i, at in self._polled_at.items() if at < limit]:
+            del self._polled_at[member_id]
+            self._reports.pop(member_id, None)
+            self._host.take(Lost(member_id))
+
+    # ---- reports and the topology
+
+    async def report(self, status: ProcessStatus) -> None:
+        """Take a process's present numbers; wakes the watchers when who serves where changed."""
+        known = self._reports.get(status.name)
+        self._reports[status.name] = status
+        self._reported_at[status.name] = time.monotonic()
+        self._give_up_silent()
+        if known is None or _serving(known) != _serving(status):
+            self._notify()
+
+    async def forget(self, name: str) -> None:
+        """A process ends in good order."""
+        self._reported_at.pop(name, None)
+        self._polled_at.pop(name, None)
+        if self._reports.pop(name, None) is not None:
+            self._notify()
+
+    async def fail(self, name: str, message: str) -> None:
+        """A process could not start. The driver that waits for READY ends with this message."""
+        self._failures = [*self._failures, f"{name}: {message}"][-MAX_FAILURES:]
+        self._notify()
+
+    async def state(self) -> ClusterState:
+        now = time.monotonic()
+        epoch = self._core.epoch
+        ranks: dict[str, int] = {}
+        if epoch is not None:
+            ep_ranks = {rank: ep_rank for ep_rank, rank in enumerate(epoch.expert_ranks)}
+            ranks = {m.member_id: ep_ranks.get(rank, -1) for rank, m in enumerate(epoch.members)}
+        processes = tuple(self._with_state(p) for p in self._reports.values())
+        num_gateways = sum(p.role == "gateway" and p.state == "ready" for p in processes)
+        return ClusterState(
+            version=self._version,
+            epoch=epoch.number if epoch else 0,
+            placement_version=epoch.placement_version if epoch else 0,
+            ranks=ranks,
+            processes=processes,
+            ages_s={name: now - at for name, at in self._reported_at.items()},
+            failures=tuple(self._failures),
+            ready=self._core.ready and num_gateways >= self._config.num_gateways,
+            summary=self._summary(processes, num_gateways),
+            conductor_pid=os.getpid(),
+        )
+
+    async def watch(self, version: int, timeout_s: float) -> ClusterState:
+        """The state as soon as it is newer than `version`, or as it is after `timeout_s`."""
+        if self._version == version:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._changed.wait()
+        return await self.state()
+
+    def _on_change(self) -> None:
+        """After every event of the core: wake the watchers where the epoch or readiness is another."""
+        seen = (self._core.epoch, self._core.ready)
+        if seen != self._seen:
+            self._seen = seen
+            self._notify()
+
+    def _notify(self) -> None:
+        self._version += 1
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _with_state(self, process: ProcessStatus) -> ProcessStatus:
+        """A member's own report says what it does; whether it serves is the membership's to say."""
+        state = self._core.states.get(process.name)
+        return process if state is None else replace(process, state=state.value)
+
+    def _summary(self, processes: tuple[ProcessStatus, ...], num_gateways: int) -> str:
+        config = self._config
+        joined = self._core.members.values()
+        parts = [f"attention {sum(m.attention for m in joined)}/{config.num_attention_replicas}"]
+        if self._num_expert:
+            parts.append(f"experts {sum(m.expert for m in joined)}/{self._num_expert}")
+        parts.append(f"gateways {num_gateways}/{config.num_gateways}")
+        if self._core.epoch is not None:
+            parts.append(f"epoch {self._core.epoch.number}")
+        elif self._core.changing:
+            parts.append("forming the first epoch")
+        if self._core.last_failure:
+            parts.append(self._core.last_failure)
+        parts += [p.detail for p in processes if p.state in ("loading", "joining") and p.detail]
+        return ", ".join(parts)
+
+
+def membership_of(config: ClusterConfig) -> tuple[Membership, int]:
+    """The core for this configuration, and how many expert owners its first epoch waits for."""
+    model = ModelConfig.from_folder(config.model)
+    num_expert = config.num_expert_ranks if model.num_experts else 0
+    core = Membership(
+        num_attention=config.num_attention_replicas,
+        num_expert=num_expert,
+        place=uniform_place(model.num_layers, model.num_experts, config.num_redundant_experts, model.moe_layer_ids),
+        make_key=lambda: secrets.token_hex(16),
+        prepare_timeout_s=max(config.startup_timeout_s, config.exchange.epoch_timeout_s),
+        commit_timeout_s=config.exchange.epoch_timeout_s,
+    )
+    return core, num_expert
+
+
+def _serving(status: ProcessStatus) -> tuple[str, str, str, int]:
+    """The part of a report that decides where gateways dial and whether the start is complete."""
+    return status.role, status.state, status.address, status.epoch
+
+
+# ---------------------------------------------------------------- the client
+
+# ValueError: no actor of this name (any more).
+_NO_ANSWER = (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, ValueError, TimeoutError)
+
+
+class ConductorClient:
+    """The Conductor from any process of the cluster. Only its name is pickled, the actor is looked up at first use."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._actor: Any = None
+
+    def __reduce__(self) -> tuple[type["ConductorClient"], tuple[str]]:
+        return ConductorClient, (self.name,)
+
+    # As a member.
+
+    async def join(self, event: Join) -> None:
+        await self._call("join", event)
+
+    async def tell(self, event: Event) -> None:
+        await self._call("tell", event)
+
+    async def next_commands(self, member_id: str, after: int, timeout_s: float) -> tuple[int, list[Command]]:
+        found: tuple[int, list[Command]] = await self._call(
+            "next_commands", member_id, after, timeout_s, wait_s=timeout_s
+        )
+        return found
+
+    # As any process (`router.status.ConductorLink`).
+
+    async def report(self, status: ProcessStatus) -> None:
+        await self._call("report", status)
+
+    async def _give_up_silent(self) -> None:
+        """Members that poll no more are dead. Looked at when others report: an idle Conductor needs no timer."""
+        limit = time.monotonic() - LOST_AFTER_S
+        for member_id in [i for i, mailbox in self._mailboxes.items() if mailbox.polled_at < limit]:
+            await self.forget(member_id)
+            await self._step(Lost(member_id))
+
+    async def forget(self, name: str) -> None:
+        await self._call("forget", name)
+
+    async def fail(self, name: str, message: str) -> None:
+        await self._call("fail", name, message)
+
+    async def state(self) -> ClusterState:
+        return await self._call("state")
+
+    async def watch(self, version: int, timeout_s: float = WATCH_S) -> ClusterState:
+        return await self._call("watch", version, timeout_s, wait_s=timeout_s)
+
+    # From a thread without an event loop.
+
+    def place(self, placement: Placement) -> None:
+        self._get("place", placement)
+
+    def epoch(self) -> Epoch | None:
+        found: Epoch | None = self._get("epoch")
+        return found
+
+    def state_now(self) -> ClusterState:
+        found: ClusterState = self._get("state")
+        return found
+
+    def close(self) -> None:
+        self._get("close")
+
+    def kill(self) -> None:
+        """End the actor for good. An actor that is already gone is fine."""
+        if ray.is_initialized():
+            with contextlib.suppress(ValueError, ray.exceptions.RayError):
+                ray.kill(self._handle(), no_restart=True)
+
+    async def _call(self, method: str, *arguments: Any, wait_s: float = 0.0) -> Any:
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S + wait_s):
+                return await self._submit(method, arguments)
+        except _NO_ANSWER as error:
+            self._actor = None
+            raise Unavailable(f"the conductor does not answer {method}: {error}") from error
+
+    def _get(self, method: str, *arguments: Any) -> Any:
+        try:
+            return ray.get(self._submit(method, arguments), timeout=CALL_TIMEOUT_S)
+        except _NO_ANSWER as error:
+            self._actor = None
+            raise Unavailable(f"the conductor does not answer {method}: {error}") from error
+
+    def _submit(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        return getattr(self._handle(), method).remote(*arguments)
+
+    def _handle(self) -> Any:
+        if self._actor is None:
+            self._actor = ray.get_actor(self.name, namespace=NAMESPACE)  # ValueError: no such actor
+        return self._actor
+
+
+def start_conductor(conductor_class: type[Conductor], name: str, config: ClusterConfig) -> None:
+    """Make the actor. Whatever kills it, Ray starts it again with the same configuration."""
+    options = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_restarts": -1}
+    actor = ray.remote(conductor_class).options(**options).remote(config.to_json())
+    ray.get(actor.state.remote(), timeout=START_TIMEOUT_S)

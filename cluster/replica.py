@@ -1,0 +1,230 @@
+"""The Serve deployment of one attention replica: link server on the event loop, engine thread behind it.
+
+Start: load own weights and size the KV pool, open the link, join the Conductor; the first epoch makes it READY. In the
+colocated layout the process also owns experts: one rank, both roles, the same code path. Tokens leave on the link, a
+message a step; Serve's handles are never used."""
+
+import asyncio
+import os
+from dataclasses import replace
+from typing import Any
+
+from ..checkpoint import Checkpoint, LoadProgress, ProgressCallback
+from ..config import ClusterConfig
+from ..errors import ExpertMeshError
+from ..experts.worker import (
+    LEAVE_S,
+    ExpertLoad,
+    MakeAgent,
+    compute_device,
+    compute_dtype,
+    is_batch_invariant,
+    load_experts,
+    node_name,
+    own_metrics_port,
+    replica_name,
+    row_shape,
+    settle_on_cpu,
+    state_of,
+)
+from ..router.gateway.link import LinkServer
+from ..router.mesh import ClusterMesh, MeshOptions
+from ..router.status import ConductorLink, ProcessStatus, describe_error, report_forever
+from ..telemetry import (
+    ATTR_EPOCH,
+    ATTR_NUM_TOKENS,
+    ATTR_STEP_ID,
+    METRIC_KV_TOTAL,
+    METRIC_KV_USED,
+    METRIC_RUNNING,
+    METRIC_STEP,
+    METRIC_STEP_TOKENS,
+    METRIC_WAITING,
+    SPAN_STEP,
+    Gauge,
+    Telemetry,
+    configure,
+)
+from .attention.engine import Engine, StepStats
+from .attention.runner import Runner
+
+DRAIN_S = 20.0  # requests at hand finish; with LEAVE_S below Serve's graceful_shutdown_timeout_s
+
+
+class AttentionReplica:
+    """One replica. `__init__` returns when it has asked to join; it is READY when its epoch is committed."""
+
+    async def __init__(self, config_text: str, conductor: ConductorLink, make_agent: MakeAgent) -> None:
+        config = ClusterConfig.from_json(config_text)
+        self._colocated = config.layout == "colocated"
+        self._role = "colocated" if self._colocated else "attention"
+        self.member_id, self._conductor = replica_name(self._role), conductor
+        self._detail, self._draining = "", False
+        self._engine: Engine | None = None
+        settle_on_cpu()
+        self._reporter = asyncio.create_task(report_forever(conductor, self._status))
+        try:
+            self._engine = await self._build(config, make_agent)
+        except Exception as error:
+            self._reporter.cancel()
+            await conductor.fail(self.member_id, describe_error(error))
+            raise
+
+    async def _build(self, config: ClusterConfig, make_agent: MakeAgent) -> Engine:
+        checkpoint = await asyncio.to_thread(Checkpoint, config.model)
+        runner = await asyncio.to_thread(load_runner, config, checkpoint, self._show)
+        max_model_len = config.max_model_len or checkpoint.config.max_position_embeddings
+        experts = None
+        if self._colocated and checkpoint.config.num_experts:
+            experts = await asyncio.to_thread(load_experts, config, checkpoint, self._show)
+        self._mesh = ClusterMesh(
+            self.member_id,
+            attention=True,
+            experts=experts,
+            shape=row_shape(config, checkpoint),
+            options=MeshOptions.of(config),
+            on_trouble=self._on_trouble,
+        )
+        self._load = ExpertLoad(self._mesh, experts) if experts is not None else None
+        self._link = LinkServer(
+            replica_id=self.member_id,
+            max_model_len=max_model_len,
+            cluster_token=config.network.cluster_token,
+            host=config.network.interface,
+            max_message_bytes=config.network.max_message_bytes,
+        )
+        self._telemetry = configure(
+            config.telemetry,
+            role="attention",
+            instance=self.member_id,
+            metrics_host=config.network.interface,
+            metrics_port=own_metrics_port(config, role_offset=100),
+        )
+        self._steps = StepTelemetry(self._telemetry, lambda: engine.load())
+        engine = Engine(
+            runner,
+            self._mesh,
+            scheduler=config.scheduler,
+            publish=self._link.publish,
+            max_model_len=max_model_len,
+            enable_prefix_cache=config.cache.enable_prefix_cache,
+            observer=self._steps,
+        )
+        self._mesh.start(engine.on_header)
+        engine.start()
+        await self._link.start(engine)
+        self._agent = make_agent(self._mesh, self._conductor)
+        self._agent.start()
+        return engine
+
+    def check_health(self) -> None:
+        if self._engine is not None and self._engine.failure is not None:
+            raise self._engine.failure
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What an autoscaling policy reads: KV in use and the queue."""
+        if self._engine is None:
+            return {}
+        load = self._engine.load()
+        used = 1.0 - load.num_free_kv_blocks / max(1, load.num_kv_blocks)
+        return {"kv_used": used, "num_waiting": float(load.num_waiting)}
+
+    async def __del__(self) -> None:
+        """Drain: finish what runs (Serve's own time-out bounds it), then leave."""
+        self._draining = True
+        self._reporter.cancel()
+        if self._engine is None:
+            return
+        self._link.drain()
+        self._engine.drain()
+        await asyncio.to_thread(self._engine.wait_until_idle, DRAIN_S)
+        await self._link.stop()
+        await asyncio.to_thread(self._agent.drain, LEAVE_S)
+        await asyncio.to_thread(self._agent.stop)
+        await asyncio.to_thread(self._engine.stop)
+        self._mesh.close()
+        await self._conductor.forget(self.member_id)
+
+    def _on_trouble(self, epoch: int, error: ExpertMeshError) -> None:
+        self._agent.on_trouble(epoch, error)
+
+    def _show(self, progress: LoadProgress) -> None:
+        self._detail = str(progress)
+
+    def _status(self) -> ProcessStatus:
+        process = ProcessStatus(
+            name=self.member_id, role=self._role, detail=self._detail, pid=os.getpid(), node=node_name()
+        )
+        if self._engine is None:
+            return process
+        load, epoch = self._engine.load(), self._mesh.epoch
+        busy_s = self._steps.take_expert_s()
+        return replace(
+            process,
+            state=state_of(epoch is not None, self._draining),
+            address=self._link.address,
+            epoch=epoch.number if epoch else 0,
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            num_free_kv_blocks=load.num_free_kv_blocks,
+            num_kv_blocks=load.num_kv_blocks,
+            **(self._load.read(busy_s) if self._load is not None else {}),
+        )
+
+
+class StepTelemetry:
+    """The engine's observer: metrics and one span a step, and the time spent on own expert rows."""
+
+    def __init__(self, telemetry: Telemetry, engine_load: Any) -> None:
+        self._telemetry = telemetry
+        self._expert_s = 0.0
+        telemetry.watch(
+            [
+                Gauge(METRIC_RUNNING, lambda: engine_load().num_running),
+                Gauge(METRIC_WAITING, lambda: engine_load().num_waiting),
+                Gauge(METRIC_KV_TOTAL, lambda: engine_load().num_kv_blocks),
+                Gauge(METRIC_KV_USED, lambda: engine_load().num_kv_blocks - engine_load().num_free_kv_blocks),
+            ]
+        )
+
+    def take_expert_s(self) -> float:
+        """Seconds spent computing own expert rows since the last call."""
+        spent, self._expert_s = self._expert_s, 0.0
+        return spent
+
+    def observe(self, stats: StepStats) -> None:
+        self._expert_s += stats.expert_s
+        telemetry = self._telemetry
+        if telemetry.metering:
+            phases = {
+                "schedule": stats.schedule_s,
+                "forward": stats.forward_s,
+                "exchange": stats.exchange_s,
+                "expert": stats.expert_s,
+                "sample": stats.sample_s,
+                "publish": stats.publish_s,
+            }
+            for phase, seconds in phases.items():
+                telemetry.record(METRIC_STEP, seconds, phase=phase)
+            telemetry.record(METRIC_STEP_TOKENS, stats.num_decode_tokens, kind="decode")
+            telemetry.record(METRIC_STEP_TOKENS, stats.num_prefill_tokens, kind="prefill")
+        if telemetry.tracing:
+            first, *others = stats.request_traceparents or ("",)
+            attributes = {
+                ATTR_STEP_ID: stats.header.step_id,
+                ATTR_EPOCH: stats.header.epoch,
+                ATTR_NUM_TOKENS: stats.num_decode_tokens + stats.num_prefill_tokens,
+            }
+            telemetry.start(SPAN_STEP, first, attributes, others).end(stats.error)
+
+
+def load_runner(config: ClusterConfig, checkpoint: Checkpoint, progress: ProgressCallback) -> Runner:
+    """This tier's weights and KV pool."""
+    return Runner.load(
+        checkpoint,
+        config.cache,
+        dtype=compute_dtype(config, checkpoint),
+        device=compute_device(config),
+        batch_invariant=is_batch_invariant(config),
+        progress=progress,
+    )

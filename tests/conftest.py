@@ -1,0 +1,26 @@
+"""Fixtures that several files share: a tiny random checkpoint, and one Ray for the whole test session."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2 layers, 64 experts, top-8, with the Qwen3 tokenizer; 20 MB of seeded noise."""
+    from expertmesh.make_checkpoint import make_checkpoint
+
+    folder = tmp_path_factory.mktemp("tiny-moe")
+    make_checkpoint(folder, "tiny-moe", seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_runtime() -> Iterator[None]:
+    """A local Ray with Serve; clusters come and go inside it."""
+    from expertmesh.cluster.app import start_ray, stop_ray
+
+    start_ray()
+    yield
+    stop_ray()
