@@ -19,23 +19,21 @@ from ..make_checkpoint import PRESETS, make_checkpoint
 from ..request import EngineRequest, SamplingParams, ThinkingBudget
 from .local_engine import LocalEngine
 
-BLOCK_SIZE = 16
-
 
 def mixed_requests(count: int, vocab_size: int, *, longest: int, seed: int = 1) -> list[EngineRequest]:
     rng = random.Random(seed)
-    shared = tuple(rng.randrange(vocab_size) for _ in range(longest // 4))
+    shared = tuple(rng.randrange(vocab_size) for _ in range(longest // 2))
     budget = ThinkingBudget(budget_tokens=6, think_id=3, end_think_id=4, closing_ids=(5, 6, 4, 7), starts_inside=True)
     requests = []
     for i in range(count):
-        own = tuple(rng.randrange(vocab_size) for _ in range(rng.randint(1, longest // 2)))
+        own = tuple(rng.randrange(vocab_size) for _ in range(rng.randint(1, longest // 3)))
         sampling = SamplingParams(
             temperature=(0.0, 0.6, 1.0)[i % 3],
             top_k=(0, 20)[i % 2],
             top_p=0.95,
             seed=1000 + i,
             presence_penalty=(0.0, 0.0, 0.0, 0.7)[i % 4],
-            max_tokens=rng.randint(longest // 4, longest),  # outlives the room left at admission
+            max_tokens=rng.randint(longest // 2, longest),  # outlives the room left at admission
         )
         prompt = shared + own if i % 4 == 0 else own
         thinking = budget if i % 5 == 0 else None
@@ -43,21 +41,23 @@ def mixed_requests(count: int, vocab_size: int, *, longest: int, seed: int = 1) 
     return requests
 
 
-def blocks_of(requests: Sequence[EngineRequest]) -> int:
+def blocks_of(requests: Sequence[EngineRequest], block_size: int) -> int:
     """KV blocks that would hold all of them at once."""
-    return sum(-(-(len(r.prompt_ids) + r.sampling.max_tokens) // BLOCK_SIZE) for r in requests)
+    return sum(-(-(len(r.prompt_ids) + r.sampling.max_tokens) // block_size) for r in requests)
 
 
-def run(folder: str | Path, *, count: int = 64, longest: int = 160) -> dict[str, object]:
+def run(folder: str | Path, *, count: int = 64, longest: int = 128, block_size: int = 16) -> dict[str, object]:
     """Solo runs with room and no prefix cache, then all at once on a third of the room, chunked."""
-    with LocalEngine(folder, cache=CacheConfig(num_blocks=64, enable_prefix_cache=False)) as solo:
+    with LocalEngine(folder, cache=CacheConfig(num_blocks=64, block_size=16, enable_prefix_cache=False)) as solo:
         vocab_size = solo.engine.vocab_size
         requests = mixed_requests(count, vocab_size, longest=longest)
         alone = [solo.run([request])[0].token_ids for request in requests]
-    needed = blocks_of(requests)
+    needed = blocks_of(requests, block_size)
     scheduler = SchedulerConfig(max_num_batched_tokens=160, max_prefill_tokens_per_step=100)
     started = time.perf_counter()
-    with LocalEngine(folder, cache=CacheConfig(num_blocks=needed // 3), scheduler=scheduler) as busy:
+    with LocalEngine(
+        folder, cache=CacheConfig(num_blocks=needed // 3, block_size=block_size), scheduler=scheduler
+    ) as busy:
         together = busy.run(requests)
         seconds = time.perf_counter() - started
         balanced = busy.books_balance and busy.engine.wait_until_idle(10)

@@ -1,0 +1,85 @@
+"""The engine on the real model: busy streams equal solo runs, and the prefix cache saves what it promises."""
+
+import pytest
+import torch
+
+from expertmesh.bench.local_engine import LocalEngine
+from expertmesh.bench.preemption import run as run_preemption
+from expertmesh.checkpoint import Checkpoint
+from expertmesh.cluster.attention.runner import Runner, attention_weight_bytes, size_kv_pool
+from expertmesh.config import CacheConfig, SchedulerConfig
+from expertmesh.errors import StartupError
+from expertmesh.make_checkpoint import PRESETS, make_checkpoint
+from expertmesh.request import EngineRequest, SamplingParams
+
+SMALL = {**PRESETS["tiny-moe"], "vocab_size": 512, "num_experts": 16, "num_experts_per_tok": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.set_num_threads(1)  # what batch-invariant mode stands on
+    folder = tmp_path_factory.mktemp("engine-model")
+    make_checkpoint(folder, SMALL, seed=3, dtype="float32")
+    return folder
+
+
+def greedy(name: str, prompt, max_tokens: int = 16) -> EngineRequest:
+    sampling = SamplingParams(max_tokens=max_tokens)
+    return EngineRequest(request_id=name, prompt_ids=tuple(prompt), sampling=sampling)
+
+
+def test_64_mixed_requests_on_a_third_of_the_kv_equal_their_solo_runs(folder):
+    figures = run_preemption(folder, longest=24, block_size=4)
+    assert figures["streams_that_differ"] == 0
+    assert figures["preemptions"] > 0
+    assert figures["all_blocks_free"]
+
+
+def test_second_turn_of_a_long_conversation_is_cached_and_the_same(folder):
+    prompt = [(i * 7919) % 500 for i in range(2000)]
+    cache = CacheConfig(num_blocks=300)
+    with LocalEngine(folder, cache=cache) as engine:
+        first = engine.run([greedy("turn 1", prompt, 40)])[0]
+        follow_up = prompt + first.token_ids + [1, 2, 3]
+        second = engine.run([greedy("turn 2", follow_up)])[0]
+        assert second.num_cached_tokens >= 2040 - cache.block_size
+        assert engine.books_balance
+    with LocalEngine(folder, cache=CacheConfig(num_blocks=300, enable_prefix_cache=False)) as plain:
+        assert plain.run([greedy("turn 2", follow_up)])[0].token_ids == second.token_ids
+
+
+def test_any_chunking_gives_the_same_tokens(folder):
+    prompts = [[(i * k) % 500 for i in range(40 + 9 * k)] for k in range(1, 6)]
+    streams = []
+    for chunk in (7, 64, 1024):
+        scheduler = SchedulerConfig(max_num_batched_tokens=chunk + 8, max_prefill_tokens_per_step=chunk)
+        with LocalEngine(folder, cache=CacheConfig(num_blocks=100), scheduler=scheduler) as engine:
+            streams.append([s.token_ids for s in engine.run([greedy(f"r{k}", p) for k, p in enumerate(prompts)])])
+    assert streams[0] == streams[1] == streams[2]
+
+
+def test_model_that_cannot_fit_is_refused_with_the_numbers(folder):
+    checkpoint = Checkpoint(folder)
+    with pytest.raises(StartupError, match=r"holds 0 blocks of 16 tokens .*raise cache.kv_memory_bytes"):
+        Runner.load(checkpoint, CacheConfig(kv_memory_bytes=1000))
+    with pytest.raises(StartupError, match=r"of weights and .* of KV \(1000000000 blocks\); .* are available"):
+        Runner.load(checkpoint, CacheConfig(num_blocks=10**9))
+
+
+def test_pool_is_sized_from_its_bytes(folder):
+    config = Checkpoint(folder).config
+    block_bytes = 16 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    cache = CacheConfig(kv_memory_bytes=10 * block_bytes + 5)
+    assert size_kv_pool(config, cache, dtype=torch.float32, weight_bytes=0, available_bytes=None) == 10
+    runner = Runner.load(Checkpoint(folder), cache)
+    assert runner.num_blocks == 10
+    assert sum(k.nbytes + v.nbytes for k, v in runner.kv_pages) == 10 * block_bytes
+
+
+def test_weight_bytes_are_those_that_are_loaded(folder):
+    weights = Runner.load(Checkpoint(folder), CacheConfig(num_blocks=2)).model.weights
+    tensors = [weights.embed, weights.norm, weights.lm_head]
+    for layer in weights.layers:
+        tensors += [t for t in (layer.qkv, layer.o, layer.gate, layer.w13, layer.w2) if t is not None]
+    loaded = sum(t.nbytes for t in {id(t): t for t in tensors}.values())
+    assert attention_weight_bytes(Checkpoint(folder).config, torch.float32) == pytest.approx(loaded, rel=0.01)
