@@ -272,12 +272,12 @@ class Membership:
     def _join(self, event: Join, now: float) -> None:
         member_id = event.member.member_id
         self._highest = max(self._highest, event.highest_number)
-        self._silent.discard(member_id)
         adopted = event.epoch
         self._failures.pop(member_id, None)
         if adopted and (self.epoch is None or adopted.number > self.epoch.number) and not self._transition:
             self._broken = self.epoch is not None  # some are an epoch behind: make one that all enter
             self._adopt(adopted, now)
+        self._silent.discard(member_id)
         self.members[member_id] = event.member
         if (
             self.epoch
@@ -451,7 +451,7 @@ class Membership:
         before = self.epoch
         if not self._complete(target):
             return []
-        placement = self._next_placement(target)
+        placement = self._next_placement(target, self._highest + 1)
         same_members = before is not None and before.members == target
         if before is not None and same_members and not self._broken and placement is before.placement:
             return []
@@ -488,12 +488,13 @@ class Membership:
             return num_attention >= self._num_attention and num_expert >= self._num_expert
         return num_attention >= 1 and num_expert >= min(1, self._num_expert)
 
-    def _next_placement(self, target: tuple[Member, ...]) -> Placement:
+    def _next_placement(self, target: tuple[Member, ...], version: int) -> Placement:
+        """A new table's version is the number of the epoch that brings it: never used twice, not even after a
+        rollback."""
         experts = tuple(m for m in target if m.expert)
         before = self.epoch
         if before is None:
-            return self._place(1, experts, None)
-        version = before.placement_version + 1
+            return self._place(version, experts, None)
         if experts != tuple(m for m in before.members if m.expert):
             return self._place(version, experts, before)
         if self._requested is not None:
