@@ -118,21 +118,24 @@ class Conversation:
             self.completion_tokens += 1
             if self.state is State.REASONING:
                 self.reasoning_tokens += 1
-            elif self.state is State.OPEN and token_id == self._think_id:
-                self._close_section(deltas)
-                self.state = State.REASONING
-                self._strip_start = True
-                self.reasoning_tokens += 1
-                self._keep(token_id, logprobs, index)
-                continue
+                ends = token_id == self._end_think_id
+            else:
+                ends = False
+                if token_id == self._think_id and self.state is State.OPEN:
+                    self._open_block(deltas)
+                    self._keep(token_id, logprobs, index)
+                    continue
             self._keep(token_id, logprobs, index)
-            if self.state is State.REASONING and token_id == self._end_think_id:
+            if ends:
                 self._close_section(deltas)
                 self.state = State.OPEN
                 self._strip_start = True
             elif token_id not in self._stop_ids:
-                self._write(self._detokenizer.push(token_id))
-        self._emit(deltas)
+                text = self._detokenizer.push(token_id)
+                if text:
+                    self._write(text)
+        if self._parts:
+            self._emit(deltas)
         return deltas
 
     def finish(self) -> list[Delta]:
@@ -146,19 +149,26 @@ class Conversation:
         if logprobs:
             self._logprobs.append(logprobs[index])
 
+    def _open_block(self, deltas: list[Delta]) -> None:
+        self._close_section(deltas)
+        self.state = State.REASONING
+        self._strip_start = True
+        self.reasoning_tokens += 1
+
     def _write(self, text: str) -> None:
-        """Text of the present section, past the rules about newlines and stop strings."""
-        if not text:
-            return
+        """Text (not empty) of the present section, past the rules about newlines and stop strings."""
         if self._strip_start:
             text = text.lstrip("\n")
             if not text:
                 return
             self._strip_start = False
-        if self._stops is not None and self.state is not State.REASONING:
+        reasoning = self.state is State.REASONING
+        if self._stops is not None and not reasoning:
             text = self._stops.push(text)
             self.stop_matched = self._stops.matched
-        if self._strip_end or self.state is State.REASONING:
+            if not text:
+                return
+        if (self._newlines or text[-1] == "\n") and (reasoning or self._strip_end):
             text = self._newlines + text
             kept = text.rstrip("\n")
             self._newlines = text[len(kept) :]
@@ -168,21 +178,22 @@ class Conversation:
 
     def _close_section(self, deltas: list[Delta]) -> None:
         if not self.stop_matched:
-            self._write(self._detokenizer.flush())
+            if held := self._detokenizer.flush():
+                self._write(held)
             if self._stops is not None and self.state is not State.REASONING:
                 self._release_stops()
         self._newlines = ""
-        self._emit(deltas, all_ids=True)
+        if self._parts or self._token_ids:
+            self._emit(deltas)
 
     def _release_stops(self) -> None:
         assert self._stops is not None
         stops, self._stops = self._stops, None
-        self._write(stops.flush())
+        if held := stops.flush():
+            self._write(held)
         self._stops = stops
 
-    def _emit(self, deltas: list[Delta], *, all_ids: bool = False) -> None:
-        if not self._parts and not (all_ids and self._token_ids):
-            return
+    def _emit(self, deltas: list[Delta]) -> None:
         section = Section.REASONING if self.state is State.REASONING else Section.ANSWER
         deltas.append(Delta(section, "".join(self._parts), self._token_ids, self._logprobs))
         self._parts, self._token_ids, self._logprobs = [], [], []

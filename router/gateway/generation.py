@@ -1,7 +1,7 @@
 """One generation at the gateway, whatever the transport: request in, events out.
 
     prepare: validate -> session.open -> chat template -> encode -> sampling and thinking -> EngineRequest
-    events:  tier.generate -> conversation -> GenerateEvent with gapless offsets -> session.commit -> finished
+    run:     tier.generate -> conversation -> GenerateEvent with gapless offsets -> session.commit -> finished
 
 The gRPC server streams the events; any other front door serves the same ones. Several tokens that came while the client
 was slow are one event, so a slow reader costs less, not more."""
@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -221,7 +221,7 @@ class Generations:
 
 
 class Generation:
-    """One request in work: iterate `events()` once."""
+    """One request in work: `run` once."""
 
     def __init__(
         self,
@@ -242,12 +242,13 @@ class Generation:
         self._include_all = include_token_ids or request.sampling.num_logprobs >= 0  # also deltas without text
         self._received_at = received_at
         self._stream: OutputStream | None = None
-        self._reply: dict[Section, list[str]] | None = (
-            {Section.REASONING: [], Section.ANSWER: []} if session is not None else None
-        )
-        self._output_ids: list[int] = []  # kept for the session record only
+        self._reply: dict[Section, list[str]] = {Section.REASONING: [], Section.ANSWER: []}  # for the session record
+        self._output_ids: list[int] = []  # likewise
+        self._offset = 0  # of the last event
         self._num_cached_tokens = 0
-        self._timings = pb.Timings()
+        self._queue_s = 0.0
+        self._first_token_s: float | None = None  # after the request came
+        self._first_answer_s: float | None = None
 
     @property
     def request_id(self) -> str:
@@ -258,35 +259,35 @@ class Generation:
         if self._stream is not None:
             self._stream.abort()
 
-    async def events(self) -> AsyncGenerator[pb.GenerateEvent, None]:
-        """Submit, then the events in order. Closing this iterator aborts the work."""
-        shared, offset = self._shared, 0
+    async def run(self, send: Callable[[pb.GenerateEvent], Awaitable[None]]) -> None:
+        """Submit, then send the events in order. Cancelling this coroutine aborts the work."""
         affinity = self._session.affinity if self._session is not None else ""
-        stream = self._stream = shared.tier.generate(self.request, affinity=affinity)
+        stream = self._stream = self._shared.tier.generate(self.request, affinity=affinity)
+        reason = FinishReason.CANCELLED
+        conversation = self._conversation
         try:
-            yield pb.GenerateEvent(offset=offset, started=self._started())
-            reason = FinishReason.CANCELLED
+            await send(pb.GenerateEvent(started=self._started()))
             async for output in stream:
-                deltas = self._take(output)
-                ended = self._conversation.stopped or bool(output.finish_reason)
+                deltas = conversation.push(output.token_ids, output.logprobs)
+                self._note(output)
+                ended = conversation.stopped or output.finish_reason
                 if ended:
-                    reason = FinishReason.STOP if self._conversation.stopped else output.finish_reason
-                    deltas += self._conversation.finish()
-                for event in self._delta_events(deltas):
-                    offset += 1
-                    event.offset = offset
-                    yield event
+                    reason = FinishReason.STOP if conversation.stopped else output.finish_reason
+                    deltas += conversation.finish()
+                for delta in deltas:
+                    if delta.text or self._include_all:
+                        await send(self._event(delta))
                 if ended:
                     break
             else:  # cancelled
-                for event in self._delta_events(self._conversation.finish()):
-                    offset += 1
-                    event.offset = offset
-                    yield event
+                for delta in conversation.finish():
+                    if delta.text or self._include_all:
+                        await send(self._event(delta))
             replica_id = stream.replica_id
         finally:
             stream.abort()
-        yield pb.GenerateEvent(offset=offset + 1, finished=await self._finished(reason, replica_id))
+        finished = await self._finished(reason, replica_id)
+        await send(pb.GenerateEvent(offset=self._offset + 1, finished=finished))
 
     def _started(self) -> pb.Started:
         return pb.Started(
@@ -297,38 +298,33 @@ class Generation:
             seed=self.request.sampling.seed,
         )
 
-    def _take(self, output: RequestOutput) -> list[Delta]:
-        """One output through the conversation, with the times that are measured."""
-        timings = self._timings
-        if not timings.time_to_first_token_s and output.token_ids:
-            timings.time_to_first_token_s = self._shared.clock() - self._received_at
-            timings.queue_s = output.queue_s
+    def _note(self, output: RequestOutput) -> None:
+        """Times and counts that are measured at the first output, and what a session keeps of every one."""
+        if self._first_token_s is None and output.token_ids:
+            self._first_token_s = self._shared.clock() - self._received_at
+            self._queue_s = output.queue_s
             self._num_cached_tokens = output.num_cached_tokens
-        deltas = self._conversation.push(output.token_ids, output.logprobs)
-        if not timings.time_to_first_answer_token_s and any(d.section is Section.ANSWER and d.text for d in deltas):
-            timings.time_to_first_answer_token_s = self._shared.clock() - self._received_at
         if self._session is not None:
             self._output_ids.extend(output.token_ids)
-        return deltas
 
-    def _delta_events(self, deltas: list[Delta]) -> list[pb.GenerateEvent]:
-        """Deltas as events, offsets still to be set."""
-        events = []
-        for delta in deltas:
-            if self._reply is not None and delta.text:
-                self._reply[delta.section].append(delta.text)
-            if not delta.text and not self._include_all:
-                continue
-            message = pb.Delta(text=delta.text)
-            if self._include_all:
-                if self._include_token_ids:
-                    message.token_ids.extend(delta.token_ids)
-                message.logprobs.extend(encode_logprob(x) for x in delta.logprobs)
-            if delta.section is Section.REASONING:
-                events.append(pb.GenerateEvent(reasoning=message))
-            else:
-                events.append(pb.GenerateEvent(answer=message))
-        return events
+    def _event(self, delta: Delta) -> pb.GenerateEvent:
+        self._offset += 1
+        event = pb.GenerateEvent()
+        event.offset = self._offset
+        if delta.section is Section.ANSWER:
+            message = event.answer
+            if self._first_answer_s is None and delta.text:
+                self._first_answer_s = self._shared.clock() - self._received_at
+        else:
+            message = event.reasoning
+        message.text = delta.text  # set even when empty: it makes the delta present
+        if self._session is not None:
+            self._reply[delta.section].append(delta.text)
+        if self._include_all:
+            if self._include_token_ids:
+                message.token_ids.extend(delta.token_ids)
+            message.logprobs.extend(encode_logprob(x) for x in delta.logprobs)
+        return event
 
     async def _finished(self, reason: FinishReason, replica_id: str) -> pb.Finished:
         usage = pb.Usage(
@@ -338,21 +334,26 @@ class Generation:
             reasoning_tokens=self._conversation.reasoning_tokens,
         )
         committed, version = await self._commit(reason, usage, replica_id)
-        self._timings.total_s = self._shared.clock() - self._received_at
-        self._record(reason, usage)
+        timings = pb.Timings(
+            queue_s=self._queue_s,
+            time_to_first_token_s=self._first_token_s or 0.0,
+            time_to_first_answer_token_s=self._first_answer_s or 0.0,
+            total_s=self._shared.clock() - self._received_at,
+        )
+        self._record(reason, usage, timings)
         return pb.Finished(
             reason=int(reason),  # type: ignore[arg-type]
             usage=usage,
             committed=committed,
             session_version=version,
-            timings=self._timings,
+            timings=timings,
             stop_matched=self._conversation.stop_matched,
         )
 
     async def _commit(self, reason: FinishReason, usage: pb.Usage, replica_id: str) -> tuple[bool, int]:
         """Whether the turn is in the session record, and the record's version. SessionConflict goes to the client."""
         session, sessions = self._session, self._shared.sessions
-        if session is None or sessions is None or self._reply is None:
+        if session is None or sessions is None:
             return False, 0
         if reason not in _COMMITTED:
             return False, session.version
@@ -377,8 +378,8 @@ class Generation:
             return False, session.version
         return True, version
 
-    def _record(self, reason: FinishReason, usage: pb.Usage) -> None:
-        telemetry, timings = self._shared.telemetry, self._timings
+    def _record(self, reason: FinishReason, usage: pb.Usage, timings: pb.Timings) -> None:
+        telemetry = self._shared.telemetry
         telemetry.record(names.METRIC_REQUESTS, 1, outcome=reason.name)
         if timings.time_to_first_token_s:
             telemetry.record(names.METRIC_TTFT, timings.time_to_first_token_s)

@@ -455,22 +455,29 @@ class RequestStream(AsyncIterator[RequestOutput]):
         self._error = error
         self._wake()
 
+    def take(self) -> RequestOutput | None:
+        """What is here, None for nothing yet; raises the stream's error, StopAsyncIteration after its end."""
+        if self._pending is not None:
+            output, self._pending = self._pending, None
+            if output.finish_reason:
+                self._ended = True
+            return output
+        if self._error is not None:
+            error, self._error, self._ended = self._error, None, True
+            raise error
+        if self._ended:
+            raise StopAsyncIteration
+        return None
+
+    def wait(self) -> "asyncio.Future[None]":
+        """Done when there may be something to take. One waiter."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        return self._waiter
+
     async def __anext__(self) -> RequestOutput:
-        while True:
-            if self._pending is not None:
-                output, self._pending = self._pending, None
-                self._ended = bool(output.finish_reason)
-                return output
-            if self._error is not None:
-                error, self._error, self._ended = self._error, None, True
-                raise error
-            if self._ended:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+        while (output := self.take()) is None:
+            await self.wait()
+        return output
 
     async def aclose(self) -> None:
         """Abort unless it is over. Idempotent; never waits."""

@@ -4,7 +4,7 @@ Handlers take bytes and give bytes, so malformed protobuf is answered by us, an 
 is one `write` an event. Everything else is in `generation.py`. Every error leaves as a typed status (`rpc_errors.py`).
 
 A request's life here: deadline from the call, `traceparent` from its metadata into the request's span and on over the
-link; a dropped or expired call cancels its handler, which closes the generation, which aborts the work in the engine.
+link; a dropped or expired call cancels its handler and with it the generation, which aborts the work in the engine.
 Constructor arguments are small protocols, so the server is tested without Ray, Redis or an engine."""
 
 import asyncio
@@ -163,9 +163,7 @@ class GatewayServer:
         self._running[generation.request_id] = generation
         self._idle.clear()
         try:
-            async with contextlib.aclosing(generation.events()) as events:
-                async for event in events:
-                    await context.write(event.SerializeToString())
+            await generation.run(lambda event: context.write(event.SerializeToString()))
         finally:
             del self._running[generation.request_id]
             if not self._running:

@@ -124,7 +124,10 @@ class TierStream(AsyncIterator[RequestOutput]):
                 self.abort()
                 raise StopAsyncIteration
             try:
-                output = await stream.__anext__()
+                output = stream.take()
+                if output is None:
+                    await stream.wait()
+                    continue
             except ReplicaLost:
                 self._stream = None
                 self._stream = await self._fail_over()

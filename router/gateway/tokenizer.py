@@ -61,6 +61,7 @@ class Tokenizer:
         self.defaults = _defaults(generation)
         self.special_ids = self._find_special_ids(generation)
         self._pieces: dict[int, bytes] = {}
+        self._texts: dict[int, str | None] = {}
 
     @classmethod
     def for_checkpoint(cls, folder: str | Path) -> "Tokenizer":
@@ -84,6 +85,17 @@ class Tokenizer:
             token = self._tokenizer.id_to_token(token_id)
             piece = self._pieces[token_id] = b"" if token is None else _token_bytes(token)
         return piece
+
+    def text(self, token_id: int) -> str | None:
+        """The text of a token that is whole characters by itself (nearly all are), else None."""
+        try:
+            return self._texts[token_id]
+        except KeyError:
+            try:
+                text = self.piece(token_id).decode("utf-8")
+            except UnicodeDecodeError:
+                text = None
+            return self._texts.setdefault(token_id, text)
 
     def token_id(self, text: str) -> int | None:
         found: int | None = self._tokenizer.token_to_id(text)
@@ -109,19 +121,31 @@ class Tokenizer:
 class Detokenizer:
     """Ids of one stream to text as they come; a character whose bytes are not all there yet is held back."""
 
-    __slots__ = ("_decode", "_special", "_tokenizer")
+    __slots__ = ("_decoder", "_held", "_special", "_tokenizer")
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
         self._special = tokenizer.special_ids.special if skip_special else frozenset()
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = False  # the decoder holds the beginning of a character
 
     def push(self, token_id: int) -> str:
-        return "" if token_id in self._special else self._decode(self._tokenizer.piece(token_id))
+        if token_id in self._special:
+            return ""
+        if not self._held:
+            text = self._tokenizer.text(token_id)
+            if text is not None:
+                return text
+        text = self._decoder.decode(self._tokenizer.piece(token_id))
+        self._held = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """The end of a text: what was held back becomes U+FFFD; the next push begins a new text."""
-        return self._decode(b"", True)
+        if not self._held:
+            return ""
+        self._held = False
+        return self._decoder.decode(b"", True)
 
 
 def decode_stream(tokenizer: Tokenizer, token_ids: Sequence[int], *, skip_special: bool = True) -> list[str]:
