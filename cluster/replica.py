@@ -149,7 +149,7 @@ class AttentionReplica:
         self._agent.on_trouble(epoch, error)
 
     def _show(self, progress: LoadProgress) -> None:
-        self._detail = str(progress)
+        self._detail = str(progress) if progress.bytes_read < progress.bytes_total else ""
 
     def _status(self) -> ProcessStatus:
         process = ProcessStatus(

@@ -97,7 +97,7 @@ class ExpertShard:
         await self._conductor.forget(self.member_id)
 
     def _show(self, progress: LoadProgress) -> None:
-        self._detail = str(progress)
+        self._detail = str(progress) if progress.bytes_read < progress.bytes_total else ""
 
     def _status(self) -> ProcessStatus:
         epoch = self._mesh.epoch
