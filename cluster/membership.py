@@ -17,6 +17,8 @@ from enum import Enum
 from ..router.epoch import Epoch, Member
 from ..router.placement import Placement, uniform
 
+_MAX_FAILURES = 3  # preparations in a row that a newcomer may fail
+
 
 class State(Enum):
     JOINING = "joining"
@@ -318,6 +320,8 @@ class Membership:
             return []
         self._failures[member_id] = self._failures.get(member_id, 0) + 1
         commands = self._roll_back(f"{member_id} could not prepare epoch {number}: {reason}")
+        if self._failures[member_id] >= _MAX_FAILURES and self.states[member_id] is State.JOINING:
+            self.states[member_id] = State.DEAD  # it must not hold up the others; its next poll makes it join again
         self._retry_at = now + self._retry_s
         return commands
 
@@ -475,7 +479,7 @@ class Membership:
         """Those who should work together: survivors in their old order (the leader stays), newcomers behind."""
         kept = [m for m in self.epoch.members if self._usable(m)] if self.epoch else []
         known = {m.member_id for m in kept}
-        joining = [self.members[i] for i in self._ids(State.JOINING) if i not in known and self._failures.get(i, 0) < 3]
+        joining = [self.members[i] for i in self._ids(State.JOINING) if i not in known]
         return tuple(kept + joining)
 
     def _usable(self, member: Member) -> bool:

@@ -262,7 +262,7 @@ def test_random_histories_never_mix_epochs_and_always_settle(seed):
     membership, now = core(num_attention=2, num_expert=2), 0.0
     alive = {name: [] for name in ("a1", "a2", "e1", "e2", "e3")}  # name -> answers not delivered yet
     prepared, epochs, tables, names = {}, {}, {}, itertools.count(10)
-    answers = [Join(member(name)) for name in alive]
+    answers, victims = [Join(member(name)) for name in alive], []
 
     def perform(commands):
         for command in commands:
@@ -296,6 +296,7 @@ def test_random_histories_never_mix_epochs_and_always_settle(seed):
         if dice < 0.04 and len([n for n in alive if n[0] == "e"]) > 1:
             victim = rng.choice([n for n in alive if n[0] == "e"])
             del alive[victim]
+            victims.append(victim)
             if rng.random() < 0.5:
                 answers.append(Lost(victim))
             elif membership.epoch:
@@ -316,10 +317,12 @@ def test_random_histories_never_mix_epochs_and_always_settle(seed):
         name = f"e{next(names)}"
         alive[name] = []
         answers.append(Join(member(name)))
+    answers += [Lost(victim) for victim in victims]  # at last every death is known
     for _ in range(400):  # quiet: everything is delivered, time passes
         if answers:
             perform(membership.step(answers.pop(0), now))
         else:
+            answers += [Join(member(name)) for name in alive if not membership.knows(name)]  # as its next poll does
             now = max(now + 0.1, membership.next_deadline() or 0.0)
             perform(membership.step(Tick(), now))
             if membership.ready and not answers:
