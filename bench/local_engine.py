@@ -69,6 +69,7 @@ class LocalEngine:
         )
         self.mesh.start(self.engine.on_header)
         self.streams: dict[str, Stream] = {}
+        self._num_steps = 0  # that published something
         self._changed = threading.Condition()
 
     def __enter__(self) -> "LocalEngine":
@@ -89,6 +90,14 @@ class LocalEngine:
         with self._changed:
             if not self._changed.wait_for(lambda: all(self.streams[n].end for n in names), timeout_s):
                 raise TimeoutError(f"not ended after {timeout_s} s: {[n for n in names if not self.streams[n].end]}")
+
+    def wait_for_step_after_now(self, timeout_s: float = 60.0) -> None:
+        """Until tokens come out, or nothing runs any more."""
+        with self._changed:
+            seen = self._num_steps
+            self._changed.wait_for(
+                lambda: self._num_steps > seen or all(s.end for s in self.streams.values()), timeout_s
+            )
 
     def run(self, requests: Sequence[EngineRequest], timeout_s: float = 600.0) -> list[Stream]:
         streams = [self.submit(request) for request in requests]
@@ -111,4 +120,5 @@ class LocalEngine:
                 stream.num_cached_tokens = max(stream.num_cached_tokens, output.num_cached_tokens)
                 if output.finish_reason is not FinishReason.NONE:
                     stream.end = output
+            self._num_steps += 1
             self._changed.notify_all()

@@ -23,7 +23,7 @@ class World:
         self.now = [1000.0]
         prefix = options.pop("enable_prefix_cache", True)
         publish = options.pop("publish", self.out)
-        observer = options.pop("observer", None)
+        observer, on_failure = options.pop("observer", None), options.pop("on_failure", None)
         runner = Runner(self.model, num_blocks=num_blocks, block_size=block_size, vocab_size=VOCAB)
         self.engine = Engine(
             runner,
@@ -34,6 +34,7 @@ class World:
             enable_prefix_cache=prefix,
             clock=lambda: self.now[0],
             observer=observer,
+            on_failure=on_failure,
         )
         self.mesh.on_header = self.engine.on_header
 
@@ -354,7 +355,8 @@ def test_stop_answers_everything_at_hand():
 
 
 def test_crash_of_the_engine_fails_every_request_and_is_seen():
-    with World(manual=True) as w:
+    failures = []
+    with World(manual=True, on_failure=failures.append) as w:
         w.model.forward = lambda *_: 1 // 0
         for name in ("a", "b"):
             w.engine.submit(request(name, range(9)))
@@ -366,6 +368,8 @@ def test_crash_of_the_engine_fails_every_request_and_is_seen():
         assert isinstance(w.engine.failure, ReplicaLost)
         with pytest.raises(ReplicaLost):
             w.engine.submit(request("c", [1]))
+        w.engine.stop()
+        assert failures == [w.engine.failure]
 
 
 def test_publish_that_raises_does_not_hang_anybody():

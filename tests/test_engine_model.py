@@ -6,11 +6,12 @@ import torch
 from expertmesh.bench.local_engine import LocalEngine
 from expertmesh.bench.preemption import run as run_preemption
 from expertmesh.checkpoint import Checkpoint
-from expertmesh.cluster.attention.runner import Runner, attention_weight_bytes, size_kv_pool
+from expertmesh.cluster.attention.runner import Runner, attention_weight_bytes, size_kv_pool, tokenizer_vocab_size
 from expertmesh.config import CacheConfig, SchedulerConfig
 from expertmesh.errors import StartupError
 from expertmesh.make_checkpoint import PRESETS, make_checkpoint
 from expertmesh.request import EngineRequest, SamplingParams
+from expertmesh.router.placement import Placement, uniform
 
 SMALL = {**PRESETS["tiny-moe"], "vocab_size": 512, "num_experts": 16, "num_experts_per_tok": 4}
 
@@ -74,6 +75,28 @@ def test_pool_is_sized_from_its_bytes(folder):
     runner = Runner.load(Checkpoint(folder), cache)
     assert runner.num_blocks == 10
     assert sum(k.nbytes + v.nbytes for k, v in runner.kv_pages) == 10 * block_bytes
+
+
+def test_only_ids_of_the_tokenizer_are_sampled(folder, tiny_checkpoint):
+    assert tokenizer_vocab_size(Checkpoint(tiny_checkpoint)) == 151669
+    assert tokenizer_vocab_size(Checkpoint(folder)) == 512
+
+
+def test_placement_may_change_at_any_step_boundary_under_running_streams(folder):
+    prompts = [[(i * k) % 500 for i in range(30)] for k in range(1, 9)]
+    requests = [greedy(f"r{k}", prompt, 24) for k, prompt in enumerate(prompts)]
+    with LocalEngine(folder, cache=CacheConfig(num_blocks=100)) as engine:
+        undisturbed = [s.token_ids for s in engine.run(requests)]
+    with LocalEngine(folder, cache=CacheConfig(num_blocks=100)) as engine:
+        config = Checkpoint(folder).config
+        streams = [engine.submit(request) for request in requests]
+        for version in range(2, 6):
+            table = uniform(config.num_layers, config.num_experts, 1).physical_to_logical.flip(1).roll(version, 1)
+            engine.mesh.change_placement(Placement(version, config.num_experts, 1, table))
+            engine.wait_for_step_after_now()
+        engine.wait([r.request_id for r in requests])
+        assert engine.mesh.epoch.number > 1
+        assert [s.token_ids for s in streams] == undisturbed
 
 
 def test_weight_bytes_are_those_that_are_loaded(folder):

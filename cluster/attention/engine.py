@@ -113,8 +113,12 @@ class Engine:
         enable_prefix_cache: bool = True,
         clock: Callable[[], float] = time.time,
         observer: StepObserver | None = None,
+        on_failure: Callable[[ExpertMeshError], None] | None = None,
     ) -> None:
+        """`on_failure` is called once, from the engine thread, if that thread fails (not when it is stopped): the place
+        to leave the mesh, whose other members may be waiting for this one in the middle of a step."""
         self._runner, self._mesh, self._publish, self._clock, self._observer = runner, mesh, publish, clock, observer
+        self._on_failure = on_failure
         cache = KVCache(runner.num_blocks, runner.block_size, enable_prefix_cache=enable_prefix_cache)
         self.scheduler = Scheduler(scheduler, cache, max_model_len=max_model_len)
         # Shared with callers, under the lock.
@@ -163,6 +167,7 @@ class Engine:
         self._events.put(_Abort(request_id))
 
     def on_header(self, header: StepHeader) -> None:
+        """The mesh names a step in which this rank takes part."""
         self._events.put(header)
 
     def load(self) -> EngineLoad:
@@ -215,7 +220,10 @@ class Engine:
             self._fail(ReplicaLost("this attention replica was stopped; the request can go on at another"))
         except Exception as error:
             _log.exception("the engine thread failed; this replica serves no more")
-            self._fail(ReplicaLost(f"the engine of this attention replica failed: {type(error).__name__}: {error}"))
+            failure = ReplicaLost(f"the engine of this attention replica failed: {type(error).__name__}: {error}")
+            self._fail(failure)
+            if self._on_failure is not None:
+                self._on_failure(failure)
 
     def _receive(self) -> None:
         """Sleep until something happens, then take every event that is there."""

@@ -3,9 +3,10 @@
 A failed step leaves nothing behind that matters: KV is written by slot, so running the same batch again writes the same
 values, and the draw depends on seed and position alone."""
 
+import json
 import os
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import torch
 
 from ...checkpoint import Checkpoint, ProgressCallback
 from ...config import CacheConfig
-from ...errors import StartupError
+from ...errors import CheckpointError, StartupError
 from ...model_config import ModelConfig
 from ...router.contracts import StepContext
 from .batch import ScheduledTokens, StepBatch, build
@@ -21,6 +22,8 @@ from .model import Model
 from .sampler import Sampled, Sampler
 
 KVPages = Seq[tuple[torch.Tensor, torch.Tensor]]  # per layer K, V [num_blocks, block_size, num_kv_heads, head_dim]
+
+_GPU_MEMORY_SHARE = 0.85  # of the free memory, for weights and KV
 
 
 class TokenModel(Protocol):
@@ -69,12 +72,17 @@ class Runner:
         batch_invariant: bool = True,
         progress: ProgressCallback | None = None,
     ) -> "Runner":
-        """Load this tier's weights and make the KV pool. `vocab_size` = ids that the tokenizer knows, 0 = the model's.
+        """Load this tier's weights and make the KV pool. `vocab_size` = ids that may be sampled, 0 = those that the
+        checkpoint's tokenizer knows.
 
         Raises StartupError, with the numbers, before anything is loaded where it cannot fit."""
         weight_bytes = attention_weight_bytes(checkpoint.config, dtype)
+        available_bytes = available_memory(device)
+        if torch.device(device).type == "cuda" and not cache.num_blocks and available_bytes is not None:
+            free = int(_GPU_MEMORY_SHARE * available_bytes) - weight_bytes  # the rest is for activations
+            cache = replace(cache, kv_memory_bytes=max(0, free))
         num_blocks = size_kv_pool(
-            checkpoint.config, cache, dtype=dtype, weight_bytes=weight_bytes, available_bytes=available_memory(device)
+            checkpoint.config, cache, dtype=dtype, weight_bytes=weight_bytes, available_bytes=available_bytes
         )
         model = Model.load(
             checkpoint,
@@ -88,7 +96,7 @@ class Runner:
             model,
             num_blocks=num_blocks,
             block_size=cache.block_size,
-            vocab_size=min(vocab_size or checkpoint.config.vocab_size, checkpoint.config.vocab_size),
+            vocab_size=vocab_size or tokenizer_vocab_size(checkpoint),
             device=device,
         )
 
@@ -102,6 +110,19 @@ class Runner:
         computed = perf_counter()
         sampled = self.sampler.sample(logits, [item.sequence for item in scheduled if item.samples])
         return StepResult(sampled, computed - started, perf_counter() - computed)
+
+
+def tokenizer_vocab_size(checkpoint: Checkpoint) -> int:
+    """Ids that the tokenizer knows; those beyond are padding of the embedding. Without a tokenizer, the model's."""
+    path, most = checkpoint.folder / "tokenizer.json", checkpoint.config.vocab_size
+    if not path.is_file():
+        return most
+    try:
+        tokenizer = json.loads(path.read_bytes())
+        ids = [*tokenizer["model"]["vocab"].values(), *(t["id"] for t in tokenizer.get("added_tokens", ()))]
+        return min(int(max(ids)) + 1, most)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"not a readable tokenizer: {error}; download the file again", file=str(path)) from error
 
 
 def attention_weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
