@@ -121,7 +121,8 @@ class ExchangeError(Unavailable):
         self, message: str, *, ep_rank: int, layer_id: int, step_id: int, epoch: int, retry_after_s: float = 0.1
     ) -> None:
         super().__init__(
-            f"{message} (ep_rank {ep_rank}, layer {layer_id}, step {step_id}, epoch {epoch})", retry_after_s=retry_after_s
+            f"{message} (ep_rank {ep_rank}, layer {layer_id}, step {step_id}, epoch {epoch})",
+            retry_after_s=retry_after_s,
         )
         self.ep_rank, self.layer_id, self.step_id, self.epoch = ep_rank, layer_id, step_id, epoch
 
