@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--locals", default="16,128")
     parser.add_argument("--form", default="bf16,fp8")
     parser.add_argument("--routing", default="uniform", choices=["uniform", "zipf"])
-    parser.add_argument("--plans", default="", help="compare plans, warpgroups x tile x stages: 2x64x8,2x128x6")
+    parser.add_argument("--plans", default="", help="compare plans m_rows x tile x stages x cluster: 128x64x9x1,...")
     parser.add_argument(
         "--stages", action="store_true", help="also time route, gather and products one after the other"
     )
@@ -121,7 +121,7 @@ def cells(
             us = median_us(calls)
             record = {**base, "us": round(us, 1), "x": round(us / floor, 3)}
             if plan:
-                record["plan"] = f"{plan.warpgroups}x{plan.tile}x{plan.stages}"
+                record["plan"] = f"{plan.m_rows}x{plan.tile}x{plan.stages}x{plan.cluster}"
             byts = (
                 sum(d.num_distinct for d in draws) / num_draws * 3 * hidden * intermediate * (1 if form == "fp8" else 2)
             )
@@ -146,7 +146,10 @@ def parse_plans(text: str, form: str) -> list[GemmPlan | None]:
     if not text:
         return [None]
     shapes = [tuple(map(int, p.split("x"))) for p in text.split(",")]
-    return [GemmPlan(warpgroups=w, tile=t, stages=s, form="fp8" if form == "fp8" else "bf16") for w, t, s in shapes]
+    return [
+        GemmPlan(m_rows=m, tile=t, stages=s, cluster=c, form="fp8" if form == "fp8" else "bf16")
+        for m, t, s, c in shapes
+    ]
 
 
 def stage_times(layer: ExpertLayer, draws: list[Draw], expected: float, plan: GemmPlan | None) -> dict[str, float]:
@@ -157,7 +160,9 @@ def stage_times(layer: ExpertLayer, draws: list[Draw], expected: float, plan: Ge
 
     packed = layer.packed
     assert packed is not None
-    plan = plan or choose_plan(packed.form, expected, layer.num_local_experts)
+    plan = plan or choose_plan(
+        packed.form, expected, layer.num_local_experts, layer.hidden_size, layer.intermediate_size
+    )
 
     def run(d: Draw, upto: int) -> None:
         places = route(d.ids, layer.num_local_experts, plan.tile)

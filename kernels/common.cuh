@@ -30,7 +30,7 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
   return pair;
 }
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 __device__ __forceinline__ int round_up_8(int n) { return (n + 7) & ~7; }
 

@@ -26,12 +26,14 @@ def grouped_gemm(
     blocks = weights.intermediate_size // (128 if fp8 else 64)
     h = torch.empty(blocks, route.capacity, 128, dtype=torch.uint8, device=device)
     h_scales = torch.empty(2 * blocks, route.capacity, dtype=torch.float32, device=device) if fp8 else None
-    tiles_per_entry = (2 * weights.intermediate_size + weights.hidden_size) // (64 * plan.warpgroups)
+    tiles_per_entry = (2 * weights.intermediate_size + weights.hidden_size) // plan.m_rows
     most_tiles = route.tiles.shape[0] * tiles_per_entry
-    grid = min(torch.cuda.get_device_properties(device).multi_processor_count, most_tiles)
+    grid = (
+        min(torch.cuda.get_device_properties(device).multi_processor_count, most_tiles) // plan.cluster * plan.cluster
+    )
     gemm_kernel(plan, weights.hidden_size, weights.intermediate_size).launch(
         (grid,),
-        (plan.warpgroups + 1) * 128,
+        plan.num_threads,
         (
             weights.w13,
             weights.w2,

@@ -26,6 +26,16 @@ __device__ __forceinline__ bool barrier_try_wait(u32 barrier, u32 parity) {
   return done;
 }
 
+__device__ __forceinline__ bool barrier_try_wait_cluster(u32 barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done;
+}
+
 // With -DWATCHDOG a wait of some seconds ends the kernel with an error instead of holding the GPU for ever.
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
 #if WATCHDOG
@@ -35,6 +45,51 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
   while (!barrier_try_wait(barrier, parity)) {
   }
 #endif
+}
+
+// The same for a barrier that other CTAs of the cluster arrive on.
+__device__ __forceinline__ void barrier_wait_cluster(u32 barrier, u32 parity) {
+#if WATCHDOG
+  for (u32 tries = 0; !barrier_try_wait_cluster(barrier, parity); ++tries)
+    if (tries > (1u << 22)) __trap();
+#else
+  while (!barrier_try_wait_cluster(barrier, parity)) {
+  }
+#endif
+}
+
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// The address of the same variable in another CTA of the cluster.
+__device__ __forceinline__ u32 in_cluster(u32 address, u32 rank) {
+  u32 mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+
+__device__ __forceinline__ void barrier_arrive_cluster(u32 mapped) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
+}
+
+__device__ __forceinline__ void store_cluster(u32 mapped, int value) {
+  asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(mapped), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Contiguous global -> the same place in both CTAs of a cluster of two; completes on each one's own `barrier`.
+__device__ __forceinline__ void bulk_load_both(u32 destination, const void* source, u32 bytes, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+      "%4;" ::"r"(destination),
+      "l"(source), "r"(bytes), "r"(barrier), "h"((u16)3)
+      : "memory");
 }
 
 // Contiguous global -> shared by the copy engine; 16-byte aligned, whole 16-byte units; completes on `barrier`.
@@ -124,4 +179,11 @@ __device__ __forceinline__ float2 load_shared_pair(u32 address) {
   float2 v;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
   return v;
+}
+
+// Four 8x8 fragments, transposed, to shared memory; lane l gives the address of row l & 7 of matrix l / 8.
+__device__ __forceinline__ void store_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
 }

@@ -27,6 +27,15 @@
 constexpr int WARPS = NUM_EXPERTS <= 256 ? 32 : 16;
 static_assert(NUM_EXPERTS <= WARPS * 32, "one thread per local expert");
 
+constexpr int EXPERT_WARPS = (NUM_EXPERTS + 31) / 32;  // that own an expert
+constexpr int BATCH = 8;                               // loads in flight
+
+// One id of every 32, -1 beyond the end.
+__device__ __forceinline__ void load_ids(int (&e)[BATCH], const int* ids, i64 first, i64 end) {
+#pragma unroll
+  for (int i = 0; i < BATCH; ++i) e[i] = first + 32 * i < end ? __ldg(ids + first + 32 * i) : -1;
+}
+
 // state[0] tiles, [1] padded rows, [2] pairs, [3] next tile to claim (the grouped GEMM counts it up from 0)
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     route(const int* __restrict__ ids, i64 num_pairs, const int* __restrict__ expert_map, int num_mapped, int tile,
@@ -37,30 +46,32 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
   const i64 segment = ((num_pairs + WARPS * 32 - 1) / (WARPS * 32)) * 32;
   const i64 begin = warp * segment, end = min(begin + segment, num_pairs);
+  const int used_warps = (int)min((i64)WARPS, (num_pairs + segment - 1) / segment);
   for (int i = thread; i < WARPS * NUM_EXPERTS; i += WARPS * 32) histogram[i] = 0;
   __syncthreads();
   allow_next_kernel();
   wait_for_previous_kernel();
 
-  auto local_expert = [&](i64 pair) {
-    if (pair >= end) return -1;
-    int e = __ldg(ids + pair);
-    if (expert_map) e = (u32)e < (u32)num_mapped ? __ldg(expert_map + e) : -1;
-    return (u32)e < (u32)NUM_EXPERTS ? e : -1;
+  auto local_expert = [&](int id) {
+    if (expert_map) id = (u32)id < (u32)num_mapped ? __ldg(expert_map + id) : -1;
+    return (u32)id < (u32)NUM_EXPERTS ? id : -1;
   };
   int* mine = histogram + warp * NUM_EXPERTS;
-  for (i64 base = begin; base < end; base += 32) {
-    const int e = local_expert(base + lane);
-    const u32 same = __match_any_sync(0xffffffffu, e);
-    if (e >= 0 && __ffs(same) - 1 == lane) mine[e] += __popc(same);
-    __syncwarp();
+  for (i64 base = begin; base < end; base += 32 * BATCH) {
+    int e[BATCH];
+    load_ids(e, ids, base + lane, end);
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      const int local = local_expert(e[i]);
+      if (local >= 0) atomicAdd(mine + local, 1);  // a count: the order of additions does not show
+    }
   }
   __syncthreads();
 
   int count = 0;
   if (thread < NUM_EXPERTS)
 #pragma unroll 4
-    for (int w = 0; w < WARPS; ++w) {
+    for (int w = 0; w < used_warps; ++w) {
       const int c = histogram[w * NUM_EXPERTS + thread];
       histogram[w * NUM_EXPERTS + thread] = count;
       count += c;
@@ -79,14 +90,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   __syncthreads();
   u64 before = 0, total = 0;
 #pragma unroll 4
-  for (int w = 0; w < WARPS; ++w) {
+  for (int w = 0; w < EXPERT_WARPS; ++w) {
     if (w < warp) before += warp_totals[w];
     total += warp_totals[w];
   }
   if (thread == 0) {
     int pairs = 0;
 #pragma unroll 4
-    for (int w = 0; w < WARPS; ++w) pairs += warp_pairs[w];
+    for (int w = 0; w < EXPERT_WARPS; ++w) pairs += warp_pairs[w];
     state[0] = (int)(u32)total;
     state[1] = (int)(total >> 32);
     state[2] = pairs;
@@ -106,57 +117,80 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   }
   __syncthreads();
 
-  for (i64 base = begin; base < end; base += 32) {
-    const int e = local_expert(base + lane);
-    const u32 same = __match_any_sync(0xffffffffu, e);
-    if (e >= 0) pair_of_row[first_row[e] + mine[e] + __popc(same & ((1u << lane) - 1))] = (int)(base + lane);
-    __syncwarp();
-    if (e >= 0 && __ffs(same) - 1 == lane) mine[e] += __popc(same);
-    __syncwarp();
+  for (i64 base = begin; base < end; base += 32 * BATCH) {
+    int e[BATCH];
+    load_ids(e, ids, base + lane, end);
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      if (base + 32 * i >= end) break;
+      const int local = local_expert(e[i]);
+      const u32 same = __match_any_sync(0xffffffffu, local);
+      const u32 earlier = same & ((1u << lane) - 1);
+      const int place = local >= 0 ? mine[local] : 0;
+      __syncwarp();
+      if (local >= 0) {
+        if (!earlier) mine[local] = place + __popc(same);
+        pair_of_row[first_row[local] + place + __popc(earlier)] = (int)(base + 32 * i) + lane;
+      }
+      __syncwarp();
+    }
   }
 }
 
-// One warp moves 256 columns of one row at a time; the rows' number is known only on the device.
+// This lane's 8 columns of a row; a whole warp together, 256 columns.
+__device__ __forceinline__ void pack_span(uint4 v, int column, u32 row, bool inside, i64 capacity, u8* packed,
+                                          float* scales) {
+#if FP8
+  const int lane = threadIdx.x & 31;
+  const u32 word[4] = {v.x, v.y, v.z, v.w};
+  float f[8], peak = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    f[2 * i] = bf16_low(word[i]);
+    f[2 * i + 1] = bf16_high(word[i]);
+    peak = fmaxf(peak, fmaxf(fabsf(f[2 * i]), fabsf(f[2 * i + 1])));
+  }
+#pragma unroll
+  for (int d = 1; d < 16; d <<= 1) peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, d));
+  const float scale = fp8_scale(peak);
+  if (inside) {
+    u16 q[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) q[i] = pack_e4m3(__fdiv_rn(f[2 * i], scale), __fdiv_rn(f[2 * i + 1], scale));
+    const int block = column >> 7, piece = (column & 127) >> 4;
+    u8* line = packed + ((i64)block * capacity + row) * 128;
+    *(uint2*)(line + ((piece ^ (row & 7)) << 4) + (column & 8)) =
+        make_uint2(q[0] | (u32)q[1] << 16, q[2] | (u32)q[3] << 16);
+    if ((lane & 15) == 0) scales[(i64)block * capacity + row] = scale;
+  }
+#else
+  const int block = column >> 6, piece = (column & 63) >> 3;
+  if (inside) *(uint4*)(packed + ((i64)block * capacity + row) * 128 + ((piece ^ (row & 7)) << 4)) = v;
+#endif
+}
+
+// One warp moves LOADS spans of 256 columns of one row at a time; the rows' number is known only on the device.
 extern "C" __global__ void __launch_bounds__(256)
     pack(const u16* __restrict__ x, const int* __restrict__ pair_of_row, const int* __restrict__ state, i64 capacity,
          u8* packed, float* scales) {
   allow_next_kernel();
   wait_for_previous_kernel();
-  constexpr int SPANS = (HIDDEN + 255) / 256;
+  constexpr int LOADS = HIDDEN >= 1024 ? 4 : 1, SPANS = (HIDDEN + 256 * LOADS - 1) / (256 * LOADS);
   const int lane = threadIdx.x & 31;
-  const i64 num_items = (i64)__ldg(state + 1) * SPANS;
-  for (i64 item = blockIdx.x * 8 + (threadIdx.x >> 5); item < num_items; item += gridDim.x * 8) {
-    const i64 row = item / SPANS;
-    const int column = (int)(item % SPANS) * 256 + lane * 8;
+  const u32 num_items = (u32)__ldg(state + 1) * SPANS;
+  for (u32 item = blockIdx.x * 8 + (threadIdx.x >> 5); item < num_items; item += gridDim.x * 8) {
+    const u32 row = item / SPANS;
     const int pair = __ldg(pair_of_row + row);
-    const bool inside = pair >= 0 && column < HIDDEN;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (inside) v = __ldg((const uint4*)(x + (i64)(pair / TOP_K) * HIDDEN + column));
-#if FP8
-    const u32 word[4] = {v.x, v.y, v.z, v.w};
-    float f[8], peak = 0.0f;
+    const u16* source = x + (i64)(pair / TOP_K) * HIDDEN;
+    const int first = (int)(item % SPANS) * (256 * LOADS) + lane * 8;
+    uint4 loaded[LOADS];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      f[2 * i] = bf16_low(word[i]);
-      f[2 * i + 1] = bf16_high(word[i]);
-      peak = fmaxf(peak, fmaxf(fabsf(f[2 * i]), fabsf(f[2 * i + 1])));
+    for (int i = 0; i < LOADS; ++i) {
+      const bool inside = pair >= 0 && first + 256 * i < HIDDEN;
+      loaded[i] = inside ? __ldg((const uint4*)(source + first + 256 * i)) : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
-    for (int d = 1; d < 16; d <<= 1) peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, d));
-    const float scale = fp8_scale(peak);
-    if (inside) {
-      u16 q[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) q[i] = pack_e4m3(__fdiv_rn(f[2 * i], scale), __fdiv_rn(f[2 * i + 1], scale));
-      const int block = column >> 7, piece = (column & 127) >> 4;
-      u8* line = packed + ((i64)block * capacity + row) * 128;
-      *(uint2*)(line + ((piece ^ (int)(row & 7)) << 4) + (column & 8)) =
-          make_uint2(q[0] | (u32)q[1] << 16, q[2] | (u32)q[3] << 16);
-      if ((lane & 15) == 0) scales[(i64)block * capacity + row] = scale;
-    }
-#else
-    const int block = column >> 6, piece = (column & 63) >> 3;
-    if (inside) *(uint4*)(packed + ((i64)block * capacity + row) * 128 + ((piece ^ (int)(row & 7)) << 4)) = v;
-#endif
+    for (int i = 0; i < LOADS; ++i)
+      pack_span(loaded[i], first + 256 * i, row, pair >= 0 && first + 256 * i < HIDDEN, capacity, packed, scales);
   }
 }

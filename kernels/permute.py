@@ -74,7 +74,7 @@ def pack_rows(rows: torch.Tensor, plan: RoutePlan, *, fp8: bool = False) -> tupl
     blocks = hidden // (128 if fp8 else 64)
     packed = torch.empty(blocks, plan.capacity, 128, dtype=torch.uint8, device=rows.device)
     scales = torch.empty(blocks, plan.capacity, dtype=torch.float32, device=rows.device) if fp8 else None
-    items = plan.capacity * -(-hidden // 256)
+    items = plan.capacity * -(-hidden // (1024 if hidden >= 1024 else 256))
     grid = min(-(-items // 8), 8 * torch.cuda.get_device_properties(rows.device).multi_processor_count)
     pack_kernel(hidden, plan.top_k, fp8).launch(
         (grid,), 256, (rows, plan.pair_of_row, plan.state, np.int64(plan.capacity), packed, scales), device=rows.device

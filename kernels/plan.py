@@ -14,50 +14,86 @@ SHARED_BYTES_LIMIT = 227 << 10  # sm_90
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GemmPlan:
-    warpgroups: int  # consumer warpgroups; a tile is 64 outputs for each
+    m_rows: int  # outputs of a tile: 32, 64 or 128
     tile: int  # most rows of one expert in a tile
     stages: int  # slots of the ring
+    cluster: int = 1  # CTAs that share the rows of a tile
     form: WeightForm
 
     @property
-    def stage_bytes(self) -> int:
-        return self.warpgroups * 8192 + self.tile * 128 + (self.tile * 8 if self.form == "fp8" else 0)
+    def staged(self) -> bool:
+        """Outputs leave through shared memory."""
+        return self.tile >= 128
+
+    @property
+    def num_threads(self) -> int:
+        return 384 if self.m_rows == 128 else 256
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: the ring and the slack to align it."""
-        return self.stages * self.stage_bytes + 1024
+        """Dynamic shared memory: the ring, the row scales, two chunks of output."""
+        stage = self.m_rows * 128 + self.tile * 128 + (self.tile * 8 if self.form == "fp8" else 0)
+        return self.stages * stage + (2 * 64 * 272 if self.staged else 0)
+
+    @property
+    def static_shared_bytes(self) -> int:
+        """Upper bound of what the kernel declares itself: barriers, the tile queue, fp8 peaks."""
+        return 16 * self.stages + 256 + (9 * 4 * self.tile if self.form == "fp8" else 0)
+
+    def fits(self, hidden_size: int, intermediate_size: int) -> bool:
+        """Whether these sizes are whole numbers of (pairs of) tiles."""
+        grain = self.m_rows * self.cluster
+        return hidden_size % grain == 0 and 2 * intermediate_size % grain == 0
 
     def defines(self, hidden_size: int, intermediate_size: int) -> dict[str, int]:
         return {
             "HIDDEN": hidden_size,
             "INTERMEDIATE": intermediate_size,
-            "WARPGROUPS": self.warpgroups,
+            "M_ROWS": self.m_rows,
             "TILE": self.tile,
             "STAGES": self.stages,
+            "CLUSTER": self.cluster,
             "FP8": int(self.form == "fp8"),
         }
 
 
-PLANS: dict[WeightForm, tuple[tuple[float, GemmPlan], ...]] = {  # (most expected rows per expert, plan), ascending
+# (most expected rows per expert, plans in order of preference), ascending
+PLANS: dict[WeightForm, tuple[tuple[float, tuple[GemmPlan, ...]], ...]] = {
     "bf16": (
-        (24, GemmPlan(warpgroups=2, tile=64, stages=9, form="bf16")),
-        (72, GemmPlan(warpgroups=2, tile=128, stages=6, form="bf16")),
-        (float("inf"), GemmPlan(warpgroups=2, tile=256, stages=4, form="bf16")),
+        (24, (GemmPlan(m_rows=128, tile=64, stages=9, form="bf16"),)),
+        (72, (GemmPlan(m_rows=128, tile=128, stages=5, form="bf16"),)),
+        (
+            float("inf"),
+            (
+                GemmPlan(m_rows=128, tile=256, stages=4, cluster=2, form="bf16"),
+                GemmPlan(m_rows=128, tile=256, stages=4, form="bf16"),
+            ),
+        ),
     ),
     "fp8": (
-        (24, GemmPlan(warpgroups=2, tile=64, stages=8, form="fp8")),
-        (float("inf"), GemmPlan(warpgroups=2, tile=128, stages=6, form="fp8")),
+        (24, (GemmPlan(m_rows=128, tile=64, stages=8, form="fp8"),)),
+        (
+            float("inf"),
+            (
+                GemmPlan(m_rows=128, tile=192, stages=4, cluster=2, form="fp8"),
+                GemmPlan(m_rows=128, tile=192, stages=4, form="fp8"),
+            ),
+        ),
     ),
 }
-FEW_PAIRS = GemmPlan(
-    warpgroups=1, tile=16, stages=20, form="bf16"
-)  # one token: tiles of 64 outputs reach more multiprocessors
+FEW_PAIRS = GemmPlan(m_rows=64, tile=16, stages=20, form="bf16")  # one token: narrower tiles reach more multiprocessors
 
 
-def choose_plan(form: WeightForm, expected_pairs: float, num_local_experts: int) -> GemmPlan:
-    """The plan for about `expected_pairs` (row, expert) pairs over `num_local_experts` experts."""
+def all_plans(form: WeightForm) -> list[GemmPlan]:
+    return [*([FEW_PAIRS] if form == "bf16" else []), *(p for _, plans in PLANS[form] for p in plans)]
+
+
+def choose_plan(
+    form: WeightForm, expected_pairs: float, num_local_experts: int, hidden_size: int, intermediate_size: int
+) -> GemmPlan:
+    """The plan for about `expected_pairs` (row, expert) pairs over `num_local_experts` experts of these sizes."""
     if form == "bf16" and expected_pairs <= 16:
         return FEW_PAIRS
     rows_per_expert = expected_pairs / num_local_experts
-    return next(plan for limit, plan in PLANS[form] if rows_per_expert <= limit)
+    plans = next(plans for limit, plans in PLANS[form] if rows_per_expert <= limit)
+    return next(plan for plan in plans if plan.fits(hidden_size, intermediate_size))

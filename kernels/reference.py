@@ -80,7 +80,7 @@ def quantize_fp8(x: torch.Tensor, group: int = 128) -> tuple[torch.Tensor, torch
     """Per row and `group` columns: scale = peak / 448 (1 for a group of zeros), e4m3 values. x [..., n]."""
     grouped = x.float().unflatten(-1, (-1, group))
     peak = grouped.abs().amax(-1)
-    scales = torch.where(peak == 0, torch.ones_like(peak), peak / E4M3_MAX)
+    scales = torch.where(peak == 0, torch.ones_like(peak), peak / torch.full_like(peak, E4M3_MAX))
     values = (grouped / scales[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return values.flatten(-2), scales
 
@@ -95,7 +95,7 @@ def quantize_blocks(w: torch.Tensor, block: int = 128) -> tuple[torch.Tensor, to
     """Weights [..., m, n] to e4m3 with one float32 scale per block x block, as the official fp8 checkpoints hold them."""
     blocks = w.float().unflatten(-1, (-1, block)).unflatten(-3, (-1, block))
     peak = blocks.abs().amax((-1, -3))
-    scales = torch.where(peak == 0, torch.ones_like(peak), peak / E4M3_MAX)
+    scales = torch.where(peak == 0, torch.ones_like(peak), peak / torch.full_like(peak, E4M3_MAX))
     values = (blocks / scales[..., :, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return values.reshape(w.shape), scales
 

@@ -11,7 +11,7 @@ from expertmesh.kernels.expert_layer import ExpertLayer
 from expertmesh.kernels.gate_topk import gate_topk
 from expertmesh.kernels.pack import swizzle
 from expertmesh.kernels.permute import pack_rows, route
-from expertmesh.kernels.plan import FEW_PAIRS, PLANS, GemmPlan
+from expertmesh.kernels.plan import GemmPlan, all_plans
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -19,8 +19,7 @@ if not torch.cuda.is_available():
 DEVICE = "cuda"
 HIDDEN, INTERMEDIATE = 256, 128
 gemm_module._extra_defines["WATCHDOG"] = 1  # a hang becomes an error
-BF16_PLANS = [FEW_PAIRS, *(p for _, p in PLANS["bf16"])]
-FP8_PLANS = [p for _, p in PLANS["fp8"]]
+BF16_PLANS, FP8_PLANS = all_plans("bf16"), all_plans("fp8")
 
 
 def weights(num_local, hidden=HIDDEN, intermediate=INTERMEDIATE, seed=0):
@@ -146,6 +145,8 @@ def test_fp8_rows_are_near_float64(plan, kind, num_rows, num_local):
         return
     same_activations = reference.expert_rows_fp8(x, ids, *packed, dtype=torch.float64)[local]
     assert relative_error(y[local], same_activations) < 1e-2
+    if local.sum() < 100:
+        return  # the format's own error is promised over many rows
     full = [reference.dequantize_blocks(w, s) for w, s in zip(packed[:2], packed[2:])]
     assert relative_error(y[local], reference.expert_rows(x, ids, *full, dtype=torch.float64)[local]) < 6e-2
 
@@ -157,6 +158,8 @@ def test_any_shape_of_the_grain_works(hidden, intermediate):
     layer = ExpertLayer(w13, w2, kernels="cuda")
     expected = reference.expert_rows(x, ids, w13, w2, dtype=torch.float64)
     for plan in BF16_PLANS if hidden == 640 else BF16_PLANS[:2]:  # the widest plans compile slowly
+        if not plan.fits(hidden, intermediate):
+            continue
         y = layer.rows(x, ids, plan=plan)
         assert relative_error(y[ids >= 0], expected[ids >= 0]) < 1e-2
 
