@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from ..errors import QueueFull
+from ..errors import ExpertMeshError, QueueFull
 from ..request import EngineLoad, EngineRequest, FinishReason, RequestOutput, TokenLogprob
 
 Reply = Callable[[EngineRequest], Sequence[int]]
@@ -20,6 +20,7 @@ class FakeEngine:
     def __init__(self, publish: Publish, reply: Reply, *, max_num_seqs: int = 4096, step_s: float = 0.0) -> None:
         self.aborted: list[str] = []
         self.submitted: list[EngineRequest] = []
+        self.refuse: ExpertMeshError | None = None  # raised for every submit from now on
         self._publish, self._reply, self._max_num_seqs, self.step_s = publish, reply, max_num_seqs, step_s
         self._running: dict[str, tuple[EngineRequest, Sequence[int], int]] = {}  # request, reply, tokens said
         self._credits = -1  # steps allowed; -1 = no limit
@@ -30,6 +31,8 @@ class FakeEngine:
 
     def submit(self, request: EngineRequest) -> None:
         with self._changed:
+            if self.refuse is not None:
+                raise self.refuse
             if len(self._running) >= self._max_num_seqs:
                 raise QueueFull(f"{len(self._running)} requests of {self._max_num_seqs}; try again", retry_after_s=0.5)
             self.submitted.append(request)

@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from expertmesh.bench.fake_engine import FakeEngine
-from expertmesh.errors import NoReplica, Overloaded, ReplicaLost
+from expertmesh.errors import NoReplica, Overloaded, ReplicaLost, Unavailable
 from expertmesh.proto import expertmesh_pb2 as pb
 from expertmesh.proto import expertmesh_pb2_grpc as pb_grpc
 from expertmesh.request import EngineRequest, FinishReason, SamplingParams, ThinkingBudget
@@ -223,6 +223,15 @@ async def test_a_full_replica_is_passed_over_before_anything_was_said():
     async with replica("a", max_num_seqs=0) as (a, _), replica("b") as (b, _), tier_over(a, b) as tier:
         results = await asyncio.gather(*(collect(tier.generate(request(f"r{i}"))) for i in range(4)))
         assert [ids[0] for ids, _ in results] == [0, 1000, 2000, 3000]
+
+
+async def test_a_replica_that_refuses_for_now_is_passed_over():
+    async with replica("a") as (a, engine_a), replica("b") as (b, engine_b), tier_over(a, b) as tier:
+        engine_a.refuse = Unavailable("this replica is draining")
+        assert (await collect(tier.generate(request("r1"))))[0] == list(range(1000, 1010))
+        engine_b.refuse = Unavailable("this one too")
+        with pytest.raises(Unavailable, match=r"replica|too"):
+            await collect(tier.generate(request("r2")))
 
 
 async def test_all_full_is_queue_full():

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 
-from ...errors import NoReplica, Overloaded, ReplicaLost
+from ...errors import ExpertMeshError, NoReplica, Overloaded, ReplicaLost, Unavailable
 from ...request import EngineRequest, RequestOutput
 from .balancer import BalancerConfig, ReplicaView, pick
 from .link import LinkClient, RequestStream
@@ -102,14 +102,14 @@ class AttentionTier:
 class TierStream(AsyncIterator[RequestOutput]):
     """Outputs of one request, over as many replicas as it takes. Closing it aborts the request."""
 
-    __slots__ = ("_closed", "_full", "_num_failovers", "_received", "_request", "_stream", "_tier")
+    __slots__ = ("_closed", "_num_failovers", "_received", "_refused", "_request", "_stream", "_tier")
 
     def __init__(self, tier: AttentionTier, request: EngineRequest, affinity: str) -> None:
         self._tier, self._request = tier, request
         self._closed = False
         self._received: list[int] = []
         self._num_failovers = 0
-        self._full: set[str] = set()  # replicas that refused for want of room
+        self._refused: set[str] = set()  # replicas that are not asked again for this request
         self._stream: RequestStream | None = tier.submit(request, affinity, set())
 
     @property
@@ -132,7 +132,7 @@ class TierStream(AsyncIterator[RequestOutput]):
                 self._stream = None
                 self._stream = await self._fail_over()
                 continue
-            except Overloaded as error:
+            except (Overloaded, Unavailable) as error:
                 self._stream = self._pass_over(stream.replica_id, error)
                 continue
             self._received.extend(output.token_ids)
@@ -147,23 +147,26 @@ class TierStream(AsyncIterator[RequestOutput]):
             self._stream.abort()
             self._stream = None
 
-    def _pass_over(self, replica_id: str, error: Overloaded) -> RequestStream:
-        """A replica refused for want of room: another one, or the refusal where there is none."""
+    def _pass_over(self, replica_id: str, error: ExpertMeshError) -> RequestStream:
+        """One that answers refused (no room, leaving, failed): another one, or the refusal where there is none."""
         self._stream = None
-        self._full.add(replica_id)
-        if self._received:
-            raise error
+        self._refused.add(replica_id)
         try:
-            return self._tier.submit(self._request, "", self._full)
-        except (Overloaded, NoReplica):
+            return self._tier.submit(self._so_far(), "", self._refused)
+        except (Overloaded, Unavailable):
             raise error from None
+
+    def _so_far(self) -> EngineRequest:
+        if not self._received:
+            return self._request
+        return replace(self._request, output_ids=(*self._request.output_ids, *self._received))
 
     async def _fail_over(self) -> RequestStream:
         """Send prompt and tokens so far to another replica, waiting for one where none is there."""
         self._num_failovers += 1
         if self._num_failovers > MAX_FAILOVERS:
             raise ReplicaLost(f"lost {self._num_failovers} attention replicas under one request; giving up")
-        request = replace(self._request, output_ids=(*self._request.output_ids, *self._received))
+        request = self._so_far()
         deadline = self._tier.clock() + FAILOVER_WAIT_S
         while True:
             try:
