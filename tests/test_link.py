@@ -225,6 +225,22 @@ async def test_a_full_replica_is_passed_over_before_anything_was_said():
         assert [ids[0] for ids, _ in results] == [0, 1000, 2000, 3000]
 
 
+async def test_a_stream_without_any_replica_waits_and_can_be_closed():
+    async with replica("a") as (a, engine):
+        tier = AttentionTier(gateway_id="gw", cluster_token=TOKEN)
+        tier.set_replicas({"a": a.address})
+        await tier.wait_connected(10)
+        engine.allow(1)
+        stream = tier.generate(request("r1", 50))
+        await stream.__anext__()
+        await a.stop()
+        waiting = asyncio.create_task(collect(stream))
+        await asyncio.sleep(0)
+        stream.abort()
+        assert await asyncio.wait_for(waiting, 10) == ([], FinishReason.NONE)
+        await tier.close()
+
+
 async def test_a_replica_that_refuses_for_now_is_passed_over():
     async with replica("a") as (a, engine_a), replica("b") as (b, engine_b), tier_over(a, b) as tier:
         engine_a.refuse = Unavailable("this replica is draining")

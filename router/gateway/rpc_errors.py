@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from ... import errors
@@ -76,14 +77,20 @@ def make_error(code: str, message: str, *, retry_after_s: float | None = None, n
 def from_rpc(code: grpc.StatusCode, message: str, metadata: Iterable[tuple[str, str | bytes]]) -> ExpertMeshError:
     """A received status as an error of the tree, with the facts of its details as fields."""
     found = dict(metadata)
-    retry = found.get(RETRY_KEY)
     info = _error_info(found.get(DETAILS_KEY, b""))
     error = make_error(
-        code.name, message, retry_after_s=float(retry) if retry else None, name=info.reason if info else ""
+        code.name, message, retry_after_s=_seconds(found.get(RETRY_KEY)), name=info.reason if info else ""
     )
     for name, value in info.metadata.items() if info else ():
         setattr(error, name, int(value) if name.endswith("_version") else value)
     return error
+
+
+def _seconds(text: str | bytes | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None
 
 
 def _add(status: status_pb2.Status, detail: object) -> None:
@@ -95,7 +102,11 @@ def _add(status: status_pb2.Status, detail: object) -> None:
 def _error_info(data: str | bytes) -> error_details_pb2.ErrorInfo | None:
     if not isinstance(data, bytes) or not data:
         return None
-    for detail in status_pb2.Status.FromString(data).details:
+    try:
+        details = status_pb2.Status.FromString(data).details
+    except DecodeError:  # somebody else's
+        return None
+    for detail in details:
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == DOMAIN:
             return info

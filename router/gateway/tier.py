@@ -106,7 +106,7 @@ class TierStream(AsyncIterator[RequestOutput]):
 
     def __init__(self, tier: AttentionTier, request: EngineRequest, affinity: str) -> None:
         self._tier, self._request = tier, request
-        self._closed = False
+        self._closed = asyncio.Event()
         self._received: list[int] = []
         self._num_failovers = 0
         self._refused: set[str] = set()  # replicas that are not asked again for this request
@@ -120,7 +120,7 @@ class TierStream(AsyncIterator[RequestOutput]):
     async def __anext__(self) -> RequestOutput:
         while True:
             stream = self._stream
-            if stream is None or self._closed:
+            if stream is None or self._closed.is_set():
                 self.abort()
                 raise StopAsyncIteration
             try:
@@ -142,7 +142,7 @@ class TierStream(AsyncIterator[RequestOutput]):
         self.abort()
 
     def abort(self) -> None:
-        self._closed = True
+        self._closed.set()
         if self._stream is not None:
             self._stream.abort()
             self._stream = None
@@ -161,18 +161,30 @@ class TierStream(AsyncIterator[RequestOutput]):
             return self._request
         return replace(self._request, output_ids=(*self._request.output_ids, *self._received))
 
-    async def _fail_over(self) -> RequestStream:
-        """Send prompt and tokens so far to another replica, waiting for one where none is there."""
+    async def _fail_over(self) -> RequestStream | None:
+        """Send prompt and tokens so far to another replica, waiting for one where none is there; None = closed."""
         self._num_failovers += 1
         if self._num_failovers > MAX_FAILOVERS:
             raise ReplicaLost(f"lost {self._num_failovers} attention replicas under one request; giving up")
         request = self._so_far()
         deadline = self._tier.clock() + FAILOVER_WAIT_S
-        while True:
+        while not self._closed.is_set():
             try:
                 return self._tier.submit(request, "", set())
             except (NoReplica, ReplicaLost):
                 left = deadline - self._tier.clock()
                 if left <= 0:
                     raise
-                await self._tier.wait_connected(left)
+                await self._wait_connected(left)
+        return None
+
+    async def _wait_connected(self, timeout_s: float) -> None:
+        """Until a replica is there or the stream is closed; NoReplica past the bound."""
+        waits = [asyncio.create_task(self._tier.wait_connected(timeout_s)), asyncio.create_task(self._closed.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if waits[0].done():
+                waits[0].result()
+        finally:
+            for wait in waits:
+                wait.cancel()
