@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from .dispatch import DispatchPlan
@@ -85,22 +86,28 @@ def weighted_sum(pairs: torch.Tensor, plan: DispatchPlan, topk_weights: torch.Te
     A token's sum reads its own rows alone, in a fixed order, so its bits depend neither on the batch nor on where the
     rows were computed. Chunks keep the float32 products in cache."""
     num_tokens, top_k, hidden = plan.num_tokens, plan.top_k, pairs.shape[1]
+    weights = topk_weights.unsqueeze(-1)
+    order = None  # where each (token, k) is in `pairs`; None = in place
     if plan.num_pairs != num_tokens * top_k:
         rows = pairs.new_zeros(num_tokens * top_k, hidden)
         rows[torch.from_numpy(plan.return_slots)] = pairs
-    elif len(plan.send_counts) == 1:
-        rows = pairs
     else:
-        rows = torch.empty_like(pairs).index_copy_(0, torch.from_numpy(plan.return_slots), pairs)
-    rows = rows.view(num_tokens, top_k, hidden)
-    weights = topk_weights.unsqueeze(-1)
-    if num_tokens <= _CHUNK:
-        return (rows * weights).sum(dim=1).to(pairs.dtype)
+        rows = pairs
+        if len(plan.send_counts) > 1:
+            inverse = np.empty(plan.num_pairs, dtype=np.int64)
+            inverse[plan.return_slots] = np.arange(plan.num_pairs)
+            order = torch.from_numpy(inverse)
+    chunk = max(1, _CHUNK_ELEMENTS // max(1, top_k * hidden))
+    if num_tokens <= chunk:
+        gathered = rows if order is None else rows.index_select(0, order)
+        return (gathered.view(num_tokens, top_k, hidden) * weights).sum(dim=1).to(pairs.dtype)
     out = torch.empty(num_tokens, hidden, dtype=pairs.dtype)
-    for start in range(0, num_tokens, _CHUNK):
-        part = slice(start, start + _CHUNK)
-        out[part] = (rows[part] * weights[part]).sum(dim=1)
+    for start in range(0, num_tokens, chunk):
+        end = min(num_tokens, start + chunk)
+        pairs_of = slice(start * top_k, end * top_k)
+        gathered = rows[pairs_of] if order is None else rows.index_select(0, order[pairs_of])
+        out[start:end] = (gathered.view(end - start, top_k, hidden) * weights[start:end]).sum(dim=1)
     return out
 
 
-_CHUNK = 64  # tokens
+_CHUNK_ELEMENTS = 1 << 19  # float32 products of a chunk: 2 MB
