@@ -299,7 +299,8 @@ def mixed(model: InProcessModel, prompts: Sequence[Sequence[int]], generator: ra
 def measure_cost() -> dict[str, float]:
     """Tokens/s of batch-invariant and plain mode, and their ratio, on a small MoE with a small vocabulary."""
     config = _MOE | {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 64, "num_hidden_layers": 4}
-    generator, figures = random.Random(0), {}
+    generator = random.Random(0)
+    figures: dict[str, float] = {}
     prompts = [random_prompt(generator, 100, 1000) for _ in range(32)]
     with tempfile.TemporaryDirectory(prefix="expertmesh-parity-") as folder:
         make_checkpoint(folder, config, dtype="float32")

@@ -99,8 +99,8 @@ class LocalExpertMLP:
             hidden = silu_mul(self.numerics.batched_linear(x, experts.w13))
             out = self.numerics.batched_linear(hidden, experts.w2).view(-1, rows.shape[1])
         else:
-            hidden = silu_mul(_segmented_linear(x, experts.w13, plan))
-            out = _segmented_linear(hidden, experts.w2, plan)
+            hidden = silu_mul(_segmented_linear(x, experts.w13_t, plan))
+            out = _segmented_linear(hidden, experts.w2_t, plan)
         return out.index_select(0, torch.from_numpy(plan.result_rows).to(rows.device))
 
     def _resident_or_loaded(self, layer_id: int, ids: tuple[int, ...], meter: ProgressMeter) -> LayerExperts:
@@ -168,12 +168,11 @@ def _pieces(slots: list[int], sizes: list[int]) -> tuple[list[int], list[int]]:
     return [slot for slot, _ in cut], [size for _, size in cut]
 
 
-def _segmented_linear(x: torch.Tensor, w: torch.Tensor, plan: SegmentPlan) -> torch.Tensor:
-    """x [num_padded, K], w [num_slots, N, K] -> [num_padded, N], each segment by its own expert."""
-    out = x.new_empty(x.shape[0], w.shape[1])
-    transposed = w.transpose(1, 2)
+def _segmented_linear(x: torch.Tensor, w: tuple[torch.Tensor, ...], plan: SegmentPlan) -> torch.Tensor:
+    """x [num_padded, K], w by slot [K, N] -> [num_padded, N], each segment by its own expert."""
+    out = x.new_empty(x.shape[0], w[0].shape[1])
     for slot, rows, result in zip(
         plan.segment_slots, torch.split(x, plan.segment_sizes), torch.split(out, plan.segment_sizes)
     ):
-        torch.mm(rows, transposed[slot], out=result)
+        torch.mm(rows, w[slot], out=result)
     return out

@@ -23,6 +23,8 @@ class LayerExperts:
     logical_ids: tuple[int, ...]  # expert in each slot, -1 = empty
     w13: torch.Tensor  # [num_slots, 2 * moe_intermediate_size, hidden_size], gate first
     w2: torch.Tensor  # [num_slots, hidden_size, moe_intermediate_size]
+    w13_t: tuple[torch.Tensor, ...]  # by slot, a view [hidden, 2 * width] of w13
+    w2_t: tuple[torch.Tensor, ...]  # by slot, a view [width, hidden] of w2
 
 
 def load_layer(
@@ -40,7 +42,9 @@ def load_layer(
     hidden, width, num_slots = config.hidden_size, config.moe_intermediate_size, len(logical_ids)
     w13 = torch.empty(num_slots, 2 * width, hidden, dtype=dtype, device=device)
     w2 = torch.empty(num_slots, hidden, width, dtype=dtype, device=device)
-    made = LayerExperts(tuple(int(i) for i in logical_ids), w13, w2)
+    made = LayerExperts(
+        tuple(int(i) for i in logical_ids), w13, w2, tuple(w13.transpose(1, 2)), tuple(w2.transpose(1, 2))
+    )
     for slot, logical in enumerate(made.logical_ids):
         if logical < 0:
             w13[slot].zero_()

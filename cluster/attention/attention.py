@@ -25,6 +25,8 @@ from .batch import StepBatch
 
 TILE = 64  # KV positions of one product
 QUERY_ROWS = 64  # most query tokens of one item
+_FAR = 1e30  # taken from the score of a hidden position, so that it is never the maximum
+_LEAST = -60.0  # a score further below the maximum weighs 9e-27; exp of less is many times slower, and as good as zero
 _MAX_SCORES = 8 << 20  # scores of one item at most, so that a long context does not need long buffers
 _MAX_GATHER = 4 << 20  # elements of K gathered for one bucket, unless a single item needs more
 
@@ -39,6 +41,9 @@ class Bucket:
     token_rows: torch.Tensor  # [I * Q] int64 rows of T; padding repeats the item's last row
     kv_rows: torch.Tensor  # [I * num_kv_heads * L] int64 rows of the cache seen as [num_slots * num_kv_heads, head_dim]
     hidden: torch.Tensor  # [I, num_tiles, Q, TILE] bool, True = later than the query, or beyond the sequence
+    first_partial_tile: int  # tiles before it are visible to every query of the bucket
+    visible: torch.Tensor  # [I, 1, num_tiles - first_partial_tile, Q, 1, TILE] float32, 1 or 0: `hidden` as a factor
+    distance: torch.Tensor  # the same shape, 0 or -_FAR: `hidden` as an addend
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,7 @@ class AttentionPlan:
     buckets: tuple[Bucket, ...]
     written_rows: torch.Tensor | None  # rows of T to write to KV; None = all
     written_slots: torch.Tensor
+    whole: bool  # one bucket that holds every token once, in order: plain decode
 
 
 class PagedAttention:
@@ -67,26 +73,30 @@ class PagedAttention:
     def plan(self, batch: StepBatch) -> AttentionPlan:
         device = batch.token_ids.device
         table = batch.block_table.cpu().numpy().astype(np.int64)
-        buckets = [
+        made = [
             self._make_bucket(items, num_queries, num_tiles, table, device)
             for (num_queries, num_tiles), items in self._items(batch).items()
         ]
+        buckets = tuple(bucket for group in made for bucket in group)
         written = batch.slot_mapping >= 0
         rows = None if bool(written.all()) else written.nonzero().squeeze(1)
         slots = batch.slot_mapping if rows is None else batch.slot_mapping[rows]
-        return AttentionPlan(tuple(b for made in buckets for b in made), rows, slots)
+        whole = len(buckets) == 1 and buckets[0].num_items * buckets[0].num_queries == batch.num_tokens
+        return AttentionPlan(buckets, rows, slots, whole)
 
     def write(self, plan: AttentionPlan, cache: torch.Tensor, new: torch.Tensor) -> None:
         """new [T, num_kv_heads, head_dim] -> its slots of cache [num_blocks, block_size, num_kv_heads, head_dim]."""
-        flat = cache.view(-1, self.num_kv_heads, self.head_dim)
-        flat[plan.written_slots] = (new if plan.written_rows is None else new[plan.written_rows]).to(cache.dtype)
+        rows = new if plan.written_rows is None else new[plan.written_rows]
+        cache.view(-1, self.num_kv_heads, self.head_dim).index_copy_(0, plan.written_slots, rows)
 
     def attend(
         self, plan: AttentionPlan, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> torch.Tensor:
         """q [T, num_heads, head_dim] -> [T, num_heads, head_dim]."""
-        out = torch.empty_like(q)
         run = self._attend_tiles if self.numerics.batch_invariant else self._attend_sdpa
+        if plan.whole:
+            return run(plan.buckets[0], q, k_cache, v_cache)
+        out = torch.empty_like(q)
         for bucket in plan.buckets:
             # Padding rows write their item's last row again, with the same value.
             out[bucket.token_rows] = run(bucket, q[bucket.token_rows], k_cache, v_cache)
@@ -107,9 +117,11 @@ class PagedAttention:
         k = k_cache.view(-1, dim).index_select(0, bucket.kv_rows).view(-1, TILE, dim)
         v = v_cache.view(-1, dim).index_select(0, bucket.kv_rows).view(-1, TILE, dim)
         scores = torch.bmm(q, k.transpose(1, 2)).view(items, heads, tiles, queries, group, TILE)
-        scores.masked_fill_(bucket.hidden[:, None, :, :, None, :], torch.finfo(scores.dtype).min)
+        partial = slice(bucket.first_partial_tile, None)
+        scores[:, :, partial] += bucket.distance
         peak = scores.amax(dim=(2, 5), keepdim=True)
-        weights = scores.sub_(peak).exp_()
+        weights = scores.sub_(peak).clamp_(min=_LEAST).exp_()
+        weights[:, :, partial] *= bucket.visible
         total = _tree_sum(weights.sum(dim=-1))  # [I, heads, queries, group]
         mixed = torch.bmm(weights.view(-1, queries * group, TILE), v)
         mixed = _tree_sum(mixed.view(items, heads, tiles, queries, group, dim))
@@ -161,6 +173,8 @@ class PagedAttention:
             slots = table[request[:, None], wanted // self.block_size] * self.block_size + wanted % self.block_size
             kv_rows = slots[:, None, :] * self.num_kv_heads + np.arange(self.num_kv_heads)[:, None]  # [I, heads, L]
             hidden = positions.reshape(num_tiles, 1, TILE) > (position[:, None] + offset)[:, None, :, None]
+            first = int(position.min()) // TILE
+            visible = torch.from_numpy(~hidden[:, None, first:, :, None, :]).to(device, torch.float32)
             made.append(
                 Bucket(
                     num_items=len(request),
@@ -169,6 +183,9 @@ class PagedAttention:
                     token_rows=torch.from_numpy((row[:, None] + offset).reshape(-1)).to(device),
                     kv_rows=torch.from_numpy(kv_rows.reshape(-1)).to(device),
                     hidden=torch.from_numpy(hidden).to(device),
+                    first_partial_tile=first,
+                    visible=visible,
+                    distance=(visible - 1) * _FAR,
                 )
             )
         return made
