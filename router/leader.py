@@ -25,7 +25,7 @@ class BidPlaced:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """An attention member has taken all its turns of the step, or failed in it."""
+    """An attention member has taken all its turns of the step; or any member failed in it."""
 
     member_id: str
     step_id: int
@@ -114,10 +114,10 @@ class Leader:
             self._bids.pop(bid.member_id, None)
 
     def _take_done(self, done: StepDone, now: float) -> None:
-        if done.step_id != self._step_id or done.member_id not in self._running:
+        if done.step_id != self._step_id or not self._running:
             return
         self._running.discard(done.member_id)
-        if done.failed:
+        if done.failed:  # an owner of experts says so too
             self._failed = True
             self._running.clear()
         if not self._running:
