@@ -27,6 +27,7 @@ import grpc
 import grpc.aio
 
 from ..proto import expertmesh_pb2 as pb
+from ..router.gateway.conversation import Conversation
 from ..router.gateway.generation import GenerationConfig
 from ..router.gateway.link import LinkServer
 from ..router.gateway.server import GatewayServer
@@ -235,11 +236,27 @@ def _figures(runs: list[dict[float, Rates]], num_streams: int, num_tokens: int) 
         "gateway_tokens_per_s_unpaced": median(0.0, "tokens_per_s"),
         "bare_cpu_us_per_message": median(-1.0, "server_cpu_us"),
         "gateway_cpu_us_per_message": median(best, "server_cpu_us"),
+        "conversation_us_per_token_p50": round(conversation_us(), 2),
         "ratio_by_pace": {str(p): round(r, 3) for p, r in ratios.items()},
         "ratio": round(ratios[best], 3),
         "goal": GOAL,
         "met": ratios[best] >= GOAL,
     }
+
+
+def conversation_us(rounds: int = 2000) -> float:
+    """Median time a token takes from id to serialised event: detokenizer, state machine with one stop string, delta."""
+    tokenizer = Tokenizer(QWEN3_FOLDER)
+    ids = tokenizer.encode(TEXT)
+    machine = Conversation(tokenizer, stop=("\n\nUser:",))
+    times = []
+    for offset in range(rounds):
+        token_ids = [ids[offset % len(ids)]]
+        started = time.perf_counter()
+        for delta in machine.push(token_ids):
+            pb.GenerateEvent(offset=offset, answer=pb.Delta(text=delta.text)).SerializeToString()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times) * 1e6
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """Promise: every request is answered exactly or refused by a typed status, and whatever ends a stream ends its work."""
 
 import asyncio
+from random import Random
 from typing import Any
 
 import grpc
@@ -9,7 +10,9 @@ from gateway_world import MAX_MODEL_LEN, TOKEN, chat, gateway, rest, say, text_o
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from expertmesh.config import TelemetryConfig
 from expertmesh.errors import InvalidRequest, Overloaded
 from expertmesh.proto import expertmesh_pb2 as pb
 from expertmesh.redis_server import EmbeddedRedis
@@ -17,6 +20,7 @@ from expertmesh.router.gateway import server
 from expertmesh.router.gateway.link import TOKEN_KEY
 from expertmesh.router.gateway.rpc_errors import from_rpc
 from expertmesh.router.gateway.session import SessionStore
+from expertmesh.telemetry import ATTR_REQUEST_ID, SPAN_REQUEST, configure
 
 REPLY = "<think>\na thought 你\n</think>\n\nthe answer 👩‍👧<|im_end|>"
 
@@ -143,6 +147,22 @@ async def test_the_trace_context_goes_on_to_the_engine():
         assert world.engine.submitted[0].traceparent == trace
 
 
+async def test_the_request_span_joins_the_callers_trace_and_hands_its_own_on():
+    exporter = InMemorySpanExporter()
+    telemetry = configure(TelemetryConfig(), role="gateway", instance="g", span_exporter=exporter)
+    async with gateway(say("x"), telemetry=telemetry) as world:
+        trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+        request = pb.GenerateRequest(prompt="a", request_id="r1")
+        assert [e async for e in world.generation.Generate(request, metadata=(("traceparent", trace),))]
+        await world.refused(world.generation.Generate(pb.GenerateRequest()))
+        served, refused = exporter.get_finished_spans()
+        assert (served.name, served.attributes[ATTR_REQUEST_ID]) == (SPAN_REQUEST, "r1")
+        assert f"{served.parent.span_id:016x}" == "b7ad6b7169203331"
+        assert f"{served.context.span_id:016x}" in world.engine.submitted[0].traceparent
+        assert not refused.status.is_ok
+    telemetry.shutdown()
+
+
 # ---------------------------------------------------------------- what bad input gets
 
 S = pb.SamplingOptions
@@ -175,6 +195,11 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"chat": chat("a"), "tools": [pb.Tool(name="t", parameters_json="[")]}, "tools[0].parameters_json", "JSON object"),
     ({"prompt": "a", "resumable": True}, "resumable", "false"),
     ({"prompt": "a", "thinking": pb.ThinkingOptions(mode=1)}, "thinking.mode", "DEFAULT"),
+    (
+        {"token_ids": pb.TokenIds(ids=[1]), "thinking": pb.ThinkingOptions(mode=2)},
+        "thinking.mode",
+        "DEFAULT with token_ids",
+    ),
     ({"chat": chat("a"), "thinking": pb.ThinkingOptions(mode=9)}, "thinking.mode", "DEFAULT (0)"),
     ({"prompt": "a", "sampling": S(temperature=-0.1)}, "sampling.temperature", "0..2"),
     ({"prompt": "a", "sampling": S(temperature=2.5)}, "sampling.temperature", "0..2"),
@@ -283,6 +308,19 @@ async def test_an_expired_deadline_frees_its_work_and_was_told_to_the_engine():
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert await asyncio.to_thread(world.engine.wait_idle)
         assert world.engine.submitted[0].deadline > 0
+
+
+async def test_streams_cut_at_any_point_leave_nothing_behind():
+    random = Random(5)
+
+    async def cut(world, after: int) -> None:
+        call = world.generation.Generate(pb.GenerateRequest(prompt="a", sampling=pb.SamplingOptions(max_tokens=400)))
+        for _ in range(after):
+            await call.read()
+        call.cancel()
+
+    async with gateway(say("word " * 400)) as world:  # the books are checked at its end
+        await asyncio.gather(*(cut(world, random.randrange(6)) for _ in range(200)))
 
 
 async def test_cancel_ends_the_stream_with_what_was_said():

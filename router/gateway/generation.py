@@ -149,7 +149,7 @@ class Generations:
             field = "token_ids"
         else:
             field = "chat" if messages else "prompt"
-            text = self._render(request, messages, session) if messages else self._plain(request)
+            text = self._render(request, messages, session) if messages else request.prompt
             if len(text) <= ENCODE_INLINE_CHARS:
                 ids = self.tokenizer.encode(text, add_special_tokens=not messages)
             else:
@@ -165,13 +165,6 @@ class Generations:
                 f"at most {self.config.max_model_len - 1}, the context of {self.config.max_model_len} less one",
             )
         return ids
-
-    def _plain(self, request: pb.GenerateRequest) -> str:
-        if request.thinking.mode:
-            mode = pb.ThinkingOptions.Mode.Name(request.thinking.mode)
-            raise InvalidRequest("thinking.mode", mode, "DEFAULT with prompt: the mode goes into a chat template")
-        prompt: str = request.prompt
-        return prompt
 
     def _render(
         self, request: pb.GenerateRequest, messages: list[dict[str, Any]], session: SessionRecord | None

@@ -70,8 +70,12 @@ def check_input(request: pb.GenerateRequest) -> None:
         )
     if request.resumable:
         raise InvalidRequest("resumable", True, "false: this gateway keeps no stream journal")
-    if request.thinking.mode not in (0, 1, 2):
-        raise InvalidRequest("thinking.mode", request.thinking.mode, "DEFAULT (0), ON (1) or OFF (2)")
+    mode = request.thinking.mode
+    if mode not in pb.ThinkingOptions.Mode.values():
+        raise InvalidRequest("thinking.mode", mode, "DEFAULT (0), ON (1) or OFF (2)")
+    if mode and given != ["chat"]:
+        name = pb.ThinkingOptions.Mode.Name(mode)
+        raise InvalidRequest("thinking.mode", name, f"DEFAULT with {given[0]}: the mode goes into a chat template")
 
 
 def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
