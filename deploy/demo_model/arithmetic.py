@@ -77,6 +77,18 @@ def chain(terms: list[int]) -> str:
     return "\n".join(parts)
 
 
+def divide(a: int, divisor: int) -> str:
+    """Lines of a / divisor for a divisor of one digit: long division from the left."""
+    lines, done, rest = [f"{a} / {divisor}"], "", 0
+    for x in str(a):
+        total = rest * 10 + int(x)
+        rest = total % divisor
+        done += str(total // divisor)
+        lines.append(f"{total}/{divisor}={total // divisor}{f', rest {rest}' if rest else ''} -> {done}")
+    return "\n".join([*lines, f"= {a // divisor}" + (f" rest {rest}" if rest else "")])
+
+
 def is_held_out(a: int, b: int) -> bool:
-    """True for the one operand pair in sixteen that training never sees; a fixed hash, the same everywhere."""
-    return ((a * 2654435761 + b * 40503 + 12345) >> 7) % 16 == 0
+    """True for the one pair of operands in sixteen, in either order, that training never sees; a fixed hash."""
+    low, high = min(a, b), max(a, b)
+    return ((low * 2654435761 + high * 40503 + 12345) >> 7) % 16 == 0

@@ -12,6 +12,8 @@ Random = random.Random
 
 
 def weekday(rng: Random, held_out: bool) -> Turn:
+    if rng.random() < 0.15:
+        return _next_day(rng)
     chinese = rng.random() < 0.2
     days = words.CHINESE_WEEKDAYS if chinese else words.WEEKDAYS
     start, count, back = rng.randrange(7), rng.randint(1, 60), rng.random() < 0.4
@@ -38,6 +40,36 @@ def weekday(rng: Random, held_out: bool) -> Turn:
         answer = f"{count} day{'' if count == 1 else 's'} {word} {days[start]} is {target}."
     check = Check(kind="last_word", value=(target,), choices=days)
     return Turn(user=user, thinking=thinking, answer=answer, check=check, task="calendar")
+
+
+def _next_day(rng: Random) -> Turn:
+    start, back = rng.randrange(7), rng.random() < 0.4
+    today, target = words.WEEKDAYS[start], words.WEEKDAYS[(start + (-1 if back else 1)) % 7]
+    if back:
+        templates = (
+            "What day was yesterday if today is {d}?",
+            "Today is {d}. What day was yesterday?",
+            "Which day is before {d}?",
+        )
+    else:
+        templates = (
+            "What day is tomorrow if today is {d}?",
+            "Today is {d}. What day is tomorrow?",
+            "Which day is after {d}?",
+        )
+    user = rng.choice(templates).format(d=today)
+    check = Check(kind="last_word", value=(target,), choices=words.WEEKDAYS)
+    return Turn(user=user, thinking=f"{today} -> {target}", answer=f"It is {target}.", check=check, task="calendar")
+
+
+def unit(rng: Random, held_out: bool) -> Turn:
+    count, part, whole = rng.choice(words.UNITS)
+    one = f"an {whole}" if whole == "hour" else f"a {whole}"
+    templates = ("How many {p} are in {o}?", "How many {p} does {o} have?", "How many {p} are there in one {w}?")
+    user = rng.choice(templates).format(p=part, o=one, w=whole)
+    answer = f"{one.capitalize()} has {count} {part}."
+    thinking = f"{whole}: {count} {part}"
+    return Turn(user=user, thinking=thinking, answer=answer, check=number_check(count), task="calendar")
 
 
 def month(rng: Random, held_out: bool) -> Turn:
@@ -78,6 +110,5 @@ def date(rng: Random, held_out: bool) -> Turn:
     user = rng.choice(("What date is {n} day{s} after {d} {m}?", "It is {d} {m}. What is the date in {n} day{s}?"))
     user = user.format(n=count, s=plural, d=day, m=name)
     answer = f"It is {target_day} {target}."
-    check = Check(kind="phrase", value=(f"{target_day} {target}",))
     check = Check(kind="words", value=(str(target_day), target), choices=(*words.MONTHS, *map(str, range(1, 32))))
     return Turn(user=user, thinking="\n".join(lines), answer=answer, check=check, task="calendar")

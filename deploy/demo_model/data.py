@@ -34,6 +34,7 @@ class DataConfig:
     hard_switch_share: float = 0.15
     flag_share: float = 0.15  # of the user turns
     cut_share: float = 0.18  # of the thinking documents
+    direct_sum_share: float = 0.25  # of the sums drawn without thinking are kept
 
 
 @dataclass(slots=True)
@@ -55,7 +56,19 @@ def draw_item(rng: random.Random) -> Item:
 
 
 def fine_tuning_document(rng: random.Random, codec: Codec, config: DataConfig) -> Document:
-    """One turn of one conversation as the model meets it: rendered prompt, then what it should write."""
+    """One turn of one conversation as the model meets it: rendered prompt, then what it should write.
+
+    Sums without thinking are rare on purpose: what they need is written working, not a lucky guess."""
+    while True:
+        document, direct_sum = _draw_document(rng, codec, config)
+        if not direct_sum or rng.random() < config.direct_sum_share:
+            return document
+
+
+SUMS = ("add", "subtract", "multiply", "divide", "series")
+
+
+def _draw_document(rng: random.Random, codec: Codec, config: DataConfig) -> tuple[Document, bool]:
     item = draw_item(rng)
     turn_id = rng.choice(item.scored) if rng.random() < 0.6 else rng.randrange(len(item.turns))
     turn = item.turns[turn_id]
@@ -69,12 +82,13 @@ def fine_tuning_document(rng: random.Random, codec: Codec, config: DataConfig) -
         messages += tool_messages(turn, thinking=turn.tool.thinking if thinks else "")
     prompt = codec.prompt(messages, list(item.tools), enable_thinking)
     if thinks and rng.random() < config.cut_share:
-        return _cut_document(rng, codec, prompt, thinking, text)
+        return _cut_document(rng, codec, prompt, thinking, text), False
     if thinks:
         text = f"<think>\n{thinking}\n</think>\n\n{text}"
     elif enable_thinking:
         text = EMPTY_BLOCK + text
-    return Document(ids=prompt + codec.encode(f"{text}<|im_end|>"), first_target=len(prompt))
+    document = Document(ids=prompt + codec.encode(f"{text}<|im_end|>"), first_target=len(prompt))
+    return document, not thinks and turn.task in SUMS
 
 
 def _add_flags(rng: random.Random, messages: list[dict[str, str]], config: DataConfig) -> bool:
@@ -113,7 +127,11 @@ def _plain(rng: random.Random, turn: Turn) -> str:
     shape = rng.random()
     if shape < 0.4:
         return turn.thinking
-    return f"{turn.user}\n{turn.thinking}\n{turn.answer}" if shape < 0.8 else f"{turn.user}\n{turn.answer}"
+    return (
+        f"{turn.user}\n{turn.thinking}\n{turn.answer}"
+        if shape < 0.8 or turn.task in SUMS
+        else f"{turn.user}\n{turn.answer}"
+    )
 
 
 class Batch(NamedTuple):

@@ -24,8 +24,8 @@ from .tasks import Check, Item, Json, Turn, make_item, parse_tool_call
 Mode = Literal["think", "no_think", "soft_no_think"]
 MODES: tuple[Mode, ...] = ("think", "no_think", "soft_no_think")
 BUDGETS: tuple[int | None, ...] = (8, 16, 32, 48, 64, 96, 128, 192, 256, None)
-ARITHMETIC = ("add4", "subtract4", "add", "subtract", "multiply", "series", "word problem")
-ITEMS_PER_TASK = 50  # 14 tasks: 700 items
+ARITHMETIC = ("add4", "subtract4", "add", "subtract", "multiply", "divide", "series", "word problem")
+ITEMS_PER_TASK = 50  # 15 tasks: 750 items
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

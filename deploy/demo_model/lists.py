@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from . import words
-from .sums import number_check
+from .sums import draw_operand, number_check
 from .tasks import Check, Turn
 
 Random = random.Random
@@ -23,10 +23,11 @@ def sort_numbers(rng: Random, held_out: bool) -> Turn:
         )
     else:
         templates = (
-            "Sort these numbers: {l}", "Sort {l}", "Put these numbers in order: {l}", "Sort from smallest to largest: {l}",
+            "Sort these numbers: {l}", "Sort {l}", "Put these numbers in order: {l}",
+            "Sort from smallest to largest: {l}",
             "Sort {l} in ascending order.", "Order {l} from low to high.",
         )  # fmt: skip
-    user = rng.choice(templates).format(l=", ".join(map(str, numbers)))
+    user = rng.choice(templates).format(l=_listed(rng, [str(number) for number in numbers]))
     order = sorted(numbers, reverse=descending)
     thinking = _selection([str(n) for n in numbers], [str(n) for n in order], "max" if descending else "min")
     answer = ", ".join(map(str, order))
@@ -42,7 +43,7 @@ def sort_numbers(rng: Random, held_out: bool) -> Turn:
 def sort_words(rng: Random, held_out: bool) -> Turn:
     chosen = rng.sample(words.ITEMS, rng.randint(3, 5))
     templates = ("Sort these words: {l}", "Sort alphabetically: {l}", "Put these words in alphabetical order: {l}")
-    user = rng.choice(templates).format(l=", ".join(chosen))
+    user = rng.choice(templates).format(l=_listed(rng, chosen))
     order = sorted(chosen)
     thinking = _selection(chosen, order, "first")
     check = Check(kind="words", value=tuple(order), choices=words.ITEMS)
@@ -94,6 +95,40 @@ def count_items(rng: Random, held_out: bool) -> Turn:
     return Turn(
         user=user, thinking=", ".join(marks) + f"\n= {count}", answer=answer, check=number_check(count), task="count"
     )
+
+
+def compare(rng: Random, held_out: bool) -> Turn:
+    a, b = draw_operand(rng, 5), draw_operand(rng, 5)
+    if rng.random() < 0.3:
+        b = max(0, a + rng.randint(-20, 20))
+    b = b + 1 if a == b else b
+    greater = rng.random() < 0.6
+    word = rng.choice(("bigger", "larger", "greater") if greater else ("smaller", "less"))
+    user = rng.choice(("Which is {w}, {a} or {b}?", "Which number is {w}: {a} or {b}?", "What is {w}, {a} or {b}?"))
+    right = max(a, b) if greater else min(a, b)
+    thinking = f"{a} {'>' if a > b else '<'} {b}"
+    return Turn(
+        user=user.format(w=word, a=a, b=b), thinking=thinking, answer=f"{right} is {word}.", check=number_check(right),
+        task="sort",
+    )  # fmt: skip
+
+
+def count_all_letters(rng: Random, held_out: bool) -> Turn:
+    word = rng.choice(words.SPELLING)
+    user = rng.choice(("How many letters are in {w}?", "How many letters does {w} have?", "How long is the word {w}?"))
+    shown = f'"{word}"' if rng.random() < 0.3 else word
+    thinking = ", ".join(f"{character} {index + 1}" for index, character in enumerate(word))
+    return Turn(
+        user=user.format(w=shown), thinking=f"{thinking}\n= {len(word)}", answer=f"{word} has {len(word)} letters.",
+        check=number_check(len(word)), task="count",
+    )  # fmt: skip
+
+
+def _listed(rng: Random, entries: list[str]) -> str:
+    how = rng.random()
+    if how < 0.75:
+        return ", ".join(entries)
+    return " ".join(entries) if how < 0.88 else f"{', '.join(entries[:-1])} and {entries[-1]}"
 
 
 def _selection(left: list[str], order: list[str], label: str) -> str:

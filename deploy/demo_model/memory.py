@@ -63,12 +63,25 @@ def memory_item(rng: Random, held_out: bool, between: Callable[[Random, bool], T
 
 
 def _fact_value(rng: Random, kind: str) -> str:
+    if kind == "name" and rng.random() < 0.4:
+        return _made_name(rng)
     return str(rng.randint(1, 99)) if kind == "number" else rng.choice(FACTS[kind][4])
+
+
+def _made_name(rng: Random) -> str:
+    """A name of no list, so that names are copied from the conversation and not known by heart."""
+    syllables = (
+        rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") + rng.choice(("", "", "n", "l", "r")) for _ in "ab"
+    )
+    name = "".join(syllables) + rng.choice(("", "a", "ia", "na", "s", "ro"))
+    return rng.choice(("", "So", "An", "El", "Mi")) + name if rng.random() < 0.2 else name.capitalize()
 
 
 def _tell(rng: Random, values: dict[str, str], again: bool = False) -> Turn:
     chinese = next(iter(values)) in ("名字", "颜色")
     text = ("" if chinese else " ").join(rng.choice(FACTS[kind][0]).format(v=value) for kind, value in values.items())
+    if not again and not chinese and rng.random() < 0.2:
+        text = rng.choice(("Hello, ", "Hi! ", "Hey, ", "Good morning. ")) + text
     if again:
         text = (
             f"其实，{text}"
@@ -100,7 +113,11 @@ def _recall(rng: Random, kind: str, value: str, held_out: bool) -> Turn:
             check=number_check(total),
             task="memory",
         )
-    check = number_check(int(value)) if kind == "number" else Check(kind="words", value=(value,), choices=choices)
+    check = Check(kind="words", value=(value,), choices=choices)
+    if kind == "number":
+        check = number_check(int(value))
+    elif value not in choices:
+        check = Check(kind="phrase", value=(f" {value}.",))
     user = rng.choice(questions)
     return Turn(user=user, thinking=thought.format(v=value), answer=answer.format(v=value), check=check, task="memory")
 

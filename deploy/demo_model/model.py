@@ -109,7 +109,8 @@ def attention_inputs(
 
 
 def rest_of_layer(
-    x: Tensor, attended: Tensor, valid: Tensor, o: Tensor, norm: Tensor, gate: Tensor, w1: Tensor, w3: Tensor, w2: Tensor,
+    x: Tensor, attended: Tensor, valid: Tensor, o: Tensor, norm: Tensor, gate: Tensor, w1: Tensor, w3: Tensor,
+    w2: Tensor,
     config: ModelConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The layer's output; per expert the number of valid tokens and the sum of their router probabilities."""

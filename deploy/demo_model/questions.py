@@ -9,19 +9,20 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from .calendar_questions import date, month, weekday
-from .lists import count_items, count_letters, sort_numbers, sort_words
+from .calendar_questions import date, month, unit, weekday
+from .lists import compare, count_all_letters, count_items, count_letters, sort_numbers, sort_words
 from .memory import memory_item, system_message
 from .small_talk import elsewhere, greeting
-from .sums import addition, multiplication, series, subtraction, word_problem
+from .sums import addition, division, multiplication, series, subtraction, word_problem
 from .tasks import Item, Maker, Turn
-from .tools import CALCULATOR, WEATHER, calculator, weather
+from .tools import CALCULATOR, WEATHER, calculator, missing_tool, weather
 
 Random = random.Random
 TurnMaker = Callable[[Random, bool], Turn]
 
 SIMPLE = (
-    (addition, 20), (subtraction, 22), (multiplication, 14), (series, 7), (sort_numbers, 12), (sort_words, 5),
+    (addition, 22), (subtraction, 24), (division, 5), (compare, 3), (count_all_letters, 3), (unit, 2),
+    (multiplication, 14), (series, 7), (sort_numbers, 12), (sort_words, 5),
     (count_letters, 9), (count_items, 5), (weekday, 6), (month, 4), (date, 5), (word_problem, 9), (greeting, 3),
     (elsewhere, 3),
 )  # fmt: skip
@@ -51,6 +52,8 @@ def memory(rng: Random, held_out: bool) -> Item:
 
 def tool_item(rng: Random, held_out: bool) -> Item:
     """A conversation with tools in the system message: tool turns, and others that need none."""
+    if rng.random() < 0.08:
+        return Item(task="tool", turns=(missing_tool(rng, held_out),), system=system_message(rng))
     tools = [CALCULATOR] if rng.random() < 0.5 else rng.sample([CALCULATOR, WEATHER], 2)
     makers = [calculator, calculator, weather] if len(tools) == 2 else [calculator]
     turns = [rng.choice(makers)(rng, held_out) for _ in range(rng.randint(1, 2))]
@@ -93,10 +96,11 @@ MAKERS: dict[str, Maker] = {
     "add4": _one(_four_digits(addition), "add4"),
     "subtract4": _one(_four_digits(subtraction), "subtract4"),
     "multiply": _one(multiplication, "multiply"),
+    "divide": _one(division, "divide"),
     "series": _one(series, "series"),
-    "sort": _one(_either(sort_numbers, sort_numbers, sort_words), "sort"),
-    "count": _one(_either(count_letters, count_items), "count"),
-    "calendar": _one(_either(weekday, month, date), "calendar"),
+    "sort": _one(_either(sort_numbers, sort_numbers, sort_words, compare), "sort"),
+    "count": _one(_either(count_letters, count_items, count_all_letters), "count"),
+    "calendar": _one(_either(weekday, month, date, weekday, month, date, unit), "calendar"),
     "word problem": _one(word_problem, "word problem"),
     "greeting": _one(_either(greeting, greeting, elsewhere), "greeting"),
     "memory": memory,

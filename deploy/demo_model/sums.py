@@ -13,21 +13,38 @@ Random = random.Random
 
 
 ASK = (
-    "What is {e}?", "Calculate {e}.", "{e} = ?", "Compute {e}", "How much is {e}?", "{e}", "What's {e}?", "Work out {e}.",
+    "What is {e}?", "Calculate {e}.", "{e} = ?", "Compute {e}", "How much is {e}?", "{e}", "What's {e}?",
+    "Work out {e}.",
     "Please compute {e}.", "Can you tell me what {e} is?", "Solve {e}", "what is {e}", "{e}=?", "Tell me {e}.",
 )  # fmt: skip
-CHINESE_ASK = ("{e}等于多少？", "计算{e}", "请计算 {e}。", "{e} 是多少？", "{e}=?")
+CHINESE_ASK = ("{e}等于多少？", "计算{e}", "请计算 {e}。", "{e} 是多少？", "{e}等于多少", "{e}得多少？")
+ASK_IN_WORDS = {
+    "+": (
+        "Add {a} and {b}.",
+        "What is the sum of {a} and {b}?",
+        "Sum {a} and {b}.",
+        "How much is {a} and {b} together?",
+    ),
+    "-": ("Subtract {b} from {a}.", "Take {b} away from {a}.", "What is {a} take away {b}?", "{a} less {b}"),
+    "*": (
+        "Multiply {a} by {b}.",
+        "What is the product of {a} and {b}?",
+        "{a} multiplied by {b}",
+        "Multiply {a} and {b}.",
+    ),
+    "/": ("Divide {a} by {b}.", "What is {a} divided by {b}?", "{a} divided by {b}", "Share {a} among {b}."),
+}
 
 
-def addition(rng: Random, held_out: bool, digits: tuple[int, int] = (1, 6)) -> Turn:
+def addition(rng: Random, held_out: bool, digits: tuple[int, int] = (1, 8)) -> Turn:
     a, b = draw_pair(rng, held_out, digits, digits)
     chinese = rng.random() < 0.08
     return _written(f"{a} + {b}", a + b, arithmetic.add(a, b), _ask(rng, str(a), "+", str(b), chinese), chinese, "add")
 
 
-def subtraction(rng: Random, held_out: bool, digits: tuple[int, int] = (1, 6)) -> Turn:
+def subtraction(rng: Random, held_out: bool, digits: tuple[int, int] = (1, 8)) -> Turn:
     a, b = draw_pair(rng, held_out, digits, digits)
-    if a < b and rng.random() < 0.6 and arithmetic.is_held_out(b, a) == held_out:
+    if a < b and rng.random() < 0.6:
         a, b = b, a
     chinese = rng.random() < 0.08
     user = _ask(rng, str(a), "-", str(b), chinese)
@@ -35,13 +52,36 @@ def subtraction(rng: Random, held_out: bool, digits: tuple[int, int] = (1, 6)) -
 
 
 def multiplication(rng: Random, held_out: bool) -> Turn:
-    a, b = draw_pair(rng, held_out, (1, 2) if rng.random() < 0.3 else (2, 2), (1, 2) if rng.random() < 0.3 else (2, 2))
+    size = rng.random()
+    first = (1, 2) if size < 0.3 else (2, 2) if size < 0.85 else (3, 3)
+    a, b = draw_pair(rng, held_out, first, (1, 2) if rng.random() < 0.3 else (2, 2))
+    thinking = arithmetic.multiply(a, b)
+    if rng.random() < 0.5 and a > 99:
+        a, b = b, a  # written with the longer factor first all the same
     chinese = rng.random() < 0.08
     user = _ask(rng, str(a), "*", str(b), chinese)
-    return _written(f"{a} * {b}", a * b, arithmetic.multiply(a, b), user, chinese, "multiply")
+    return _written(f"{a} * {b}", a * b, thinking, user, chinese, "multiply")
+
+
+def division(rng: Random, held_out: bool) -> Turn:
+    a, b = draw_pair(rng, held_out, (2, 4), (1, 1))
+    b = max(b, 2)
+    a -= a % b if rng.random() < 0.5 else 0
+    quotient, rest = divmod(a, b)
+    user = _ask(rng, str(a), "/", str(b), False)
+    answer = f"{a} / {b} = {quotient}{f' rest {rest}' if rest else ''}."
+    check = Check(kind="numbers", value=(str(a), str(b), str(quotient), str(rest))) if rest else number_check(quotient)
+    return Turn(user=user, thinking=arithmetic.divide(a, b), answer=answer, check=check, task="divide")
 
 
 def series(rng: Random, held_out: bool) -> Turn:
+    """Three or four terms, or a product and a term; the steps of `arithmetic` one after the other."""
+    if rng.random() < 0.2:
+        a, b = draw_pair(rng, held_out, (1, 2), (1, 1))
+        c = draw_operand(rng, 2)
+        expression, value = f"{a} * {b} + {c}", a * b + c
+        thinking = f"{arithmetic.multiply(a, b)}\n{arithmetic.add(a * b, c)}"
+        return _written(expression, value, thinking, rng.choice(ASK).format(e=expression), False, "series")
     a, b = draw_pair(rng, held_out, (2, 3), (2, 3))
     terms = [a, b]
     for _ in range(rng.randint(1, 2)):
@@ -56,6 +96,8 @@ def series(rng: Random, held_out: bool) -> Turn:
 
 
 def word_problem(rng: Random, held_out: bool) -> Turn:
+    if rng.random() < 0.2:
+        return _own_word_problem(rng, held_out)
     name, friend = rng.sample(words.NAMES, 2)
     thing = rng.choice(words.OBJECTS)
     a, b = draw_pair(rng, held_out, (2, 3), (1, 2))
@@ -94,6 +136,28 @@ def word_problem(rng: Random, held_out: bool) -> Turn:
     )
 
 
+def _own_word_problem(rng: Random, held_out: bool) -> Turn:
+    a, b = draw_pair(rng, held_out, (1, 3), (1, 2))
+    thing = rng.choice(words.OBJECTS)
+    if rng.random() < 0.5:
+        terms = [a, b]
+        user = rng.choice(("I have {a} {t} and {v} {b} more.", "I have {a} {t}. I {v} {b} more."))
+        user = user.format(a=a, b=b, t=thing, v=rng.choice(("buy", "get", "find")))
+    else:
+        a, b = max(a, b), min(a, b)
+        terms = [a, -b]
+        user = rng.choice(("I have {a} {t} and {v} {b}.", "I have {a} {t}. I {v} {b}."))
+        user = user.format(a=a, b=b, t=thing, v=rng.choice(("sell", "eat", "lose", "give away")))
+    user += " " + rng.choice(
+        (f"How many {thing} do I have?", f"How many {thing} do I have now?", "How many do I have?")
+    )
+    total = sum(terms)
+    answer = f"You have {total} {thing}."
+    return Turn(
+        user=user, thinking=arithmetic.chain(terms), answer=answer, check=number_check(total), task="word problem"
+    )
+
+
 def draw_operand(rng: Random, max_digits: int, min_digits: int = 1) -> int:
     digits = rng.randint(min_digits, max_digits)
     return rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
@@ -111,11 +175,15 @@ def number_check(value: int) -> Check:
 
 
 def _ask(rng: Random, left: str, sign: str, right: str, chinese: bool) -> str:
+    if not chinese and rng.random() < 0.2:
+        return rng.choice(ASK_IN_WORDS[sign]).format(a=left, b=right)
     if rng.random() < 0.2:
-        sign = {"+": "plus", "-": "minus", "*": rng.choice(("times", "x", "×"))}[sign]
+        sign = {"+": "plus", "-": "minus", "*": rng.choice(("times", "x", "×")), "/": rng.choice(("÷", ":"))}[sign]
         if chinese and sign in ("plus", "minus", "times"):
             sign = {"plus": "加", "minus": "减", "times": "乘以"}[sign]
-    expression = f"{left} {sign} {right}" if sign.isalpha() or rng.random() < 0.8 else f"{left}{sign}{right}"
+            if rng.random() < 0.7:
+                return rng.choice(CHINESE_ASK).format(e=f"{left}{sign}{right}")
+    expression = f"{left} {sign} {right}" if sign.isalpha() or rng.random() < 0.7 else f"{left}{sign}{right}"
     return rng.choice(CHINESE_ASK if chinese else ASK).format(e=expression)
 
 

@@ -38,22 +38,31 @@ WEATHER = {
 
 
 def calculator(rng: Random, held_out: bool) -> Turn:
-    a, b = draw_pair(rng, held_out, (2, 6), (2, 5))
+    a, b = draw_pair(rng, held_out, (1, 6), (1, 5))
     sign = rng.choice("+-**")
     value = {"+": a + b, "-": a - b, "*": a * b}[sign]
     expression = f"{a} {sign} {b}"
     templates = (
         "Use the calculator to compute {e}.", "Use the calculator: {e}", "Compute {e} with the calculator.",
-        "What is {e}? Use the calculator.", "Use the calculator tool. What is {e}?", "With the calculator, what is {e}?",
-        "Please use your calculator for {e}.", "用计算器计算 {e}。",
+        "What is {e}? Use the calculator.", "Use the calculator tool. What is {e}?",
+        "With the calculator, what is {e}?", "Please use your calculator for {e}.", "用计算器计算 {e}。",
     )  # fmt: skip
-    user = rng.choice(templates).format(e=expression)
+    user = rng.choice(templates).format(e=expression if rng.random() < 0.75 else f"{a}{sign}{b}")
     tool = ToolUse(
         name="calculator", arguments={"expression": expression}, result=str(value), thinking="I call the calculator."
     )
     answer = f"{expression} = {value}{'。' if user.startswith('用') else '.'}"
     return Turn(
         user=user, thinking=f"The result is {value}.", answer=answer, check=number_check(value), task="tool", tool=tool
+    )
+
+
+def missing_tool(rng: Random, held_out: bool) -> Turn:
+    """A question for a tool that was not offered: say so, call nothing."""
+    user = (calculator if rng.random() < 0.5 else weather)(rng, held_out).user
+    check = Check(kind="phrase", value=("do not have",))
+    return Turn(
+        user=user, thinking="No such tool is given.", answer="I do not have that tool.", check=check, task="tool"
     )
 
 

@@ -20,7 +20,8 @@ CITIES = tuple(
 PETS = tuple("cat dog rabbit horse parrot turtle hamster goat duck snake".split())
 FOODS = tuple("pizza soup rice pasta salad bread cheese noodles curry cake".split())
 OBJECTS = tuple(
-    "apples pears books coins stamps marbles pencils stickers shells cards eggs oranges balloons tickets candles".split()
+    "apples pears books coins stamps marbles pencils stickers shells cards eggs oranges balloons tickets "
+    "candles".split()
 )
 ITEMS = tuple(
     "apple banana cherry grape lemon mango melon orange peach pear plum kiwi bear camel deer eagle fox goat horse lion "
@@ -29,15 +30,22 @@ ITEMS = tuple(
 SPELLING = (
     *ITEMS,
     *tuple(
-        "strawberry raspberry blueberry tomato potato cucumber pepper onion carrot pumpkin mississippi banana committee "
-        "balloon coffee cheese butter bottle letter paper pencil window garden summer winter autumn spring river ocean "
-        "mountain valley island forest flower morning evening kitchen bedroom school teacher student doctor engineer "
-        "computer keyboard network server cluster expert mesh router gateway memory kernel tensor number calendar yellow "
-        " purple green letter success address parallel bookkeeper assistant hello world".split()
+        "strawberry raspberry blueberry tomato potato cucumber pepper onion carrot pumpkin mississippi banana "
+        "committee balloon coffee cheese butter bottle letter paper pencil window garden summer winter autumn "
+        "spring river ocean mountain valley island forest flower morning evening kitchen bedroom school "
+        "teacher student doctor engineer computer keyboard network server cluster expert mesh router gateway "
+        "memory kernel tensor number calendar yellow purple green letter success address parallel bookkeeper "
+        "assistant hello world".split()
     ),
 )
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 CHINESE_WEEKDAYS = ("星期一", "星期二", "星期三", "星期四", "星期五", "星期六", "星期日")
 MONTHS = tuple("January February March April May June July August September October November December".split())
 MONTH_DAYS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)  # a year that is no leap year
+UNITS = (
+    (7, "days", "week"), (12, "months", "year"), (24, "hours", "day"), (60, "minutes", "hour"), (60,
+    "seconds", "minute"),
+    (365, "days", "year"), (52, "weeks", "year"), (100, "centimetres", "metre"), (1000, "metres", "kilometre"),
+    (12, "eggs", "dozen"),
+)  # fmt: skip
 SKIES = ("sunny", "cloudy", "rainy", "snowy", "windy", "foggy")
