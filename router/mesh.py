@@ -96,6 +96,7 @@ class ClusterMesh:
         self._last_step_id = 0
         self._highest_number = 0
         self._last_epoch = 0  # the newest that a header named
+        self._batch_scheduled = False
         self._step: Step | None = None
         self._replaced: Exchange | None = None  # the exchange of the epoch before: a slower peer may still read from it
         self._replaced_steps = 0
@@ -137,6 +138,9 @@ class ClusterMesh:
         self._place_bid()
 
     def enter(self, header: StepHeader) -> Step:
+        if not self._batch_scheduled:
+            use_batch_scheduling()  # of the engine's thread
+            self._batch_scheduled = True
         with self._lock:
             if self._step is not None:
                 self._step.close()
@@ -188,7 +192,12 @@ class ClusterMesh:
         rank = epoch.rank_of(self.member.member_id)
         with self._lock:
             latest = self._committed
-            if epoch.number in self._epochs:
+            known = self._epochs.get(epoch.number)
+            if (
+                known is not None
+                and known.epoch.same_membership(epoch)
+                and _same_table(epoch.placement, known.epoch.placement)
+            ):
                 return
             if latest and epoch.number <= latest.epoch.number:
                 raise EpochError(f"epoch {epoch.number} is not after {latest.epoch.number}")
@@ -204,18 +213,19 @@ class ClusterMesh:
             self._abort_replaced()  # at most two are alive
         if self._experts is not None:
             self._experts.set_placement(epoch.placement, epoch.expert_ranks.index(rank))
+        leader = epoch.members[epoch.leader_rank]
+        if leader.member_id != self.member.member_id:
+            self._connect(leader)
         if latest is not None and epoch.same_membership(latest.epoch):
             exchange = latest.exchange
         else:
             exchange = self._build_exchange(epoch, rank)
-        leader = epoch.members[epoch.leader_rank]
-        if leader.member_id != self.member.member_id:
-            self._connect(leader)
         with self._lock:
-            if self._closed:
-                exchange.abort()
-                raise EpochError("this member has left")
-            self._epochs[epoch.number] = _Prepared(epoch, rank, exchange)
+            if not self._closed:
+                self._epochs[epoch.number] = _Prepared(epoch, rank, exchange)
+                return
+        exchange.abort()
+        raise EpochError("this member has left")
 
     def commit(self, number: int) -> None:
         """All members are prepared. The leader of the epoch before (told first) stops and returns when its step is
@@ -298,7 +308,9 @@ class ClusterMesh:
                 assert self._server is not None
                 try:
                     self._server.send(member_id, Kind.HEADER, payload)
-                except ReplicaLost as error:  # the step fails at the exchange; the Conductor hears the reason now
+                except ReplicaLost as error:
+                    # It would never come, and the others would wait for their deadline: end the step for all.
+                    self._epochs[header.epoch].exchange.abort()
                     self._trouble(header.epoch, error)
         return own
 
@@ -343,7 +355,7 @@ class ClusterMesh:
         try:
             channel.send(kind, payload)
         except ReplicaLost as error:
-            self._trouble(self._current.epoch.number if self._current else 0, error)
+            self._trouble(self.epoch.number if self.epoch else 0, error)
 
     def _on_frame(self, member_id: str, kind: Kind, payload: bytes) -> None:
         if kind is Kind.HEADER:
@@ -367,9 +379,9 @@ class ClusterMesh:
         self._on_header(header)
 
     def _on_member_lost(self, member_id: str) -> None:
-        current = self._current
-        if current and any(m.member_id == member_id for m in current.epoch.members):
-            self._trouble(current.epoch.number, ReplicaLost(f"control channel of {member_id!r} closed"))
+        epoch = self.epoch
+        if epoch and any(m.member_id == member_id for m in epoch.members):
+            self._trouble(epoch.number, ReplicaLost(f"control channel of {member_id!r} closed"))
 
     def _trouble(self, epoch_number: int, error: ExpertMeshError) -> None:
         if self._on_trouble is not None:
@@ -438,9 +450,9 @@ class ClusterMesh:
     def _on_leader_lost(self, leader_id: str) -> None:
         with self._lock:
             lost = self._channels.pop(leader_id, None)
-            number = self._current.epoch.number if self._current else 0
-        if lost is not None:
-            self._trouble(number, ReplicaLost(f"control channel to the leader {leader_id!r} closed"))
+        epoch = self.epoch
+        if lost is not None and epoch is not None and epoch.members[epoch.leader_rank].member_id == leader_id:
+            self._trouble(epoch.number, ReplicaLost(f"control channel to the leader {leader_id!r} closed"))
 
 
 class LocalMesh(ClusterMesh):

@@ -54,6 +54,12 @@ class Cluster(process_world.ProcessWorld):
         assert self.ask_all("prepare", epoch, ranks=ranks) == [None] * len(epoch.members)
         assert self.ask_all("commit", epoch.number, ranks=ranks) == [None] * len(epoch.members)
 
+    def submit_more(self, rank, batches):
+        """Enough to be sure that some run in the epoch that was just committed."""
+        more = [(batches[-1][0] + 1 + i, 1 + i % 3) for i in range(30)]
+        batches += more
+        self.ask(rank, "submit", more)
+
     def end(self):
         for connection in self.connections:
             connection.send(("end", ()))
@@ -107,17 +113,21 @@ def test_every_layout_equals_the_local_result_bit_for_bit(roles):
 def test_epochs_with_other_placements_are_entered_under_running_steps():
     with Cluster("aaee") as cluster:
         cluster.enter(cluster.make_epoch(1, 1))
-        batches = {rank: [(1000 * rank + i, 1 + i % 5) for i in range(150)] for rank in (0, 1)}
+        batches = {rank: [(1000 * rank + i, 1 + i % 5) for i in range(40)] for rank in (0, 1)}
         collected = {0: [], 1: []}
         for rank, mine in batches.items():
             cluster.ask(rank, "submit", mine)
             collected[rank] += cluster.ask(rank, "collect", 20)
         cluster.enter(cluster.make_epoch(2, 2))
-        for rank in (0, 1):
-            collected[rank] += cluster.ask(rank, "collect", 20)
-        cluster.enter(cluster.make_epoch(3, 3, new_group=True))
+        for rank, mine in batches.items():
+            cluster.submit_more(rank, mine)
         for rank, mine in batches.items():
             collected[rank] += cluster.ask(rank, "collect", len(mine) - 40)
+        cluster.enter(cluster.make_epoch(3, 3, new_group=True))
+        for rank, mine in batches.items():
+            cluster.submit_more(rank, mine)
+        for rank, mine in batches.items():
+            collected[rank] += cluster.ask(rank, "collect", len(mine) - len(collected[rank]))
             check(collected[rank], mine)
             epochs = [epoch for _, _, epoch in collected[rank]]
             assert epochs == sorted(epochs)
@@ -159,7 +169,9 @@ def test_leadership_moves_with_the_epoch():
         turned = cluster.make_epoch(2, 2, ranks=[1, 0, 3, 2], new_group=True)
         cluster.enter(turned, ranks=[0, 1, 2, 3])
         for rank, mine in batches.items():
-            got[rank] += cluster.ask(rank, "collect", 40)
+            cluster.submit_more(rank, mine)
+        for rank, mine in batches.items():
+            got[rank] += cluster.ask(rank, "collect", len(mine) - 20)
             check(got[rank], mine)
         assert {epoch for _, _, epoch in got[1]} == {1, 2}
         cluster.end()
