@@ -177,6 +177,9 @@ def _read_weight_map(folder: Path) -> dict[str, Path]:
             named = {str(name): folder / str(file) for name, file in weight_map.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the index cannot be read ({error}); {_AGAIN}", file=str(index)) from None
+        outside = next((str(p) for p in named.values() if p.parent != folder), None)
+        if outside is not None:
+            raise CheckpointError(f"the index names {outside}, which is not in the folder; {_AGAIN}", file=str(index))
         missing = sorted({str(p) for p in named.values() if not p.exists()})
         if missing:
             raise CheckpointError(f"{len(missing)} file(s) named by the index are missing; {_AGAIN}", file=missing[0])

@@ -93,7 +93,7 @@ def make_checkpoint(
     config: str | Mapping[str, Any],
     *,
     seed: int = 0,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     max_shard_bytes: int = 4 * 10**9,
     fused_experts: bool = False,
     tokenizer_folder: str | Path | None = None,
@@ -101,9 +101,11 @@ def make_checkpoint(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> MadeCheckpoint:
-    """`config` is the name of a preset or the contents of a config.json (absent fields get Qwen3's values).
+    """`config` is the name of a preset or the contents of a config.json (absent fields get Qwen3's values); `dtype`
+    None is the config's, bfloat16 where it names none.
     `tokenizer_folder` None copies the tokenizer carried with the package where the vocabulary is large enough."""
     raw = complete_config(config, dtype)
+    dtype = str(raw.get("dtype") or raw["torch_dtype"])
     parsed = ModelConfig.from_mapping(raw, file="the given configuration")
     shapes = tensor_shapes(parsed, fused_experts=fused_experts)
     folder = Path(folder)
@@ -134,10 +136,8 @@ def make_checkpoint(
     )
 
 
-def complete_config(config: str | Mapping[str, Any], dtype: str) -> dict[str, Any]:
+def complete_config(config: str | Mapping[str, Any], dtype: str | None = None) -> dict[str, Any]:
     """A full config.json from a preset's name or a partial mapping."""
-    if dtype not in DTYPES:
-        raise ConfigError("dtype", dtype, f"one of {', '.join(DTYPES)}")
     if isinstance(config, str):
         if config not in PRESETS:
             raise ConfigError("config", config, f"a config.json's contents or one of {', '.join(PRESETS)}")
@@ -151,8 +151,10 @@ def complete_config(config: str | Mapping[str, Any], dtype: str) -> dict[str, An
     raw |= {"model_type": model_type, "architectures": [ARCHITECTURES.get(model_type, "unknown")]} | dict(config)
     if raw["eos_token_id"] == _DEFAULTS["eos_token_id"] >= raw.get("vocab_size", 0):
         raw |= {"bos_token_id": None, "eos_token_id": None}  # a small vocabulary has no end unless it is given
-    raw.pop("torch_dtype", None)
-    raw.pop("dtype", None)
+    own = [raw.pop(key, None) for key in ("dtype", "torch_dtype")]
+    dtype = dtype or own[0] or own[1] or "bfloat16"
+    if dtype not in DTYPES:
+        raise ConfigError("dtype", dtype, f"one of {', '.join(DTYPES)}")
     raw["dtype" if "rope_parameters" in config else "torch_dtype"] = dtype
     return raw
 

@@ -172,7 +172,7 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "bench-moe"
-        make_checkpoint(CONFIG, folder, seed=0)
+        make_checkpoint(folder, CONFIG, seed=0)
         peers = {}
         if not arguments.no_peer:
             for n in arguments.concurrency:

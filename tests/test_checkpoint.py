@@ -176,6 +176,16 @@ def test_index_naming_the_wrong_file_is_named(tmp_path):
     assert caught.value.tensor == GATE
 
 
+def test_index_naming_a_file_elsewhere_is_refused(tmp_path):
+    make_checkpoint(tmp_path / "model", CONFIG, max_shard_bytes=5000)
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    raw["weight_map"][GATE] = "../other.safetensors"
+    index.write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="not in the folder"):
+        Checkpoint(tmp_path / "model")
+
+
 def test_unsupported_dtype_is_named(folder):
     def change(tensors):
         tensors[GATE] = tensors[GATE].to(torch.int8)
