@@ -4,12 +4,10 @@ Heavy modules are imported inside the commands, so that `--help` answers at once
 progress and errors to stderr. Exit codes: 0 done, 1 it failed (one line says why), 2 wrong usage, 130 interrupted."""
 
 import argparse
-import contextlib
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +67,7 @@ def serve(arguments: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     cluster = Cluster(config, ray_address=arguments.ray_address, progress=_progress, interrupted=ended.is_set)
-    with cluster, _published_token(cluster.gateways, cluster.config.network.cluster_token):
+    with cluster:
         print(json.dumps({"gateways": cluster.gateways}) if arguments.json else " ".join(cluster.gateways), flush=True)
         ended.wait()
         _progress("stopping")
@@ -173,40 +171,8 @@ def _client(arguments: argparse.Namespace) -> "Client":
     from .client import Client
 
     addresses = [a.strip() for a in arguments.address.split(",") if a.strip()]
-    return Client(addresses, cluster_token=getattr(arguments, "token", "") or _known_token(addresses[0]))
-
-
-# A cluster's token, for commands of the same user on the same host: `status` needs it to see the members.
-
-
-def _known_token(address: str) -> str:
-    path = _token_file(address)
-    try:
-        return os.environ.get(TOKEN_VARIABLE, "") or (path.read_text() if path.stat().st_uid == os.getuid() else "")
-    except OSError:
-        return ""
-
-
-@contextlib.contextmanager
-def _published_token(addresses: Sequence[str], token: str) -> Iterator[None]:
-    """Leave the token where only this user can read it, as long as the cluster runs."""
-    paths = [_token_file(address) for address in addresses]
-    for path in paths:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.parent.stat().st_uid == os.getuid():
-            path.unlink(missing_ok=True)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(token)
-    try:
-        yield
-    finally:
-        for path in paths:
-            path.unlink(missing_ok=True)
-
-
-def _token_file(address: str) -> Path:
-    folder = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    return Path(folder) / f"expertmesh-{os.getuid()}" / f"{address.replace(':', '_')}.token"
+    token = getattr(arguments, "token", "") or os.environ.get(TOKEN_VARIABLE, "")
+    return Client(addresses, cluster_token=token)
 
 
 # ---------------------------------------------------------------- make-checkpoint
@@ -307,7 +273,9 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
 def _add_status(parser: argparse.ArgumentParser) -> None:
     parser.description = "Show the cluster. Exit code 1 where a gateway does not serve."
     _add_address(parser)
-    parser.add_argument("--token", default="", help=f"cluster token, to see the members (default: {TOKEN_VARIABLE})")
+    parser.add_argument(
+        "--token", default="", help=f"cluster token, to see the members from another host (default: {TOKEN_VARIABLE})"
+    )
     parser.add_argument("--json", action="store_true", help="the topology as JSON")
     parser.set_defaults(run=status)
 

@@ -165,7 +165,9 @@ def status_table(topology: pb.Topology, health: dict[str, str]) -> str:
     lines = [topology_line(topology)]
     lines += [f"gateway {address:<24} {state}" for address, state in health.items()]
     if not topology.members:
-        lines.append("members are shown with the cluster token: --token, or EXPERTMESH_NETWORK__CLUSTER_TOKEN")
+        lines.append(
+            "from another host, members are shown with the cluster token: --token or EXPERTMESH_NETWORK__CLUSTER_TOKEN"
+        )
         return "\n".join(lines)
     head = ("member", "state", "ep", "pid", "node", "run", "wait", "KV used", "experts", "rows", "busy", "weights")
     rows = [head, *(_member_row(m) for m in topology.members)]

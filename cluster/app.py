@@ -26,7 +26,8 @@ from ..model_config import ModelConfig
 from ..redis_server import EmbeddedRedis, resolve_url
 from ..router.gateway.deployment import Gateway
 from ..router.status import ClusterState
-from .conductor import Conductor, ConductorClient, start_conductor
+from .conductor import start_conductor
+from .conductor_client import ConductorClient
 from .member_agent import MemberAgent
 from .replica import AttentionReplica
 
@@ -70,6 +71,7 @@ class Cluster:
             self._complete_config()
             self._start_ray()
             self._start_conductor()
+            self._start_serve()
             self._deploy()
             self.gateways = self._wait_ready()
         except BaseException:
@@ -127,12 +129,14 @@ class Cluster:
             self._say("starting Ray")
             start_ray(self._ray_address)
             self._owns_ray = True
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
 
     def _start_conductor(self) -> None:
         name = f"conductor-{secrets.token_hex(4)}"
-        start_conductor(Conductor, name, self.config)
+        start_conductor(name, self.config)
         self.conductor = ConductorClient(name)
+
+    def _start_serve(self) -> None:
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
 
     def _deploy(self) -> None:
         self._say(f"starting {describe(self.config)}")
@@ -142,27 +146,33 @@ class Cluster:
 
     def _wait_ready(self) -> tuple[str, ...]:
         """Poll the Conductor until all are in and an epoch is committed; a reported failure ends the wait at once."""
-        assert self.conductor is not None
         deadline = self._started_at + self.config.startup_timeout_s
-        shown = ""
+        summary = ""
         while True:
-            state = self.conductor.state_now()
-            if state.failures:
+            state = self._state_or_none()
+            if state is not None and state.failures:
                 raise StartupError(f"the cluster did not start: {state.failures[0]}")
-            if state.ready:
+            if state is not None and state.ready:
                 return state.gateways
-            if state.summary != shown:
-                shown = state.summary
-                self._say(shown)
+            if state is not None and state.summary != summary:
+                summary = state.summary
+                self._say(summary)
             if self._interrupted():
                 raise KeyboardInterrupt
             if time.monotonic() > deadline:
                 raise StartupError(
-                    f"the cluster was not ready after {self.config.startup_timeout_s:.0f} s: {state.summary}; raise "
-                    f"startup_timeout_s or read the logs under {_session_folder()}"
+                    f"the cluster was not ready after {self.config.startup_timeout_s:.0f} s: "
+                    f"{summary or 'the conductor is not up'}; raise startup_timeout_s or read the logs under "
+                    f"{_log_folder()}"
                 )
             self._raise_if_serve_gave_up()
             time.sleep(POLL_S)
+
+    def _state_or_none(self) -> ClusterState | None:
+        try:
+            return self.state()
+        except Unavailable:
+            return None  # still starting, or starting again
 
     def _raise_if_serve_gave_up(self) -> None:
         for name, application in serve.status().applications.items():
@@ -250,5 +260,5 @@ def _applications(config: ClusterConfig, conductor: ConductorClient) -> dict[str
     return made
 
 
-def _session_folder() -> str:
+def _log_folder() -> str:
     return str(Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "serve")

@@ -11,16 +11,15 @@ import os
 import secrets
 import time
 from dataclasses import replace
-from typing import Any
 
 import ray
 
 from ..config import ClusterConfig
-from ..errors import Unavailable
 from ..model_config import ModelConfig
 from ..router.epoch import Epoch
 from ..router.placement import Placement
 from ..router.status import ClusterState, ProcessStatus
+from .conductor_client import NAMESPACE
 from .membership import (
     Command,
     Event,
@@ -34,12 +33,8 @@ from .membership import (
 )
 from .membership_host import MembershipHost
 
-NAMESPACE = "expertmesh"
-WATCH_S = 20.0  # a long poll's length: an idle watcher costs one call in this time
 LOST_AFTER_S = 60.0  # a member that polls no more for so long is taken out of the next epoch
 CLOSING_PAUSE_S = 0.5
-CALL_TIMEOUT_S = 10.0
-START_TIMEOUT_S = 60.0
 MAX_FAILURES = 20
 _HOPELESS = ("CheckpointError", "ConfigError", "StartupError", "KernelError")  # trying again cannot help
 
@@ -215,108 +210,7 @@ def _serving(status: ProcessStatus) -> tuple[str, str, str, int]:
     return status.role, status.state, status.address, status.epoch
 
 
-# ---------------------------------------------------------------- the client
-
-# ValueError: no actor of this name (any more).
-_NO_ANSWER = (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, ValueError, TimeoutError)
-
-
-class ConductorClient:
-    """The Conductor from any process of the cluster. Only its name is pickled, the actor is looked up at first use."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._actor: Any = None
-
-    def __reduce__(self) -> tuple[type["ConductorClient"], tuple[str]]:
-        return ConductorClient, (self.name,)
-
-    # As a member.
-
-    async def join(self, event: Join) -> None:
-        await self._call("join", event)
-
-    async def tell(self, event: Event) -> None:
-        await self._call("tell", event)
-
-    async def next_commands(self, member_id: str, after: int, timeout_s: float) -> tuple[int, list[Command]]:
-        found: tuple[int, list[Command]] = await self._call(
-            "next_commands", member_id, after, timeout_s, wait_s=timeout_s
-        )
-        return found
-
-    # As any process (`router.status.ConductorLink`).
-
-    async def report(self, status: ProcessStatus) -> None:
-        await self._call("report", status)
-
-    async def _give_up_silent(self) -> None:
-        """Members that poll no more are dead. Looked at when others report: an idle Conductor needs no timer."""
-        limit = time.monotonic() - LOST_AFTER_S
-        for member_id in [i for i, mailbox in self._mailboxes.items() if mailbox.polled_at < limit]:
-            await self.forget(member_id)
-            await self._step(Lost(member_id))
-
-    async def forget(self, name: str) -> None:
-        await self._call("forget", name)
-
-    async def fail(self, name: str, message: str) -> None:
-        await self._call("fail", name, message)
-
-    async def state(self) -> ClusterState:
-        return await self._call("state")
-
-    async def watch(self, version: int, timeout_s: float = WATCH_S) -> ClusterState:
-        return await self._call("watch", version, timeout_s, wait_s=timeout_s)
-
-    # From a thread without an event loop.
-
-    def place(self, placement: Placement) -> None:
-        self._get("place", placement)
-
-    def epoch(self) -> Epoch | None:
-        found: Epoch | None = self._get("epoch")
-        return found
-
-    def state_now(self) -> ClusterState:
-        found: ClusterState = self._get("state")
-        return found
-
-    def close(self) -> None:
-        self._get("close")
-
-    def kill(self) -> None:
-        """End the actor for good. An actor that is already gone is fine."""
-        if ray.is_initialized():
-            with contextlib.suppress(ValueError, ray.exceptions.RayError):
-                ray.kill(self._handle(), no_restart=True)
-
-    async def _call(self, method: str, *arguments: Any, wait_s: float = 0.0) -> Any:
-        try:
-            async with asyncio.timeout(CALL_TIMEOUT_S + wait_s):
-                return await self._submit(method, arguments)
-        except _NO_ANSWER as error:
-            self._actor = None
-            raise Unavailable(f"the conductor does not answer {method}: {error}") from error
-
-    def _get(self, method: str, *arguments: Any) -> Any:
-        try:
-            return ray.get(self._submit(method, arguments), timeout=CALL_TIMEOUT_S)
-        except _NO_ANSWER as error:
-            self._actor = None
-            raise Unavailable(f"the conductor does not answer {method}: {error}") from error
-
-    def _submit(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        return getattr(self._handle(), method).remote(*arguments)
-
-    def _handle(self) -> Any:
-        if self._actor is None:
-            self._actor = ray.get_actor(self.name, namespace=NAMESPACE)  # ValueError: no such actor
-        return self._actor
-
-
-def start_conductor(conductor_class: type[Conductor], name: str, config: ClusterConfig) -> None:
-    """Make the actor. Whatever kills it, Ray starts it again with the same configuration."""
+def start_conductor(name: str, config: ClusterConfig) -> None:
+    """Make the actor, without waiting for it. Whatever kills it, Ray starts it again with the same configuration."""
     options = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_restarts": -1}
-    actor = ray.remote(conductor_class).options(**options).remote(config.to_json())
-    ray.get(actor.state.remote(), timeout=START_TIMEOUT_S)
+    ray.remote(Conductor).options(**options).remote(config.to_json())

@@ -5,13 +5,14 @@ colocated layout the process also owns experts: one rank, both roles, the same c
 message a step; Serve's handles are never used."""
 
 import asyncio
+import contextlib
 import os
 from dataclasses import replace
 from typing import Any
 
 from ..checkpoint import Checkpoint, LoadProgress, ProgressCallback
 from ..config import ClusterConfig
-from ..errors import ExpertMeshError
+from ..errors import ExpertMeshError, Unavailable
 from ..experts.worker import (
     LEAVE_S,
     ExpertLoad,
@@ -29,7 +30,7 @@ from ..experts.worker import (
 )
 from ..router.gateway.link import LinkServer
 from ..router.mesh import ClusterMesh, MeshOptions
-from ..router.status import ConductorLink, ProcessStatus, describe_error, report_forever
+from ..router.status import ConductorLink, ProcessStatus, report_failure, report_forever
 from ..telemetry import (
     ATTR_EPOCH,
     ATTR_NUM_TOKENS,
@@ -67,7 +68,7 @@ class AttentionReplica:
             self._engine = await self._build(config, make_agent)
         except Exception as error:
             self._reporter.cancel()
-            await conductor.fail(self.member_id, describe_error(error))
+            await report_failure(conductor, self.member_id, error)
             raise
 
     async def _build(self, config: ClusterConfig, make_agent: MakeAgent) -> Engine:
@@ -143,7 +144,9 @@ class AttentionReplica:
         await asyncio.to_thread(self._agent.stop)
         await asyncio.to_thread(self._engine.stop)
         self._mesh.close()
-        await self._conductor.forget(self.member_id)
+        self._telemetry.shutdown()
+        with contextlib.suppress(Unavailable):  # it may end together with us
+            await self._conductor.forget(self.member_id)
 
     def _on_trouble(self, epoch: int, error: ExpertMeshError) -> None:
         self._agent.on_trouble(epoch, error)

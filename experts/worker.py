@@ -6,6 +6,7 @@ placement's business: they are loaded when an epoch is prepared, before it is en
 what Serve needs for scaling is reported with `record_autoscaling_stats`."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import queue
@@ -20,13 +21,13 @@ from ray import serve
 
 from ..checkpoint import Checkpoint, LoadProgress
 from ..config import ClusterConfig
-from ..errors import EpochError, ExchangeError, ExpertMeshError, ReplicaLost
+from ..errors import EpochError, ExchangeError, ExpertMeshError, ReplicaLost, Unavailable
 from ..numerics import select_numerics
 from ..router.epoch import StepHeader
 from ..router.exchange import RowShape
 from ..router.group import use_batch_scheduling
 from ..router.mesh import ClusterMesh, MeshOptions
-from ..router.status import ConductorLink, ProcessStatus, describe_error, report_forever
+from ..router.status import ConductorLink, ProcessStatus, describe_error, report_failure, report_forever
 from .mlp import LocalExpertMLP
 from .weights import expert_shapes
 
@@ -57,30 +58,35 @@ class ExpertShard:
         self.member_id, self._conductor = replica_name("expert"), conductor
         self._detail, self._draining = "", False
         self._last = ProcessStatus(name=self.member_id, role="expert")
+        self._server: StepServer | None = None
         settle_on_cpu()
         try:
-            checkpoint = await asyncio.to_thread(Checkpoint, config.model)
-            self._experts = await asyncio.to_thread(load_experts, config, checkpoint, self._show)
-            self._mesh = ClusterMesh(
-                self.member_id,
-                attention=False,
-                experts=self._experts,
-                shape=row_shape(config, checkpoint),
-                options=MeshOptions.of(config),
-                on_trouble=lambda number, error: self._agent.on_trouble(number, error),
-            )
-            self._agent = make_agent(self._mesh, conductor)
-            self._server = StepServer(self._mesh)
-            self._load = ExpertLoad(self._mesh, self._experts)
-            self._server.start()
-            self._agent.start()
+            self._server = await self._build(config, make_agent)
         except Exception as error:
-            await conductor.fail(self.member_id, describe_error(error))
+            await report_failure(conductor, self.member_id, error)
             raise
         self._reporter = asyncio.create_task(report_forever(conductor, self._status))
 
+    async def _build(self, config: ClusterConfig, make_agent: MakeAgent) -> "StepServer":
+        checkpoint = await asyncio.to_thread(Checkpoint, config.model)
+        self._experts = await asyncio.to_thread(load_experts, config, checkpoint, self._show)
+        self._mesh = ClusterMesh(
+            self.member_id,
+            attention=False,
+            experts=self._experts,
+            shape=row_shape(config, checkpoint),
+            options=MeshOptions.of(config),
+            on_trouble=lambda number, error: self._agent.on_trouble(number, error),
+        )
+        self._agent = make_agent(self._mesh, self._conductor)
+        self._load = ExpertLoad(self._mesh, self._experts)
+        server = StepServer(self._mesh)
+        server.start()
+        self._agent.start()
+        return server
+
     def check_health(self) -> None:
-        if self._server.failure is not None:
+        if self._server is not None and self._server.failure is not None:
             raise self._server.failure
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -88,18 +94,22 @@ class ExpertShard:
         return {"busy_fraction": self._last.busy_fraction, "num_rows": float(self._last.num_rows)}
 
     async def __del__(self) -> None:
+        if self._server is None:
+            return
         self._draining = True
         self._reporter.cancel()
         await asyncio.to_thread(self._agent.drain, LEAVE_S)
         await asyncio.to_thread(self._agent.stop)
         await asyncio.to_thread(self._server.stop)
         self._mesh.close()
-        await self._conductor.forget(self.member_id)
+        with contextlib.suppress(Unavailable):  # it may end together with us
+            await self._conductor.forget(self.member_id)
 
     def _show(self, progress: LoadProgress) -> None:
         self._detail = str(progress) if progress.bytes_read < progress.bytes_total else ""
 
     def _status(self) -> ProcessStatus:
+        assert self._server is not None
         epoch = self._mesh.epoch
         self._last = ProcessStatus(
             name=self.member_id,

@@ -4,6 +4,7 @@ It is soft state: a report replaces the last one, nothing is decided from it exc
 start is complete. Membership itself is the epoch's (`epoch.py`)."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
@@ -104,6 +105,12 @@ async def report_forever(
             except Unavailable:
                 pass  # it restarts; soft state is sent again
         await asyncio.sleep(interval_s)
+
+
+async def report_failure(conductor: ConductorLink, name: str, error: BaseException) -> None:
+    """Tell why this process could not start; the caller raises. Nobody to tell is not worth hiding the error for."""
+    with contextlib.suppress(Unavailable):
+        await conductor.fail(name, describe_error(error))
 
 
 def describe_error(error: BaseException) -> str:

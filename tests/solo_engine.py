@@ -1,4 +1,4 @@
-"""The whole model in one process, without Ray, sockets or exchange: the reference that a cluster's tokens must equal."""
+"""The whole model in one process, without Ray, sockets or exchange: what a cluster's tokens must equal."""
 
 import threading
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from expertmesh.router.placement import uniform
 
 def solo_tokens(folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     """Greedy continuation of each prompt, one request at a time."""
+    torch.set_num_threads(1)
     checkpoint = Checkpoint(folder)
     model = checkpoint.config
     runner = Runner.load(checkpoint, CacheConfig(kv_memory_bytes=8 << 20))

@@ -21,6 +21,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 RAY_FILES = {
     "cluster/app.py",
     "cluster/conductor.py",
+    "cluster/conductor_client.py",
     "cluster/replica.py",
     "experts/worker.py",
     "router/gateway/deployment.py",

@@ -5,6 +5,7 @@ Conductor's topology to know which attention replicas to dial, keeps nothing tha
 announces its address when it has reached an attention replica: that is what READY waits for."""
 
 import asyncio
+import contextlib
 import os
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from ...config import ClusterConfig
 from ...errors import NoReplica, Unavailable
 from ...model_config import ModelConfig
 from ...telemetry import configure
-from ..status import ConductorLink, ProcessStatus, describe_error, report_forever
+from ..status import ConductorLink, ProcessStatus, report_failure, report_forever
 from .balancer import BalancerConfig
 from .generation import GenerationConfig
 from .server import GatewayServer
@@ -42,7 +43,7 @@ class Gateway:
             self._server = await self._build(config, context.rank.local_rank)
             address = await self._server.start()
         except Exception as error:
-            await conductor.fail(self.gateway_id, describe_error(error))
+            await report_failure(conductor, self.gateway_id, error)
             raise
         self._status = replace(self._status, address=address)
         self._tasks = [
@@ -94,16 +95,18 @@ class Gateway:
 
     async def __del__(self) -> None:
         """Drain: health says NOT_SERVING, running streams end, then the port closes."""
-        if self._server is None:
+        if self._server is None or not self._server.address:
             return
         for task in self._tasks:
             task.cancel()
-        await self._conductor.report(replace(self._status, state="draining"))
+        with contextlib.suppress(Unavailable):  # it may end together with us
+            await self._conductor.report(replace(self._status, state="draining"))
         await self._server.drain(DRAIN_S)
         await self._tier.close()
         await self._store.close()
         self._server.telemetry.shutdown()
-        await self._conductor.forget(self.gateway_id)
+        with contextlib.suppress(Unavailable):
+            await self._conductor.forget(self.gateway_id)
 
     async def _follow_topology(self) -> None:
         """Dial who serves. While the Conductor restarts, the present links go on."""

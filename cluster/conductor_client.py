@@ -1,0 +1,110 @@
+"""The Conductor as every other process sees it: coroutines for members and gateways, plain calls for the driver.
+
+It imports neither torch nor the membership core, so that a gateway, which gets one pickled, stays a small process."""
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from ..errors import Unavailable
+from ..router.status import ClusterState, ProcessStatus
+
+if TYPE_CHECKING:
+    from ..router.epoch import Epoch
+    from ..router.placement import Placement
+    from .membership import Command, Event, Join
+
+NAMESPACE = "expertmesh"
+WATCH_S = 20.0  # a long poll's length: an idle watcher costs one call in this time
+CALL_TIMEOUT_S = 10.0
+# ValueError: no actor of this name (any more).
+_NO_ANSWER = (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, ValueError, TimeoutError)
+
+
+class ConductorClient:
+    """The Conductor from any process of the cluster. Only its name is pickled, the actor is looked up at first use."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._actor: Any = None
+
+    def __reduce__(self) -> tuple[type["ConductorClient"], tuple[str]]:
+        return ConductorClient, (self.name,)
+
+    # As a member.
+
+    async def join(self, event: "Join") -> None:
+        await self._call("join", event)
+
+    async def tell(self, event: "Event") -> None:
+        await self._call("tell", event)
+
+    async def next_commands(self, member_id: str, after: int, timeout_s: float) -> "tuple[int, list[Command]]":
+        found: tuple[int, list[Command]] = await self._call(
+            "next_commands", member_id, after, timeout_s, wait_s=timeout_s
+        )
+        return found
+
+    # As any process (`router.status.ConductorLink`).
+
+    async def report(self, status: ProcessStatus) -> None:
+        await self._call("report", status)
+
+    async def forget(self, name: str) -> None:
+        await self._call("forget", name)
+
+    async def fail(self, name: str, message: str) -> None:
+        await self._call("fail", name, message)
+
+    async def state(self) -> ClusterState:
+        return await self._call("state")
+
+    async def watch(self, version: int, timeout_s: float = WATCH_S) -> ClusterState:
+        return await self._call("watch", version, timeout_s, wait_s=timeout_s)
+
+    # From a thread without an event loop.
+
+    def place(self, placement: "Placement") -> None:
+        self._get("place", placement)
+
+    def epoch(self) -> "Epoch | None":
+        found: Epoch | None = self._get("epoch")
+        return found
+
+    def state_now(self) -> ClusterState:
+        found: ClusterState = self._get("state")
+        return found
+
+    def close(self) -> None:
+        self._get("close")
+
+    def kill(self) -> None:
+        """End the actor for good. An actor that is already gone is fine."""
+        if ray.is_initialized():
+            with contextlib.suppress(ValueError, ray.exceptions.RayError):
+                ray.kill(self._handle(), no_restart=True)
+
+    async def _call(self, method: str, *arguments: Any, wait_s: float = 0.0) -> Any:
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S + wait_s):
+                return await self._submit(method, arguments)
+        except _NO_ANSWER as error:
+            self._actor = None
+            raise Unavailable(f"the conductor does not answer {method}: {error}") from error
+
+    def _get(self, method: str, *arguments: Any) -> Any:
+        try:
+            return ray.get(self._submit(method, arguments), timeout=CALL_TIMEOUT_S)
+        except _NO_ANSWER as error:
+            self._actor = None
+            raise Unavailable(f"the conductor does not answer {method}: {error}") from error
+
+    def _submit(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        return getattr(self._handle(), method).remote(*arguments)
+
+    def _handle(self) -> Any:
+        if self._actor is None:
+            self._actor = ray.get_actor(self.name, namespace=NAMESPACE)  # ValueError: no such actor
+        return self._actor
