@@ -12,8 +12,11 @@ Elementwise functions are exact per element except where a library ends a vector
 another rounding (`silu` on widths that are no multiple of the vector): `silu_mul` avoids those. Idea: Thinking
 Machines' batch-invariant kernels; the padding is the CPU's version of a fixed tile."""
 
+import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,7 @@ from .errors import ConfigError
 
 MIN_ROWS_CANDIDATES = (4, 8, 16, 32)
 MAX_ROWS = 256  # pieces of a long product; every row count up to it is covered by the self-test's sample
+WIDE_COLUMNS = 16384  # pieces of a wide product
 _SELF_TEST_FLOP = 4e9  # bound of work spent on one (K, N)
 
 
@@ -36,16 +40,17 @@ class Numerics:
         """x [M, K], w [N, K] -> [M, N] = x @ w.T."""
         num_rows = x.shape[0]
         if not self.batch_invariant:
-            return F.linear(x, w)
+            return _product(x, w)
         if num_rows < self.min_rows:
-            return F.linear(pad_rows(x, self.min_rows), w)[:num_rows]
+            return _product(pad_rows(x, self.min_rows), w)[:num_rows]
         if num_rows <= MAX_ROWS:
-            return F.linear(x, w)
-        # The last piece reaches back over rows already done rather than being short.
+            return _product(x, w)
         out = x.new_empty(num_rows, w.shape[0])
         for start in range(0, num_rows, MAX_ROWS):
-            start = min(start, num_rows - MAX_ROWS)
-            torch.mm(x[start : start + MAX_ROWS], w.t(), out=out[start : start + MAX_ROWS])
+            start = min(
+                start, num_rows - MAX_ROWS
+            )  # the last piece reaches back over done rows rather than being short
+            out[start : start + MAX_ROWS] = _product(x[start : start + MAX_ROWS], w)
         return out
 
     def batched_linear(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -55,6 +60,33 @@ class Numerics:
     def capacity(self, num_rows: int) -> int:
         """Rows to allocate for a product over at most so many."""
         return max(num_rows, self.min_rows)
+
+
+def _product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x @ w.T; a very wide one (the head) in fixed column pieces on several threads, each of one thread's arithmetic:
+    the pieces are the same whatever the number of threads, so the bits are too."""
+    num_columns = w.shape[0]
+    if num_columns < 2 * WIDE_COLUMNS or x.device.type != "cpu":
+        return F.linear(x, w)
+    out = x.new_empty(x.shape[0], num_columns)
+
+    def piece(start: int) -> None:
+        with torch.inference_mode():  # a thread of its own has a mode of its own
+            torch.mm(x, w[start : start + WIDE_COLUMNS].t(), out=out[:, start : start + WIDE_COLUMNS])
+
+    pool = _column_pool()
+    for _ in (map if pool is None else pool.map)(piece, range(0, num_columns, WIDE_COLUMNS)):
+        pass  # raises what a piece raised
+    return out
+
+
+@cache
+def _column_pool() -> ThreadPoolExecutor | None:
+    """Threads for wide products, made at the first one; None where there is one core."""
+    num_threads = min(8, len(os.sched_getaffinity(0)))
+    if num_threads == 1:
+        return None
+    return ThreadPoolExecutor(num_threads, "expertmesh-columns", initializer=torch.set_num_threads, initargs=(1,))
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -104,9 +136,14 @@ def select_numerics(
         )
     min_rows = 1
     for shapes, check in ((linear_shapes, _linear_holds), (batched_shapes, _batched_holds)):
-        for k, n in sorted(set(shapes)):
+        for k, n in sorted({piece for shape in shapes for piece in _pieces(*shape)}):
             min_rows = max(min_rows, _smallest_that_holds(check, k, n))
     return Numerics(batch_invariant=True, min_rows=min_rows)
+
+
+def _pieces(k: int, n: int) -> set[tuple[int, int]]:
+    """The shapes that `_product` makes of (K, N)."""
+    return {(k, n)} if n < 2 * WIDE_COLUMNS else {(k, WIDE_COLUMNS), (k, n % WIDE_COLUMNS or WIDE_COLUMNS)}
 
 
 _TESTED: dict[tuple[str, int, int], int] = {}  # (check, K, N) -> min_rows found in this process

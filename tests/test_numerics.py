@@ -42,6 +42,19 @@ def test_row_of_a_batched_product_equals_the_plain_one(numerics, k, n):
         assert torch.equal(numerics.batched_linear(x[1:2, :capacity].contiguous(), w[1:2]), plain[1:2, :capacity])
 
 
+def test_a_wide_product_is_the_same_with_and_without_threads(monkeypatch):
+    from expertmesh import numerics as module
+
+    numerics = select_numerics(batch_invariant=True, linear_shapes=[(32, 40_000)])
+    x, w = torch.randn(20, 32), torch.randn(40_000, 32)
+    threaded = numerics.linear(x, w)
+    with torch.inference_mode():
+        assert torch.equal(numerics.linear(x, w), threaded)
+    assert torch.equal(numerics.linear(x[3:4], w), threaded[3:4])
+    monkeypatch.setattr(module, "_column_pool", lambda: None)
+    assert torch.equal(numerics.linear(x, w), threaded)
+
+
 @pytest.mark.parametrize("width", [8, 40, 64, 100, 768])
 def test_silu_mul_is_the_same_for_any_row_count(width):
     x = torch.randn(40, 2 * width)
