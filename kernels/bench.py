@@ -3,10 +3,10 @@
     python -P -m expertmesh.kernels.bench                 the default cells: Qwen3-235B-A22B, 16 and 128 local experts
     python -P -m expertmesh.kernels.bench --model 30b --locals 128 --tokens 1,64 --form fp8 --routing zipf
 
-Each figure is the median over replays of one CUDA graph that holds several independent routings, so weights have left the L2
-before they are read again. Floor = max(bytes of the touched weights and of the rows / read rate, flops / matrix rate), both
-rates measured in the same run. Whole layer: ids and rows in, combined rows out. GEMMs: the two products on rows already in
-order (ours: with route and gather, since the counts live on the device)."""
+Each figure is the median over replays of one CUDA graph that holds several independent routings, so weights have left
+the L2 before they are read again. Floor = max(bytes of the touched weights and of the rows / read rate, flops /
+matrix rate), both rates measured in the same run. Whole layer: ids and rows in, combined rows out. GEMMs: the two
+products on rows already in order (ours: with route and gather, since the counts live on the device)."""
 
 import argparse
 import json
@@ -70,10 +70,11 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every model, shard size and routing")
     parser.add_argument("--out", default="", help="write the records as JSON")
     parser.add_argument("--watchdog", action="store_true", help="kernels end with an error instead of hanging")
+    parser.add_argument("--once", action="store_true", help="one call a cell and no clock, for a profiler")
     options = parser.parse_args()
     if options.watchdog:
         gemm_module._extra_defines["WATCHDOG"] = 1
-    ceilings = measure_ceilings()
+    ceilings = Ceilings(1.0, 1.0, 1.0) if options.once else measure_ceilings()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {ceilings}", flush=True)
     records: list[dict[str, Any]] = []
     models = list(MODELS) if options.all else [options.model]
@@ -118,6 +119,10 @@ def cells(
             peer = median_us([torch_products(d, w13, w2, num_local) for d in draws])
         for plan in parse_plans(options.plans, form):
             calls = [_layer_call(layer, d, expected, plan) for d in draws]
+            if options.once:
+                calls[0]()
+                torch.cuda.synchronize()
+                continue
             us = median_us(calls)
             record = {**base, "us": round(us, 1), "x": round(us / floor, 3)}
             if plan:

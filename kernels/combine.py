@@ -1,4 +1,5 @@
-"""Weighted sum of each row's top_k outputs, float32, in k order: the order is what makes the result independent of placement."""
+"""Weighted sum of each row's top_k outputs, float32, in k order: the order is what makes the result independent of
+placement."""
 
 import functools
 

@@ -1,7 +1,9 @@
-"""The expert layer as the expert tier calls it: rows and local expert ids in, one row per (row, k) or combined rows out.
+"""The expert layer as the expert tier calls it: rows and local expert ids in, one row per (row, k) or combined rows
+out.
 
-On Hopper the kernels run (route -> pack_rows -> grouped_gemm -> combine, four launches, no host sync, capturable after one
-warm-up call of the same sizes); anywhere else plain torch does, said once. `experts/mlp.py` calls this and nothing below it."""
+On Hopper the kernels run (route -> pack_rows -> grouped_gemm -> combine, four launches, no host sync, capturable
+after one warm-up call of the same sizes); anywhere else plain torch does, said once. `experts/mlp.py` calls this and
+nothing below it."""
 
 import logging
 
@@ -19,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 class ExpertLayer:
-    """Local experts of one layer. Takes weights in the checkpoint's layout and keeps only the form that its path reads."""
+    """Local experts of one layer. Takes weights in the checkpoint's layout and keeps only the form that its path
+    reads."""
 
     def __init__(
         self,
@@ -80,7 +83,8 @@ class ExpertLayer:
         expected_pairs: float | None = None,
         plan: GemmPlan | None = None,
     ) -> torch.Tensor:
-        """Each row's outputs weighted and summed in k order in float32, [num_rows, hidden]; zero where nothing is local."""
+        """Each row's outputs weighted and summed in k order in float32, [num_rows, hidden]; zero where nothing is
+        local."""
         y = self.rows(rows, ids, expert_map=expert_map, expected_pairs=expected_pairs, plan=plan)
         if self.packed is None:
             return reference.combine(y, reference.local_ids(ids, self.num_local_experts, expert_map), topk_weights).to(
@@ -104,7 +108,8 @@ class ExpertLayer:
             or not rows.is_cuda
         ):
             raise KernelError(
-                f"rows must be contiguous bfloat16 {expected} on the GPU, got {rows.dtype} {tuple(rows.shape)} on {rows.device}"
+                f"rows must be contiguous bfloat16 {expected} on the GPU, "
+                f"got {rows.dtype} {tuple(rows.shape)} on {rows.device}"
             )
 
 
@@ -114,7 +119,8 @@ def why_no_kernels(w13: torch.Tensor, w2: torch.Tensor) -> str | None:
         return f"weights are on {w13.device}"
     capability = torch.cuda.get_device_capability(w13.device)
     if capability != (9, 0):
-        return f"{torch.cuda.get_device_name(w13.device)} has compute capability {capability[0]}.{capability[1]}, the kernels need 9.0"
+        name, found = torch.cuda.get_device_name(w13.device), ".".join(map(str, capability))
+        return f"{name} has compute capability {found}, the kernels need 9.0"
     if w13.dtype not in (torch.bfloat16, torch.float8_e4m3fn):
         return f"weights are {w13.dtype}, the kernels take bfloat16 or float8_e4m3fn"
     return unsupported_shape(

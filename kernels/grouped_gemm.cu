@@ -41,7 +41,7 @@ constexpr int CONSUMERS = WARPGROUPS * 128, THREADS = CONSUMERS + 128;
 constexpr int QUEUE = 4;
 constexpr bool MOVE_REGISTERS = WARPGROUPS == 2 && TILE >= (FP8 ? 96 : 160);
 constexpr bool STAGED = TILE >= 128;  // outputs leave through shared memory and a warp of their own
-constexpr int CHUNK_ROWS = 64, CHUNK_PITCH = 272, CHUNK_BYTES = CHUNK_ROWS * CHUNK_PITCH;
+constexpr int CHUNK_ROWS = 64, CHUNK_PITCH = 272, CHUNK_BYTES = CHUNK_ROWS * CHUNK_PITCH, CHUNK_PITCH_FP8 = 80;
 static_assert(!FP8 || M_ROWS == 128, "an output group of 64 is one CTA's");
 static_assert(!STAGED || M_ROWS == 128, "a chunk is 128 outputs wide");
 static_assert(TILE % 8 == 0 && TILE <= 256, "one wgmma covers the rows of a tile");
@@ -106,17 +106,23 @@ __device__ __forceinline__ void hand_back(int slot) {
   if constexpr (CLUSTER == 1) {
     barrier_arrive(empty);
   } else {
-    barrier_arrive_cluster(in_cluster(empty, 0));
-    barrier_arrive_cluster(in_cluster(empty, 1));
+    barrier_arrive_cluster_light(in_cluster(empty, 0));
+    barrier_arrive_cluster_light(in_cluster(empty, 1));
   }
+}
+
+// The same values, known to the compiler to be one for the warp: branches on them need no care for divergence.
+__device__ __forceinline__ Tile uniform(const Tile& t) {
+  auto one = [](int v) { return __shfl_sync(0xffffffffu, v, 0); };
+  return {one(t.expert), one(t.entry), one(t.first_row), one(t.num_rows), one(t.m_tile), one(t.second)};
 }
 
 // The next tile, as every role but the claiming thread sees it: a whole warp, or one thread.
 template <bool WHOLE_WARP>
 __device__ __forceinline__ Tile next_tile(Ring& q) {
   wait_shared_by_cluster(barriers.queue_full[q.slot], q.parity);
-  const Tile tile = queue[q.slot];
-  if (WHOLE_WARP) __syncwarp();
+  Tile tile = queue[q.slot];
+  if constexpr (WHOLE_WARP) tile = uniform(tile);
   if (!WHOLE_WARP || (threadIdx.x & 31) == 0) {
     const u32 empty = at(barriers.queue_empty[q.slot]);
     if constexpr (CLUSTER == 1)
@@ -175,7 +181,7 @@ __device__ __forceinline__ void produce_weights(bool claims, const u8* w13, cons
     const i64 block = (i64)tile.expert * ((tile.second ? HIDDEN : 2 * INTERMEDIATE) / 128) + row / 128;
     const u8* source = (tile.second ? w2 : w13) + block * k_blocks * 16384 + row % 128 * 128;
     for (int kb = 0; kb < k_blocks; ++kb, ring.next(STAGES)) {
-      wait_shared_by_cluster(barriers.empty[ring.slot], ring.parity ^ 1);
+      barrier_wait(at(barriers.empty[ring.slot]), ring.parity ^ 1);
       const u32 full = at(barriers.full[ring.slot]);
       barrier_arrive_expect(full, A_BYTES);
       if constexpr (TILE <= 64)  // few rows: every weight is read once
@@ -211,7 +217,7 @@ __device__ __forceinline__ void produce_rows(const u8* x, const u8* h, const flo
     const int begin = rank * half, count = rank ? rows - half : half;
     const u8* source = (tile.second ? h : x) + (i64)(tile.first_row + begin) * 128;
     for (int kb = 0; kb < k_blocks; ++kb, ring.next(STAGES)) {
-      wait_shared_by_cluster(barriers.empty[ring.slot], ring.parity ^ 1);
+      barrier_wait(at(barriers.empty[ring.slot]), ring.parity ^ 1);
       const u32 full = at(barriers.full[ring.slot]);
 #if FP8
       barrier_arrive_expect(full, rows * (tile.second ? 136 : 132));
@@ -260,7 +266,7 @@ extern "C" __global__ void CLUSTER_OF_TWO __launch_bounds__(THREADS, 1)
     grouped_gemm(const u8* w13, const u8* w2, const float* w13_scales, const float* w2_scales, const u8* x,
                  const float* x_scales, u8* h, float* h_scales, u16* y, const int* pair_of_row, const int4* tiles,
                  u32* ready, int* state, i64 capacity) {
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
   if (threadIdx.x == 0) {
     if (ring_base() & 1023) __trap();
     for (int i = 0; i < STAGES; ++i) {

@@ -1,4 +1,5 @@
-"""Both expert products in one persistent launch: packed rows in, one output row per (row, k) pair. See grouped_gemm.cu."""
+"""Both expert products in one persistent launch: packed rows in, one output row per (row, k) pair. See
+grouped_gemm.cu."""
 
 import functools
 

@@ -32,24 +32,40 @@ __device__ __forceinline__ void multiply_groups(float (&acc)[N / 2], int k_block
   const int column = (threadIdx.x & 3) * 2;
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) acc[i] = 0.0f;
-  float low = __ldg(low_scales), high = __ldg(high_scales);
+  // Lane l keeps the block scales of k-blocks l, l + 32, ...: a load in the loop would cost its latency in every turn.
+  constexpr int KEPT = ((K_BLOCKS_1 > K_BLOCKS_2 ? K_BLOCKS_1 : K_BLOCKS_2) + 31) / 32;
+  const int lane = threadIdx.x & 31;
+  float kept_low[KEPT], kept_high[KEPT];
+#pragma unroll
+  for (int i = 0; i < KEPT; ++i) {
+    const int kb = min(lane + 32 * i, k_blocks - 1);
+    kept_low[i] = __ldg(low_scales + kb), kept_high[i] = __ldg(high_scales + kb);
+  }
   for (int kb = 0; kb < k_blocks; ++kb, ring.next(STAGES)) {
-    const int following = min(kb + 1, k_blocks - 1);
-    const float next_low = __ldg(low_scales + following), next_high = __ldg(high_scales + following);
+    float low = __shfl_sync(0xffffffffu, kept_low[0], kb & 31), high = __shfl_sync(0xffffffffu, kept_high[0], kb & 31);
+#pragma unroll
+    for (int i = 1; i < KEPT; ++i) {
+      const float l = __shfl_sync(0xffffffffu, kept_low[i], kb & 31);
+      const float h = __shfl_sync(0xffffffffu, kept_high[i], kb & 31);
+      if (kb >= 32 * i) low = l, high = h;
+    }
     barrier_wait(at(barriers.full[ring.slot]), ring.parity);
     const u64 a = operand_descriptor(stage_a(ring.slot) + group * 8192), b = operand_descriptor(stage_b(ring.slot));
     const u32 scales = stage_scales(ring.slot) + column * 4;
 #pragma unroll
     for (int g = 0; g < GROUPS; ++g) {
       float product[N / 2];
+      float2 row_scales[N / 8];  // on their way while the tensor cores work
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4 / GROUPS; ++k) Wgmma<N>::e4m3(product, a + 2 * (k + g * 2), b + 2 * (k + g * 2), k);
       wgmma_commit();
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j) row_scales[j] = load_shared_pair(scales + (g * TILE + j * 8) * 4);
       wgmma_wait<0>();
 #pragma unroll
       for (int j = 0; j < N / 8; ++j) {
-        const float2 s = load_shared_pair(scales + (g * TILE + j * 8) * 4);
+        const float2 s = row_scales[j];
         acc[4 * j] = __fmaf_rn(product[4 * j], s.x * low, acc[4 * j]);
         acc[4 * j + 1] = __fmaf_rn(product[4 * j + 1], s.y * low, acc[4 * j + 1]);
         acc[4 * j + 2] = __fmaf_rn(product[4 * j + 2], s.x * high, acc[4 * j + 2]);
@@ -57,8 +73,7 @@ __device__ __forceinline__ void multiply_groups(float (&acc)[N / 2], int k_block
       }
     }
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) hand_back(ring.slot);
-    low = next_low, high = next_high;
+    if (lane == 0) hand_back(ring.slot);
   }
 }
 

@@ -66,7 +66,7 @@ __device__ __forceinline__ void store_swiglu(float (&acc)[N / 2], const Tile& ti
 #else
 // A CTA's 64 outputs are one group: its peak is taken over both warpgroups.
 template <int N>
-__device__ __forceinline__ void store_swiglu(float (&acc)[N / 2], const Tile& tile, int group, Ring&,
+__device__ __forceinline__ void store_swiglu(float (&acc)[N / 2], const Tile& tile, int group, Ring& chunks,
                                              const Outputs& out) {
   const int warp = (threadIdx.x >> 5) & 3, lane = threadIdx.x & 31, row_in_group = lane >> 2;
   float* peak_line = peaks[group * 4 + warp];
@@ -92,17 +92,39 @@ __device__ __forceinline__ void store_swiglu(float (&acc)[N / 2], const Tile& ti
     if (row < tile.num_rows) out.h_scales[(i64)tile.m_tile * out.capacity + tile.first_row + row] = scale;
   }
   named_barrier(1, CONSUMERS);
-  const int byte = (tile.m_tile & 1) * 64 + (group * 4 + warp) * 8, piece = byte >> 4;
-  u8* base = out.h + ((i64)(tile.m_tile >> 1) * out.capacity + tile.first_row) * 128 + (byte & 8) + (lane & 3) * 2;
-#pragma unroll
-  for (int j = 0; j < N / 8; ++j) {
+  // Lane l: the e4m3 bytes of outputs 2 (l & 3) and the next one, for row 8 j + l / 4.
+  auto quantized = [&](int j) {
     const float2 s = *(const float2*)(tile_scales + j * 8 + (lane & 3) * 2);
     const u32 q = pack_e4m3(acc[4 * j] * s.x, acc[4 * j + 1] * s.y);
     const u32 pair = transpose_8x8((q & 0xff) | (q & 0xff00) << 8);
-    const int row = j * 8 + row_in_group;
-    if (row < tile.num_rows) *(u16*)(base + row * 128 + ((piece ^ row_in_group) << 4)) = (u16)(pair | pair >> 8);
+    return (u16)(pair | pair >> 8);
+  };
+  const int byte = (group * 4 + warp) * 8, piece = byte >> 4, within = (byte & 8) + (lane & 3) * 2;
+  if constexpr (!STAGED) {
+    const int shifted = (tile.m_tile & 1) * 4 + piece;
+    u8* base = out.h + ((i64)(tile.m_tile >> 1) * out.capacity + tile.first_row) * 128 + within;
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      const u16 pair = quantized(j);
+      const int row = j * 8 + row_in_group;
+      if (row < tile.num_rows) *(u16*)(base + row * 128 + ((shifted ^ row_in_group) << 4)) = pair;
+    }
+    rows_ready(tile, out);
+  } else {                // a row's 64 bytes are one half of its swizzled 128, which half is drain_chunks' business
+    fence_async_proxy();  // the scales
+#pragma unroll
+    for (int c = 0; c < (N + CHUNK_ROWS - 1) / CHUNK_ROWS; ++c) {
+      if (c * CHUNK_ROWS >= tile.num_rows) break;
+      const Ring now = next_chunk(chunks);
+      const u32 base = chunk(now.slot) + row_in_group * CHUNK_PITCH_FP8 + ((piece ^ (row_in_group & 3)) << 4) + within;
+#pragma unroll
+      for (int j = c * 8; j < c * 8 + 8 && j < N / 8; ++j) {
+        const u16 pair = quantized(j);
+        asm volatile("st.shared.u16 [%0], %1;" ::"r"(base + (j - c * 8) * 8 * CHUNK_PITCH_FP8), "h"(pair) : "memory");
+      }
+      chunk_written(now, lane);
+    }
   }
-  rows_ready(tile, out);
 }
 #endif
 
@@ -154,7 +176,6 @@ __device__ __forceinline__ void drain_chunks(int lane, const Outputs& out) {
   while (true) {
     const Tile tile = next_tile<true>(q);
     if (tile.expert < 0) break;
-    if (FP8 && !tile.second) continue;  // the warpgroups stored it
     for (int first = 0; first < tile.num_rows; first += CHUNK_ROWS, chunks.next(2)) {
       const int rows = min(CHUNK_ROWS, tile.num_rows - first);
       int pairs[2] = {-1, -1};
@@ -169,6 +190,12 @@ __device__ __forceinline__ void drain_chunks(int lane, const Outputs& out) {
         for (int i = 0; i < 2; ++i)
           if (pairs[i] >= 0)
             bulk_store(out.y + (i64)pairs[i] * HIDDEN + tile.m_tile * 128, from + (lane + 32 * i) * CHUNK_PITCH, 256);
+      } else if (FP8) {
+        u8* to = out.h + ((i64)(tile.m_tile >> 1) * out.capacity + tile.first_row + first) * 128;
+#pragma unroll
+        for (int row = lane; row < CHUNK_ROWS; row += 32)
+          if (row < rows)
+            bulk_store(to + row * 128 + ((tile.m_tile ^ row >> 2) & 1) * 64, from + row * CHUNK_PITCH_FP8, 64);
       } else if (lane == 0) {
         bulk_store(out.h + ((i64)tile.m_tile * out.capacity + tile.first_row + first) * 128, from,
                    round_up_8(rows) * 128);
@@ -178,10 +205,11 @@ __device__ __forceinline__ void drain_chunks(int lane, const Outputs& out) {
       __syncwarp();
       if (lane == 0) barrier_arrive(at(barriers.chunk_empty[chunks.slot]));
     }
-    if (!tile.second && lane == 0) {
+    if (!tile.second) {
       bulk_store_wait_all();
       fence_async_proxy();
-      add_release(out.ready + tile.entry, 1);
+      __syncwarp();
+      if (lane == 0) add_release(out.ready + tile.entry, 1);
     }
   }
   bulk_store_wait_all();

@@ -1,10 +1,12 @@
-"""Compile the `.cu` files beside this one and launch them: source -> NVRTC -> cubin -> module -> torch's current stream.
+"""Compile the `.cu` files beside this one and launch them: source -> NVRTC -> cubin -> module -> torch's current
+stream.
 
-Why NVRTC by its low-level binding: it compiles for any architecture without a GPU, so `compile_only` is both the CPU test
-of every kernel (errors, spills, stack use) and the first half of a launch. No CUDA header is included anywhere, so neither
-nvcc nor a toolkit is needed. Cubins are kept in memory and on disk under a key of everything that shapes them.
-Launches go through cuLaunchKernelEx, so that a kernel may start its prologue while the one before it still runs
-(programmatic dependent launch), inside CUDA graphs too; tensors, sized numpy scalars and raw bytes are passed by value."""
+Why NVRTC by its low-level binding: it compiles for any architecture without a GPU, so `compile_only` is both the CPU
+test of every kernel (errors, spills, stack use) and the first half of a launch. No CUDA header is included anywhere,
+so neither nvcc nor a toolkit is needed. Cubins are kept in memory and on disk under a key of everything that shapes
+them. Launches go through cuLaunchKernelEx, so that a kernel may start its prologue while the one before it still runs
+(programmatic dependent launch), inside CUDA graphs too; tensors, sized numpy scalars and raw bytes are passed by
+value."""
 
 import ctypes
 import functools
@@ -113,7 +115,8 @@ def require_gpu() -> None:
 
 
 class Kernel:
-    """One `extern "C"` kernel of one translation unit, loaded on each device at its first launch (before any capture)."""
+    """One `extern "C"` kernel of one translation unit, loaded on each device at its first launch (before any
+    capture)."""
 
     def __init__(self, file: str, name: str, defines: Mapping[str, int] | None = None) -> None:
         self.file, self.name = file, name
@@ -132,7 +135,8 @@ class Kernel:
         overlap: bool = True,
     ) -> None:
         """Launch on torch's current stream of `device`. `overlap`: the kernel waits by itself (griddepcontrol.wait)
-        for the kernel before it, so it may be resident early. Tensors are passed as pointers, numpy scalars by value."""
+        for the kernel before it, so it may be resident early. Tensors are passed as pointers, numpy scalars by
+        value."""
         index = device.index if device.index is not None else torch.cuda.current_device()
         function = self._functions.get(index) or self._load(index, shared_bytes)
         stream = torch.cuda.current_stream(index).cuda_stream
@@ -287,7 +291,8 @@ def _launch(
 
 
 def _by_value(argument: Any) -> Any:
-    """A ctypes object holding the argument: pointer (tensor, address, None is null), a sized numpy scalar, or raw bytes."""
+    """A ctypes object holding the argument: pointer (tensor, address, None is null), a sized numpy scalar, or raw
+    bytes."""
     if argument is None:
         return ctypes.c_void_p(0)
     if isinstance(argument, torch.Tensor):

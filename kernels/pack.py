@@ -1,10 +1,11 @@
 """Packed layouts of expert weights: what one bulk copy brings must be what wgmma reads.
 
-A block is 128 output rows x 128 bytes of columns (64 bf16 or 128 e4m3) = 16 KiB, contiguous, blocks ordered
-[expert, rows / 128, columns]; inside, the 16-byte pieces of row r stand at piece ^ (r & 7): the 128-byte swizzle of the tensor
-cores' operands. Rows of w13 are interleaved by 8 (8 gate rows, the same 8 up rows, ...), so that one thread of the product holds
-gate and up of one output and SwiGLU needs no exchange. `unpack_*` is the exact inverse; nothing is rounded.
-Idea: interleaved gate and up as in the fused epilogues of CUTLASS-based MoE kernels; prepacked blocks as in Marlin."""
+A block is 128 output rows x 128 bytes of columns (64 bf16 or 128 e4m3) = 16 KiB, contiguous, blocks ordered [expert,
+rows / 128, columns]; inside, the 16-byte pieces of row r stand at piece ^ (r & 7): the 128-byte swizzle of the tensor
+cores' operands. Rows of w13 are interleaved by 8 (8 gate rows, the same 8 up rows, ...), so that one thread of the
+product holds gate and up of one output and SwiGLU needs no exchange. `unpack_*` is the exact inverse; nothing is
+rounded. Idea: interleaved gate and up as in the fused epilogues of CUTLASS-based MoE kernels; prepacked blocks as in
+Marlin."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -37,8 +38,9 @@ class PackedWeights:
 def pack_experts(
     w13: torch.Tensor, w2: torch.Tensor, w13_scales: torch.Tensor | None = None, w2_scales: torch.Tensor | None = None
 ) -> PackedWeights:
-    """Pack `w13` [E, 2 * intermediate, hidden] (gate rows first) and `w2` [E, hidden, intermediate]; bf16, or e4m3 with
-    128x128 block scales. Raises KernelError for a shape that the kernels do not take (`unsupported_shape` says which)."""
+    """Pack `w13` [E, 2 * intermediate, hidden] (gate rows first) and `w2` [E, hidden, intermediate]; bf16, or e4m3
+    with 128x128 block scales. Raises KernelError for a shape that the kernels do not take (`unsupported_shape` says
+    which)."""
     num_experts, hidden, intermediate = w2.shape
     form: WeightForm = "fp8" if w13.dtype == torch.float8_e4m3fn else "bf16"
     if w13.dtype not in (torch.bfloat16, torch.float8_e4m3fn) or w2.dtype != w13.dtype:

@@ -137,60 +137,52 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   }
 }
 
-// This lane's 8 columns of a row; a whole warp together, 256 columns.
-__device__ __forceinline__ void pack_span(uint4 v, int column, u32 row, bool inside, i64 capacity, u8* packed,
-                                          float* scales) {
-#if FP8
-  const int lane = threadIdx.x & 31;
-  const u32 word[4] = {v.x, v.y, v.z, v.w};
-  float f[8], peak = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    f[2 * i] = bf16_low(word[i]);
-    f[2 * i + 1] = bf16_high(word[i]);
-    peak = fmaxf(peak, fmaxf(fabsf(f[2 * i]), fabsf(f[2 * i + 1])));
-  }
-#pragma unroll
-  for (int d = 1; d < 16; d <<= 1) peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, d));
-  const float scale = fp8_scale(peak);
-  if (inside) {
-    u16 q[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) q[i] = pack_e4m3(__fdiv_rn(f[2 * i], scale), __fdiv_rn(f[2 * i + 1], scale));
-    const int block = column >> 7, piece = (column & 127) >> 4;
-    u8* line = packed + ((i64)block * capacity + row) * 128;
-    *(uint2*)(line + ((piece ^ (row & 7)) << 4) + (column & 8)) =
-        make_uint2(q[0] | (u32)q[1] << 16, q[2] | (u32)q[3] << 16);
-    if ((lane & 15) == 0) scales[(i64)block * capacity + row] = scale;
-  }
-#else
-  const int block = column >> 6, piece = (column & 63) >> 3;
-  if (inside) *(uint4*)(packed + ((i64)block * capacity + row) * 128 + ((piece ^ (row & 7)) << 4)) = v;
-#endif
-}
-
-// One warp moves LOADS spans of 256 columns of one row at a time; the rows' number is known only on the device.
+// A warp moves ROWS rows x LOADS k-blocks, so that it writes whole runs of 128-byte lines, the warps of a CTA
+// neighbouring ones. The rows' number is known only on the device.
 extern "C" __global__ void __launch_bounds__(256)
     pack(const u16* __restrict__ x, const int* __restrict__ pair_of_row, const int* __restrict__ state, i64 capacity,
          u8* packed, float* scales) {
   allow_next_kernel();
   wait_for_previous_kernel();
-  constexpr int LOADS = HIDDEN >= 1024 ? 4 : 1, SPANS = (HIDDEN + 256 * LOADS - 1) / (256 * LOADS);
-  const int lane = threadIdx.x & 31;
-  const u32 num_items = (u32)__ldg(state + 1) * SPANS;
+  constexpr int BLOCK_K = FP8 ? 128 : 64, LANES = BLOCK_K / 8, ROWS = 32 / LANES, BLOCKS = HIDDEN / BLOCK_K;
+  constexpr int LOADS = BLOCKS % 4 == 0 ? 4 : BLOCKS % 2 == 0 ? 2 : 1, SPANS = BLOCKS / LOADS;
+  const int lane = threadIdx.x & 31, column = lane % LANES * 8;
+  const u32 num_groups = (u32)__ldg(state + 1) / ROWS, num_items = num_groups * SPANS;
   for (u32 item = blockIdx.x * 8 + (threadIdx.x >> 5); item < num_items; item += gridDim.x * 8) {
-    const u32 row = item / SPANS;
+    const u32 row = item % num_groups * ROWS + lane / LANES, first = item / num_groups * LOADS;
     const int pair = __ldg(pair_of_row + row);
-    const u16* source = x + (i64)(pair / TOP_K) * HIDDEN;
-    const int first = (int)(item % SPANS) * (256 * LOADS) + lane * 8;
+    const u16* source = x + (i64)(pair / TOP_K) * HIDDEN + first * BLOCK_K + column;
     uint4 loaded[LOADS];
 #pragma unroll
-    for (int i = 0; i < LOADS; ++i) {
-      const bool inside = pair >= 0 && first + 256 * i < HIDDEN;
-      loaded[i] = inside ? __ldg((const uint4*)(source + first + 256 * i)) : make_uint4(0, 0, 0, 0);
-    }
-#pragma unroll
     for (int i = 0; i < LOADS; ++i)
-      pack_span(loaded[i], first + 256 * i, row, pair >= 0 && first + 256 * i < HIDDEN, capacity, packed, scales);
+      loaded[i] = pair >= 0 ? __ldg((const uint4*)(source + i * BLOCK_K)) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i) {
+      const i64 place = (first + i) * capacity + row;
+#if FP8
+      const u32 word[4] = {loaded[i].x, loaded[i].y, loaded[i].z, loaded[i].w};
+      float f[8], peak = 0.0f;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        f[2 * w] = bf16_low(word[w]);
+        f[2 * w + 1] = bf16_high(word[w]);
+        peak = fmaxf(peak, fmaxf(fabsf(f[2 * w]), fabsf(f[2 * w + 1])));
+      }
+#pragma unroll
+      for (int d = 1; d < LANES; d <<= 1) peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, d));
+      const float scale = fp8_scale(peak);
+      u16 q[4];
+#pragma unroll
+      for (int w = 0; w < 4; ++w) q[w] = pack_e4m3(__fdiv_rn(f[2 * w], scale), __fdiv_rn(f[2 * w + 1], scale));
+      if (pair >= 0) {
+        u8* line = packed + place * 128;
+        *(uint2*)(line + (((column >> 4) ^ (row & 7)) << 4) + (column & 8)) =
+            make_uint2(q[0] | (u32)q[1] << 16, q[2] | (u32)q[3] << 16);
+        if (column == 0) scales[place] = scale;
+      }
+#else
+      if (pair >= 0) *(uint4*)(packed + place * 128 + (((column >> 3) ^ (row & 7)) << 4)) = loaded[i];
+#endif
+    }
   }
 }

@@ -1,7 +1,7 @@
 """Put (row, k) pairs into expert order on the device: `route` decides places, `pack_rows` gathers. No host sync.
 
-The counts stay on the device, so every buffer is sized for the worst case that the shapes allow; memory that no pair needs is
-reserved, never touched."""
+The counts stay on the device, so every buffer is sized for the worst case that the shapes allow; memory that no pair
+needs is reserved, never touched."""
 
 import functools
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class RoutePlan:
 
 
 def route(ids: torch.Tensor, num_local_experts: int, tile: int, expert_map: torch.Tensor | None = None) -> RoutePlan:
-    """`ids` [num_rows, top_k] int32: local experts, or physical ones when `expert_map` ([num_physical] int32 on the device,
-    local slot or -1) translates; anything outside is no pair of ours."""
+    """`ids` [num_rows, top_k] int32: local experts, or physical ones when `expert_map` ([num_physical] int32 on the
+    device, local slot or -1) translates; anything outside is no pair of ours."""
     check_ids(ids, expert_map)
     num_rows, top_k = ids.shape
     pairs = num_rows * top_k
@@ -68,13 +68,13 @@ def route(ids: torch.Tensor, num_local_experts: int, tile: int, expert_map: torc
 
 
 def pack_rows(rows: torch.Tensor, plan: RoutePlan, *, fp8: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gather `rows` [num_rows, hidden] bf16 into swizzled k-blocks, uint8 [blocks, capacity, 128]; with `fp8` also float32
-    scales [blocks, capacity]."""
+    """Gather `rows` [num_rows, hidden] bf16 into swizzled k-blocks, uint8 [blocks, capacity, 128]; with `fp8` also
+    float32 scales [blocks, capacity]."""
     hidden = rows.shape[1]
     blocks = hidden // (128 if fp8 else 64)
     packed = torch.empty(blocks, plan.capacity, 128, dtype=torch.uint8, device=rows.device)
     scales = torch.empty(blocks, plan.capacity, dtype=torch.float32, device=rows.device) if fp8 else None
-    items = plan.capacity * -(-hidden // (1024 if hidden >= 1024 else 256))
+    items = plan.capacity // (2 if fp8 else 4) * blocks // (4 if blocks % 4 == 0 else 2 if blocks % 2 == 0 else 1)
     grid = min(-(-items // 8), 8 * torch.cuda.get_device_properties(rows.device).multi_processor_count)
     pack_kernel(hidden, plan.top_k, fp8).launch(
         (grid,), 256, (rows, plan.pair_of_row, plan.state, np.int64(plan.capacity), packed, scales), device=rows.device

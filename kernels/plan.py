@@ -1,9 +1,9 @@
 """Choose the tile of the grouped GEMM from what the host knows: how many pairs to expect, not where they go. Pure.
 
-The choice changes speed only: every plan accumulates each output in the same order. Few rows per expert: the time is the
-weights' stream, so a narrow tile leaves the ring to weights. Many rows: the time is arithmetic, so the tile is as wide as one
-wgmma, and weights and rows are each read from L2 as rarely as registers allow. The figures behind the limits are in
-docs/performance-kernels.md."""
+The choice changes speed only: every plan accumulates each output in the same order. Few rows per expert: the time is
+the weights' stream, so a narrow tile leaves the ring to weights. Many rows: the time is arithmetic, so the tile is as
+wide as one wgmma, and weights and rows are each read from L2 as rarely as registers allow. The figures behind the
+limits are in docs/performance-kernels.md."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,8 @@ class GemmPlan:
     def shared_bytes(self) -> int:
         """Dynamic shared memory: the ring, the row scales, two chunks of output."""
         stage = self.m_rows * 128 + self.tile * 128 + (self.tile * 8 if self.form == "fp8" else 0)
-        return self.stages * stage + (2 * 64 * 272 if self.staged else 0)
+        beyond = max(0, 64 - self.m_rows) * 128  # wgmma reads 64 rows whatever the tile holds
+        return self.stages * stage + beyond + (2 * 64 * 272 if self.staged else 0)
 
     @property
     def static_shared_bytes(self) -> int:
@@ -75,8 +76,8 @@ PLANS: dict[WeightForm, tuple[tuple[float, tuple[GemmPlan, ...]], ...]] = {
         (
             float("inf"),
             (
-                GemmPlan(m_rows=128, tile=192, stages=4, cluster=2, form="fp8"),
-                GemmPlan(m_rows=128, tile=192, stages=4, form="fp8"),
+                GemmPlan(m_rows=128, tile=160, stages=4, cluster=2, form="fp8"),
+                GemmPlan(m_rows=128, tile=160, stages=4, form="fp8"),
             ),
         ),
     ),

@@ -22,7 +22,8 @@ def gate_topk(logits: torch.Tensor, top_k: int, *, renormalize: bool = True) -> 
 def route(
     ids: torch.Tensor, num_local_experts: int, tile: int, expert_map: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int, int]]]:
-    """Counts per local expert, pair of each padded row (-1 padding), and tiles (expert, first_row, num_rows), in order."""
+    """Counts per local expert, pair of each padded row (-1 padding), and tiles (expert, first_row, num_rows), in
+    order."""
     flat = local_ids(ids, num_local_experts, expert_map).flatten().tolist()
     rows: list[int] = []
     counts: list[int] = []
@@ -48,8 +49,8 @@ def local_ids(ids: torch.Tensor, num_local_experts: int, expert_map: torch.Tenso
 def expert_rows(
     rows: torch.Tensor, ids: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, *, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """y[r, k] = w2[e] @ (silu(gate) * up) with e = ids[r, k]; zero where ids is -1. [num_rows, top_k, hidden] in rows' dtype.
-    `dtype` (float64 for a reference) is the arithmetic's, and the result's when given."""
+    """y[r, k] = w2[e] @ (silu(gate) * up) with e = ids[r, k]; zero where ids is -1. [num_rows, top_k, hidden] in
+    rows' dtype. `dtype` (float64 for a reference) is the arithmetic's, and the result's when given."""
     compute = dtype or rows.dtype
     out = torch.zeros(*ids.shape, rows.shape[1], dtype=compute, device=rows.device)
     for expert in range(w13.shape[0]):
@@ -68,7 +69,8 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 def combine(
     y: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, *, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """sum over k of weights[r, k] * y[r, k], one after the other in k order, in `dtype`; pairs with id -1 are skipped."""
+    """sum over k of weights[r, k] * y[r, k], one after the other in k order, in `dtype`; pairs with id -1 are
+    skipped."""
     out = torch.zeros(y.shape[0], y.shape[2], dtype=dtype, device=y.device)
     for k in range(y.shape[1]):
         term = out + weights[:, k, None].to(dtype) * y[:, k].to(dtype)
@@ -92,7 +94,8 @@ def dequantize_fp8(
 
 
 def quantize_blocks(w: torch.Tensor, block: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [..., m, n] to e4m3 with one float32 scale per block x block, as the official fp8 checkpoints hold them."""
+    """Weights [..., m, n] to e4m3 with one float32 scale per block x block, as the official fp8 checkpoints hold
+    them."""
     blocks = w.float().unflatten(-1, (-1, block)).unflatten(-3, (-1, block))
     peak = blocks.abs().amax((-1, -3))
     scales = torch.where(peak == 0, torch.ones_like(peak), peak / torch.full_like(peak, E4M3_MAX))

@@ -1,6 +1,7 @@
 """Write `wgmma.cuh`: one struct per width N around `wgmma.mma_async`, for bf16 (k16) and e4m3 (k32).
 
-The instruction names each of its N/2 accumulator registers, so the text for eleven widths is made here instead of kept."""
+The instruction names each of its N/2 accumulator registers, so the text for eleven widths is made here instead of
+kept."""
 
 WIDTHS = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # columns (tokens) of one m64 instruction
 
@@ -24,7 +25,8 @@ def _method(name: str, instruction: str, n: int, transposes: str) -> str:
     registers = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     return (
-        f"  static __device__ __forceinline__ void {name}(float (&d)[{count}], unsigned long long a, unsigned long long b, int add) {{\n"
+        f"  static __device__ __forceinline__ void {name}(float (&d)[{count}], unsigned long long a, "
+        f"unsigned long long b, int add) {{\n"
         f'    asm volatile("{{.reg .pred p; setp.ne.b32 p, %{count + 2}, 0; {instruction} '
         f'{{{registers}}}, %{count}, %{count + 1}, p, 1, 1{transposes};}}"\n'
         f'      : {operands} : "l"(a), "l"(b), "r"(add));\n'

@@ -1,8 +1,10 @@
-"""What can be promised of the kernels without a GPU: layouts, references, plans, and that every source compiles cleanly."""
+"""What can be promised of the kernels without a GPU: layouts, references, plans, and that every source compiles
+cleanly."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+
 from expertmesh.errors import KernelError
 from expertmesh.kernels import jit, pack, reference
 from expertmesh.kernels.expert_layer import ExpertLayer
@@ -48,9 +50,9 @@ def test_shapes_without_a_kernel_are_refused_with_the_reason():
         pack.pack_experts(torch.zeros(2, 128, 192).bfloat16(), torch.zeros(2, 192, 64).bfloat16())
     with pytest.raises(KernelError, match="does not fit"):
         pack.pack_experts(torch.zeros(2, 128, 256).bfloat16(), torch.zeros(2, 128, 64).bfloat16())
+    w13 = torch.zeros(1, 256, 128).to(torch.float8_e4m3fn)
     with pytest.raises(KernelError, match="w13_scales"):
-        w = torch.zeros(1, 256, 128).to(torch.float8_e4m3fn)
-        pack.pack_experts(w, torch.zeros(1, 128, 128).to(torch.float8_e4m3fn))
+        pack.pack_experts(w13, torch.zeros(1, 128, 128).to(torch.float8_e4m3fn))
 
 
 # ---------------------------------------------------------------------------------------------------------- references

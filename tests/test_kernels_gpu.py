@@ -220,7 +220,7 @@ def test_graph_replays_follow_new_ids(form):
 
 
 def test_combine_sums_in_k_order_in_float32():
-    x, ids, topk_weights = inputs(200, 16, "sparse", hidden=1536)
+    _, ids, topk_weights = inputs(200, 16, "sparse", hidden=1536)
     y = torch.randn(200, 8, 1536, device=DEVICE).bfloat16()
     y[ids < 0] = float("nan")
     expected = reference.combine(y.double(), ids, topk_weights, dtype=torch.float64)
