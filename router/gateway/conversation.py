@@ -111,6 +111,10 @@ class Conversation:
 
     def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> list[Delta]:
         """Accept ids; nothing is accepted after a stop string. `logprobs` is empty or one an id."""
+        if len(token_ids) == 1 and not logprobs:
+            delta = self._push_plain(token_ids[0])
+            if delta is not None:
+                return [delta]
         deltas: list[Delta] = []
         for index, token_id in enumerate(token_ids):
             if self.stop_matched:
@@ -143,6 +147,21 @@ class Conversation:
         deltas: list[Delta] = []
         self._close_section(deltas)
         return deltas
+
+    def _push_plain(self, token_id: int) -> Delta | None:
+        """The common case in one go: whole characters, nothing held back or looked for. None = the long way."""
+        if self._stops is not None or self._strip_start or self._newlines or self._token_ids:
+            return None
+        if token_id == self._think_id or token_id == self._end_think_id or token_id in self._stop_ids:
+            return None
+        text = self._detokenizer.plain(token_id)
+        if not text or text[-1] == "\n":
+            return None
+        self.completion_tokens += 1
+        if self.state is State.REASONING:
+            self.reasoning_tokens += 1
+            return Delta(Section.REASONING, text, [token_id])
+        return Delta(Section.ANSWER, text, [token_id])
 
     def _keep(self, token_id: int, logprobs: Sequence[TokenLogprob], index: int) -> None:
         self._token_ids.append(token_id)

@@ -1,10 +1,10 @@
 """One generation at the gateway, whatever the transport: request in, events out.
 
     prepare: validate -> session.open -> chat template -> encode -> sampling and thinking -> EngineRequest
-    run:     tier.generate -> conversation -> GenerateEvent with gapless offsets -> session.commit -> finished
+    run:     tier.generate -> conversation -> events with gapless offsets -> session.commit -> finished
 
-The gRPC server streams the events; any other front door serves the same ones. Several tokens that came while the client
-was slow are one event, so a slow reader costs less, not more."""
+The gRPC server writes the events as messages; any other front door writes the same ones in its form. Several tokens
+that came while the client was slow are one event, so a slow reader costs less, not more."""
 
 import asyncio
 import logging
@@ -22,7 +22,6 @@ from ...telemetry import Telemetry
 from . import validation
 from .chat import ChatTemplate, Family
 from .conversation import Conversation, Delta, Section, State, prompt_state
-from .link_messages import encode_logprob
 from .session import SessionRecord, TurnRecord
 from .tokenizer import Tokenizer
 
@@ -50,6 +49,16 @@ class OutputStream(Protocol):
 
 class Tier(Protocol):
     def generate(self, request: EngineRequest, *, affinity: str = "") -> OutputStream: ...
+
+
+class Writer(Protocol):
+    """Where the events of one stream go, in the form of the transport (`events.py` for gRPC)."""
+
+    def started(self, offset: int, started: pb.Started) -> Awaitable[None]: ...
+
+    def delta(self, offset: int, delta: Delta, *, with_ids: bool) -> Awaitable[None]: ...
+
+    def finished(self, offset: int, finished: pb.Finished) -> Awaitable[None]: ...
 
 
 class Sessions(Protocol):
@@ -252,35 +261,36 @@ class Generation:
         if self._stream is not None:
             self._stream.abort()
 
-    async def run(self, send: Callable[[pb.GenerateEvent], Awaitable[None]]) -> None:
-        """Submit, then send the events in order. Cancelling this coroutine aborts the work."""
+    async def run(self, writer: Writer) -> None:
+        """Submit, then write the events in order. Cancelling this coroutine aborts the work."""
         affinity = self._session.affinity if self._session is not None else ""
         stream = self._stream = self._shared.tier.generate(self.request, affinity=affinity)
         reason = FinishReason.CANCELLED
         conversation = self._conversation
         try:
-            await send(pb.GenerateEvent(started=self._started()))
+            await writer.started(0, self._started())
             async for output in stream:
                 deltas = conversation.push(output.token_ids, output.logprobs)
-                self._note(output)
+                if self._first_token_s is None or self._session is not None:
+                    self._note(output)
                 ended = conversation.stopped or output.finish_reason
                 if ended:
                     reason = FinishReason.STOP if conversation.stopped else output.finish_reason
                     deltas += conversation.finish()
                 for delta in deltas:
                     if delta.text or self._include_all:
-                        await send(self._event(delta))
+                        await self._write(writer, delta)
                 if ended:
                     break
             else:  # cancelled
                 for delta in conversation.finish():
                     if delta.text or self._include_all:
-                        await send(self._event(delta))
+                        await self._write(writer, delta)
             replica_id = stream.replica_id
         finally:
             stream.abort()
         finished = await self._finished(reason, replica_id)
-        await send(pb.GenerateEvent(offset=self._offset + 1, finished=finished))
+        await writer.finished(self._offset + 1, finished)
 
     def _started(self) -> pb.Started:
         return pb.Started(
@@ -300,24 +310,13 @@ class Generation:
         if self._session is not None:
             self._output_ids.extend(output.token_ids)
 
-    def _event(self, delta: Delta) -> pb.GenerateEvent:
+    def _write(self, writer: Writer, delta: Delta) -> Awaitable[None]:
         self._offset += 1
-        event = pb.GenerateEvent()
-        event.offset = self._offset
-        if delta.section is Section.ANSWER:
-            message = event.answer
-            if self._first_answer_s is None and delta.text:
-                self._first_answer_s = self._shared.clock() - self._received_at
-        else:
-            message = event.reasoning
-        message.text = delta.text  # set even when empty: it makes the delta present
+        if self._first_answer_s is None and delta.section is Section.ANSWER and delta.text:
+            self._first_answer_s = self._shared.clock() - self._received_at
         if self._session is not None:
             self._reply[delta.section].append(delta.text)
-        if self._include_all:
-            if self._include_token_ids:
-                message.token_ids.extend(delta.token_ids)
-            message.logprobs.extend(encode_logprob(x) for x in delta.logprobs)
-        return event
+        return writer.delta(self._offset, delta, with_ids=self._include_token_ids)
 
     async def _finished(self, reason: FinishReason, replica_id: str) -> pb.Finished:
         usage = pb.Usage(

@@ -29,10 +29,10 @@ from .link_messages import (
     PROTOCOL_VERSION,
     add_output,
     decode_load,
+    decode_output,
     decode_submit,
     encode_load,
     encode_submit,
-    merge_tokens,
 )
 from .rpc_errors import make_error
 
@@ -324,7 +324,7 @@ class LinkClient:
             raise ReplicaLost(f"attention replica {self.replica_id} at {self.address} is not connected")
         handle = self._next_handle
         self._next_handle += 1
-        stream = self._streams[handle] = RequestStream(self, handle, request.request_id)
+        stream = self._streams[handle] = RequestStream(self, handle, request)
         self.num_unreported += 1
         self._send(pb.GatewayMessage(submit=encode_submit(handle, request)))
         return stream
@@ -429,11 +429,12 @@ class LinkClient:
 class RequestStream(AsyncIterator[RequestOutput]):
     """Outputs of one request as they come; several steps that came meanwhile are one output. One reader."""
 
-    __slots__ = ("_ended", "_error", "_handle", "_link", "_pending", "_request_id", "_waiter")
+    __slots__ = ("_ended", "_error", "_handle", "_link", "_pending", "_request_id", "_waiter", "_with_logprobs")
 
-    def __init__(self, link: LinkClient, handle: int, request_id: str) -> None:
-        self._link, self._handle, self._request_id = link, handle, request_id
-        self._pending: RequestOutput | None = None
+    def __init__(self, link: LinkClient, handle: int, request: EngineRequest) -> None:
+        self._link, self._handle, self._request_id = link, handle, request.request_id
+        self._with_logprobs = request.sampling.num_logprobs >= 0
+        self._pending: pb.RequestTokens | None = None  # what came and was not taken, merged
         self._error: ExpertMeshError | None = None
         self._ended = False
         self._waiter: asyncio.Future[None] | None = None
@@ -444,9 +445,10 @@ class RequestStream(AsyncIterator[RequestOutput]):
 
     def give(self, tokens: pb.RequestTokens) -> None:
         if self._pending is None:
-            self._pending = RequestOutput(self._request_id, [])
-        merge_tokens(self._pending, tokens)
-        if self._pending.finish_reason:
+            self._pending = tokens
+        else:
+            self._pending.MergeFrom(tokens)
+        if tokens.finish_reason:
             self._link.release(self._handle, abort=False)
         self._wake()
 
@@ -457,8 +459,10 @@ class RequestStream(AsyncIterator[RequestOutput]):
 
     def take(self) -> RequestOutput | None:
         """What is here, None for nothing yet; raises the stream's error, StopAsyncIteration after its end."""
-        if self._pending is not None:
-            output, self._pending = self._pending, None
+        tokens = self._pending
+        if tokens is not None:
+            self._pending = None
+            output = decode_output(self._request_id, tokens, with_logprobs=self._with_logprobs)
             if output.finish_reason:
                 self._ended = True
             return output

@@ -108,19 +108,17 @@ def encode_logprob(logprob: TokenLogprob) -> pb.TokenLogprob:
     return pb.TokenLogprob(token_id=logprob.token_id, logprob=logprob.logprob, top=top)
 
 
-def merge_tokens(output: RequestOutput, tokens: pb.RequestTokens) -> None:
-    """Add what one message brought to what the reader has not taken yet."""
-    output.token_ids.extend(tokens.token_ids)
+def decode_output(request_id: str, tokens: pb.RequestTokens, *, with_logprobs: bool) -> RequestOutput:
+    output = RequestOutput(request_id, list(tokens.token_ids))
     if tokens.finish_reason:
         output.finish_reason = FinishReason(tokens.finish_reason)
-    if tokens.num_cached_tokens:
-        output.num_cached_tokens = tokens.num_cached_tokens
-    if tokens.queue_s:
-        output.queue_s = tokens.queue_s
-    if tokens.logprobs:
+    if tokens.queue_s or tokens.num_cached_tokens:
+        output.queue_s, output.num_cached_tokens = tokens.queue_s, tokens.num_cached_tokens
+    if with_logprobs:
         for logprob in tokens.logprobs:
             top = tuple((t.token_id, t.logprob) for t in logprob.top)
             output.logprobs.append(TokenLogprob(logprob.token_id, logprob.logprob, top))
+    return output
 
 
 def encode_load(load: EngineLoad, *, draining: bool) -> pb.ReplicaLoad:

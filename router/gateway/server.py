@@ -26,6 +26,7 @@ from ...errors import ExpertMeshError, InvalidRequest, NotFound, SessionStoreUna
 from ...proto import expertmesh_pb2 as pb
 from ...telemetry import Telemetry
 from ..status import ClusterState, ProcessStatus
+from .events import EventWriter
 from .generation import Generation, GenerationConfig, Generations, Sessions, Tier, record_failure
 from .link import TOKEN_KEY, bind, token_matches
 from .rpc_errors import status_code, trailing_metadata
@@ -163,7 +164,7 @@ class GatewayServer:
         self._running[generation.request_id] = generation
         self._idle.clear()
         try:
-            await generation.run(lambda event: context.write(event.SerializeToString()))
+            await generation.run(EventWriter(context.write))
         finally:
             del self._running[generation.request_id]
             if not self._running:

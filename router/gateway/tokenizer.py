@@ -129,6 +129,10 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = False  # the decoder holds the beginning of a character
 
+    def plain(self, token_id: int) -> str | None:
+        """The token's text if it is whole characters and nothing is held back, else None: then `push` it."""
+        return None if self._held or token_id in self._special else self._tokenizer.text(token_id)
+
     def push(self, token_id: int) -> str:
         if token_id in self._special:
             return ""
