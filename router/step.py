@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from time import perf_counter
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -60,9 +61,7 @@ class Step:
 
     def moe(self, layer_id: int, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         if x.shape[0] > self._num_tokens:
-            raise EpochError(
-                f"layer {layer_id}: {x.shape[0]} tokens, step {self.header.step_id} allows {self._num_tokens} here"
-            )
+            self._fail_and_raise(f"{x.shape[0]} tokens in layer {layer_id}, {self._num_tokens} are allowed")
         source_plan = plan(topk_ids, self._placement, layer_id, self._rank)
         return weighted_sum(self._take_turn(layer_id, source_plan, x), source_plan, topk_weights)
 
@@ -77,14 +76,20 @@ class Step:
             self._take_turn(layer_id, None if x is None else plan(no_ids, self._placement, layer_id), x)
 
     def close(self) -> None:
-        """A step given up halfway would leave its peers waiting: end them too."""
+        """A step given up halfway would leave its peers waiting: end it for them too."""
         if self._next_turn < len(self._placement.moe_layers):
             self._fail(EpochError(f"step {self.header.step_id} was left before its last layer"))
+
+    def _fail_and_raise(self, message: str) -> NoReturn:
+        error = EpochError(f"step {self.header.step_id}: {message}")
+        if self._next_turn < len(self._placement.moe_layers):
+            self._fail(error)
+        raise error
 
     def _take_turn(self, layer_id: int, source_plan: DispatchPlan | None, x: torch.Tensor | None) -> torch.Tensor:
         layers = self._placement.moe_layers
         if self._next_turn >= len(layers) or layers[self._next_turn] != layer_id:
-            raise EpochError(f"layer {layer_id} out of turn in step {self.header.step_id}")
+            self._fail_and_raise(f"layer {layer_id} out of turn")
         try:
             started = perf_counter()
             handle = self._exchange.dispatch(layer_id, source_plan, x)

@@ -94,7 +94,8 @@ class MemberProcess:
 
     def __init__(self, rank: int, connection: Connection, roles: str, exchange: ExchangeConfig) -> None:
         self.connection = connection
-        self.headers = queue.SimpleQueue[StepHeader | None]()
+        self.headers = queue.SimpleQueue[StepHeader | str]()  # or "end", or "work": look for batches
+        self.bid_is_out = False  # engine thread
         self.outputs = queue.SimpleQueue[tuple[int, Any, int]]()  # (batch id, output or error, epoch)
         self.batches = collections.deque[tuple[int, int]]()  # (batch id, tokens)
         self.troubles: list[str] = []
@@ -123,7 +124,7 @@ class MemberProcess:
             except ExpertMeshError as error:
                 answer = str(error)
             self.connection.send(("value", answer))
-        self.headers.put(None)
+        self.headers.put("end")
         self.engine.join()
         self.mesh.close()
 
@@ -141,7 +142,7 @@ class MemberProcess:
 
     def submit(self, batches: list[tuple[int, int]]) -> None:
         self.batches.extend(batches)
-        self._bid()
+        self.headers.put("work")
 
     def collect(self, count: int) -> list[tuple[int, Any, int]]:
         return [self.outputs.get(timeout=30.0) for _ in range(count)]
@@ -157,28 +158,31 @@ class MemberProcess:
         version, rows = self.mesh.load()
         return dict(self.steps_served), self.troubles, version, int(rows.sum())
 
-    def _bid(self) -> None:
-        if self.batches:
-            self.mesh.bid(self.batches[0][1], 0)
-
     def _engine(self) -> None:
-        while (header := self.headers.get()) is not None:
-            batch = None
-            try:
-                step = self.mesh.enter(header)
-                if self.dies:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if header.num_tokens[self.mesh.rank] and self.batches:
-                    batch = self.batches.popleft()
-                    self.outputs.put((batch[0], toy_model(step, *batch), header.epoch))
-                else:
-                    step.serve()
-                self.steps_served[header.epoch] += 1
-            except (ExpertMeshError, RuntimeError) as error:
-                if batch is not None:  # as an engine does: the same batch runs again
-                    self.batches.appendleft(batch)
-                self.outputs.put((batch[0] if batch else -1, f"{type(error).__name__}: {error}", header.epoch))
-            self._bid()
+        while (header := self.headers.get()) != "end":
+            if isinstance(header, StepHeader):
+                self._step(header)
+            if self.batches and not self.bid_is_out:
+                self.bid_is_out = True
+                self.mesh.bid(self.batches[0][1], 0)
+
+    def _step(self, header: StepHeader) -> None:
+        batch = None
+        try:
+            step = self.mesh.enter(header)
+            if self.dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if header.num_tokens[self.mesh.rank]:
+                self.bid_is_out = False
+                batch = self.batches.popleft()
+                self.outputs.put((batch[0], toy_model(step, *batch), header.epoch))
+            else:
+                step.serve()
+            self.steps_served[header.epoch] += 1
+        except (ExpertMeshError, RuntimeError) as error:
+            if batch is not None:  # as an engine does: the same batch runs again
+                self.batches.appendleft(batch)
+            self.outputs.put((batch[0] if batch else -1, f"{type(error).__name__}: {error}", header.epoch))
 
 
 def member_process(rank: int, connection: Connection, roles: str, exchange: ExchangeConfig) -> None:

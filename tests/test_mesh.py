@@ -238,3 +238,16 @@ def test_a_member_that_fails_in_its_experts_ends_the_step_of_all_at_once():
         cluster.enter(cluster.make_epoch(2, 1, new_group=True))
         check(cluster.ask(0, "collect", 1), [(4, 5)])
         cluster.end()
+
+
+def test_a_batch_larger_than_the_header_allows_ends_the_step():
+    """A header's count bounds the buffers of every peer: more rows are an error here, and no peer is left waiting."""
+    local = LocalMesh(mesh_worlds.TinyExperts(), mesh_worlds.placement(1, 1), mesh_worlds.SHAPE)
+    headers = []
+    local.start(headers.append)
+    local.bid(2, 0)
+    with pytest.raises(EpochError, match="3 tokens in layer 1, 2 are allowed"):
+        mesh_worlds.toy_model(local.enter(headers.pop()), 1, 3)
+    local.bid(3, 0)
+    mesh_worlds.toy_model(local.enter(headers.pop()), 1, 3)
+    local.close()
