@@ -4,10 +4,11 @@ Heavy modules are imported inside the commands, so that `--help` answers at once
 progress and errors to stderr. Exit codes: 0 done, 1 it failed (one line says why), 2 wrong usage, 130 interrupted."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     pass
 
 if TYPE_CHECKING:
+    import threading
+
     from .client import Client
 
 TOKEN_VARIABLE = "EXPERTMESH_NETWORK__CLUSTER_TOKEN"
@@ -57,21 +60,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Start a cluster, say where it listens, run until SIGINT or SIGTERM."""
-    import signal
-    import threading
-
     config = serve_config(arguments, os.environ)
     from .cluster.app import Cluster
 
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    cluster = Cluster(config, ray_address=arguments.ray_address, progress=_progress, interrupted=ended.is_set)
-    with cluster:
-        print(json.dumps({"gateways": cluster.gateways}) if arguments.json else " ".join(cluster.gateways), flush=True)
-        ended.wait()
-        _progress("stopping")
+    with _ended_by_signal() as ended:
+        cluster = Cluster(config, ray_address=arguments.ray_address, progress=_progress, interrupted=ended.is_set)
+        with cluster:
+            found = list(cluster.gateways)
+            print(json.dumps({"gateways": found}) if arguments.json else " ".join(found), flush=True)
+            ended.wait()
+            _progress("stopping")
     return 0
+
+
+@contextlib.contextmanager
+def _ended_by_signal() -> "Iterator[threading.Event]":
+    """An event that SIGINT and SIGTERM set, so that a cluster is stopped in order from wherever it is."""
+    import signal
+    import threading
+
+    ended = threading.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: ended.set()) for number in numbers]
+    try:
+        yield ended
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def serve_config(arguments: argparse.Namespace, environ: dict[str, str] | os._Environ[str]) -> ClusterConfig:

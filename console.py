@@ -137,11 +137,13 @@ def _finished_as_dict(finished: Finished | None) -> dict[str, Any]:
 
 
 def topology_as_dict(topology: pb.Topology, health: dict[str, str]) -> dict[str, Any]:
-    from google.protobuf.json_format import MessageToDict
+    """Every field by its name in the .proto, numbers as numbers (protobuf's own JSON makes 64-bit ones strings)."""
 
-    values: dict[str, Any] = MessageToDict(
-        topology, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
+    def fields(message: Any) -> dict[str, Any]:
+        return {f.name: getattr(message, f.name) for f in message.DESCRIPTOR.fields}
+
+    values = fields(topology)
+    values |= {"members": [fields(m) for m in topology.members], "gateways": list(topology.gateways)}
     return values | {"health": health}
 
 

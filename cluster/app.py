@@ -34,7 +34,7 @@ from .replica import AttentionReplica
 OBJECT_STORE_BYTES = 80 << 20  # nothing of ours travels through Ray's object store
 REPLICA_NUM_CPUS = 0.01  # Serve replicas share the cores; Ray's count must not stop a laptop from starting them
 POLL_S = 0.2
-APPLICATIONS = ("experts", "attention", "gateway")
+APPLICATIONS = ("experts", "attention", "gateway")  # in the order of the route, from its end
 
 Progress = Callable[[str], None]
 
@@ -62,6 +62,7 @@ class Cluster:
         self._interrupted = interrupted
         self._redis: EmbeddedRedis | None = None
         self._owns_ray = False
+        self._num_experts = 0
         self._started_at = time.monotonic()
 
     def start(self) -> None:
@@ -109,9 +110,10 @@ class Cluster:
 
     def _check_checkpoint(self) -> None:
         """Fail at once on what config.json alone can tell; tensors and shapes are the replicas' to check."""
-        model = ModelConfig.from_folder(self.config.model)
-        if model.num_experts and self.config.num_expert_ranks > model.num_experts:
-            raise ConfigError("num_expert_shards", self.config.num_expert_ranks, f"at most {model.num_experts} experts")
+        self._num_experts = ModelConfig.from_folder(self.config.model).num_experts
+        if self._num_experts and self.config.num_expert_ranks > self._num_experts:
+            limit = f"at most {self._num_experts}, the number of experts"
+            raise ConfigError("num_expert_shards", self.config.num_expert_ranks, limit)
 
     def _complete_config(self) -> None:
         network = self.config.network
@@ -139,9 +141,10 @@ class Cluster:
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
 
     def _deploy(self) -> None:
-        self._say(f"starting {describe(self.config)}")
+        self._say(f"starting {describe(self.config, self._num_experts)}")
         assert self.conductor is not None
-        targets = [RunTarget(app, name, None) for name, app in _applications(self.config, self.conductor).items()]
+        applications = _applications(self.config, self.conductor, self._num_experts)
+        targets = [RunTarget(application, name, None) for name, application in applications.items()]
         run_many(targets, wait_for_applications_running=False, wait_for_ingress_deployment_creation=False)
 
     def _wait_ready(self) -> tuple[str, ...]:
@@ -183,15 +186,18 @@ class Cluster:
     def _delete_applications(self) -> None:
         if not ray.is_initialized():
             return
-        for name in reversed(APPLICATIONS):  # the gateway first, so that its streams end before what they wait for
-            with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
-                serve.delete(name, _blocking=name == APPLICATIONS[0])
+        with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
+            running = [name for name in reversed(APPLICATIONS) if name in serve.status().applications]
+            for name in running:  # the gateway first, so that its streams end before what they wait for
+                serve.delete(name, _blocking=False)
+            for name in running:
+                serve.delete(name)
 
     def _say(self, line: str) -> None:
         self._progress(f"[{time.monotonic() - self._started_at:5.1f} s] {line}")
 
 
-def describe(config: ClusterConfig) -> str:
+def describe(config: ClusterConfig, num_experts: int) -> str:
     """`1 gateway, 2 attention replicas, 4 expert shards`, in the words of the layout."""
 
     def counted(n: int, noun: str) -> str:
@@ -201,7 +207,8 @@ def describe(config: ClusterConfig) -> str:
     if config.layout == "colocated":
         return f"{gateways}, {counted(config.num_attention_replicas, 'colocated rank')}"
     attention = counted(config.num_attention_replicas, "attention replica")
-    return f"{gateways}, {attention}, {counted(config.num_expert_shards, 'expert shard')}"
+    shards = f", {counted(config.num_expert_shards, 'expert shard')}" if num_experts else ""
+    return f"{gateways}, {attention}{shards}"
 
 
 def start_ray(address: str = "") -> None:
@@ -233,8 +240,8 @@ def stop_ray() -> None:
         ray.shutdown()
 
 
-def _applications(config: ClusterConfig, conductor: ConductorClient) -> dict[str, serve.Application]:
-    """One Serve application a tier, so that each is upgraded and scaled alone."""
+def _applications(config: ClusterConfig, conductor: ConductorClient, num_experts: int) -> dict[str, serve.Application]:
+    """One Serve application a tier, so that each is upgraded and scaled alone. A dense model has no expert tier."""
     common: dict[str, Any] = {
         "graceful_shutdown_wait_loop_s": 0.1,
         "graceful_shutdown_timeout_s": 60.0,
@@ -246,19 +253,16 @@ def _applications(config: ClusterConfig, conductor: ConductorClient) -> dict[str
     compute = {**common, "ray_actor_options": {"num_cpus": REPLICA_NUM_CPUS, "num_gpus": int(config.device == "cuda")}}
     text = config.to_json()
     made: dict[str, serve.Application] = {}
-    if config.layout == "disaggregated":
-        shards = serve.deployment(ExpertShard).options(
-            name="ExpertShard", num_replicas=config.num_expert_shards, **compute
-        )
+    if config.layout == "disaggregated" and num_experts:
+        shards = serve.deployment(num_replicas=config.num_expert_shards, **compute)(ExpertShard)
         made["experts"] = shards.bind(text, conductor, MemberAgent)
-    replicas = serve.deployment(AttentionReplica).options(
-        name="AttentionReplica", num_replicas=config.num_attention_replicas, **compute
-    )
+    replicas = serve.deployment(num_replicas=config.num_attention_replicas, **compute)(AttentionReplica)
     made["attention"] = replicas.bind(text, conductor, MemberAgent)
-    gateways = serve.deployment(Gateway).options(name="Gateway", num_replicas=config.num_gateways, **common)
+    gateways = serve.deployment(num_replicas=config.num_gateways, **common)(Gateway)
     made["gateway"] = gateways.bind(text, conductor)
     return made
 
 
 def _log_folder() -> str:
-    return str(Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "serve")
+    node = ray._private.worker._global_node
+    return f"{node.get_session_dir_path()}/logs/serve" if node is not None else "Ray's session folder on its head node"

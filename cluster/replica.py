@@ -7,8 +7,8 @@ message a step; Serve's handles are never used."""
 import asyncio
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from ..checkpoint import Checkpoint, LoadProgress, ProgressCallback
 from ..config import ClusterConfig
@@ -28,6 +28,7 @@ from ..experts.worker import (
     settle_on_cpu,
     state_of,
 )
+from ..request import EngineLoad
 from ..router.gateway.link import LinkServer
 from ..router.mesh import ClusterMesh, MeshOptions
 from ..router.status import ConductorLink, ProcessStatus, report_failure, report_forever
@@ -55,7 +56,9 @@ DRAIN_S = 20.0  # requests at hand finish; with LEAVE_S below Serve's graceful_s
 class AttentionReplica:
     """One replica. `__init__` returns when it has asked to join; it is READY when its epoch is committed."""
 
-    async def __init__(self, config_text: str, conductor: ConductorLink, make_agent: MakeAgent) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config_text: str, conductor: ConductorLink, make_agent: MakeAgent
+    ) -> None:
         config = ClusterConfig.from_json(config_text)
         self._colocated = config.layout == "colocated"
         self._role = "colocated" if self._colocated else "attention"
@@ -101,7 +104,7 @@ class AttentionReplica:
             metrics_host=config.network.interface,
             metrics_port=own_metrics_port(config, role_offset=100),
         )
-        self._steps = StepTelemetry(self._telemetry, lambda: engine.load())
+        self._steps = StepTelemetry(self._telemetry)
         engine = Engine(
             runner,
             self._mesh,
@@ -111,6 +114,7 @@ class AttentionReplica:
             enable_prefix_cache=config.cache.enable_prefix_cache,
             observer=self._steps,
         )
+        self._steps.watch(engine.load)
         self._mesh.start(engine.on_header)
         engine.start()
         await self._link.start(engine)
@@ -178,15 +182,18 @@ class AttentionReplica:
 class StepTelemetry:
     """The engine's observer: metrics and one span a step, and the time spent on own expert rows."""
 
-    def __init__(self, telemetry: Telemetry, engine_load: Any) -> None:
+    def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
         self._expert_s = 0.0
-        telemetry.watch(
+
+    def watch(self, load: Callable[[], EngineLoad]) -> None:
+        """Gauges that Prometheus reads when it asks."""
+        self._telemetry.watch(
             [
-                Gauge(METRIC_RUNNING, lambda: engine_load().num_running),
-                Gauge(METRIC_WAITING, lambda: engine_load().num_waiting),
-                Gauge(METRIC_KV_TOTAL, lambda: engine_load().num_kv_blocks),
-                Gauge(METRIC_KV_USED, lambda: engine_load().num_kv_blocks - engine_load().num_free_kv_blocks),
+                Gauge(METRIC_RUNNING, lambda: load().num_running),
+                Gauge(METRIC_WAITING, lambda: load().num_waiting),
+                Gauge(METRIC_KV_TOTAL, lambda: load().num_kv_blocks),
+                Gauge(METRIC_KV_USED, lambda: load().num_kv_blocks - load().num_free_kv_blocks),
             ]
         )
 

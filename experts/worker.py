@@ -53,7 +53,9 @@ MakeAgent = Callable[[ClusterMesh, ConductorLink], Agent]
 class ExpertShard:
     """One shard. `__init__` returns when it has asked to join; it is READY when its epoch is committed."""
 
-    async def __init__(self, config_text: str, conductor: ConductorLink, make_agent: MakeAgent) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config_text: str, conductor: ConductorLink, make_agent: MakeAgent
+    ) -> None:
         config = ClusterConfig.from_json(config_text)
         self.member_id, self._conductor = replica_name("expert"), conductor
         self._detail, self._draining = "", False
@@ -226,7 +228,7 @@ def compute_device(config: ClusterConfig) -> torch.device:
 
 def compute_dtype(config: ClusterConfig, checkpoint: Checkpoint) -> torch.dtype:
     """auto: float32 on a CPU, the checkpoint's own type on a GPU."""
-    name = config.dtype
+    name: str = config.dtype
     if name == "auto":
         name = checkpoint.config.dtype if compute_device(config).type == "cuda" else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

@@ -1,7 +1,9 @@
 """Whole clusters in real Ray processes: every layout says what a single process says, and ends without a trace."""
 
 import contextlib
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +14,10 @@ from solo_engine import solo_tokens
 from expertmesh.client import AnswerDelta, Client, ReasoningDelta, Started, Stream
 from expertmesh.cluster.app import Cluster
 from expertmesh.config import CacheConfig, ClusterConfig, NetworkConfig
-from expertmesh.errors import CheckpointError, StartupError, Unauthenticated
+from expertmesh.errors import CheckpointError, StartupError, Unauthenticated, Unavailable
 from expertmesh.request import FinishReason
 from expertmesh.router.placement import Placement
+from expertmesh.router.status import ClusterState
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_runtime")]
 
@@ -120,6 +123,31 @@ def test_tokens_do_not_change_while_placements_do(large: Cluster, expected: list
     state = large.state()
     assert (state.epoch, state.placement_version) == (first + 2, first + 2)
     assert eventually(lambda: all(p.epoch == first + 2 for p in large.state().processes if p.role != "gateway"))
+
+
+def test_streams_and_epochs_outlive_the_conductor(large: Cluster, expected: list[list[int]]):
+    """Soft state: killed under traffic, it comes back empty, the members join again, and the epoch goes on."""
+    assert large.conductor is not None
+    before = large.state()
+    with client_of(large) as client:
+        streams = [greedy(client, prompt, LONG) for prompt in PROMPTS]
+        begun = [until_first_token(s) for s in streams]
+        os.kill(before.conductor_pid, signal.SIGKILL)
+        assert [ids + token_ids(s) for ids, s in zip(begun, streams)] == expected
+        assert eventually(lambda: (after := state_or_none(large)) is not None and after.ready, 60.0)
+        assert large.state().epoch == before.epoch
+        epoch = large.conductor.epoch()
+        assert epoch is not None
+        large.conductor.place(rotated(epoch.placement))
+        assert eventually(lambda: large.state().epoch == before.epoch + 1 and large.state().ready)
+        assert token_ids(greedy(client, PROMPTS[0], MAX_TOKENS)) == expected[0][:MAX_TOKENS]
+
+
+def state_or_none(cluster: Cluster) -> ClusterState | None:
+    try:
+        return cluster.state()
+    except Unavailable:
+        return None  # starting again
 
 
 def until_first_token(stream: Stream) -> list[int]:

@@ -31,7 +31,9 @@ DRAIN_S = 20.0  # below Serve's graceful_shutdown_timeout_s
 class Gateway:
     """One gateway. `__init__` returns when its port is open."""
 
-    async def __init__(self, config_text: str, conductor: ConductorLink) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config_text: str, conductor: ConductorLink
+    ) -> None:
         config = ClusterConfig.from_json(config_text)
         context = serve.get_replica_context()
         self.gateway_id, self._conductor = f"gateway-{context.replica_tag}", conductor
