@@ -85,6 +85,20 @@ def test_fused_and_single_experts_give_the_same_tensors(folder, tmp_path):
             assert torch.equal(a, getattr(fused._current.layers[layer_id], part))
 
 
+def test_a_tied_head_may_be_stored_or_absent_and_an_untied_one_must_be_there(tmp_path):
+    make_checkpoint(tmp_path, CONFIG | {"tie_word_embeddings": True}, dtype="float32")
+    absent = Model.load(Checkpoint(tmp_path), batch_invariant=False)
+    assert absent.weights.lm_head is absent.weights.embed
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    stored = Model.load(Checkpoint(tmp_path), batch_invariant=False)
+    assert stored.weights.lm_head is stored.weights.embed
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    rewrite(tmp_path, lambda t: t.pop("lm_head.weight"))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+        load_all(tmp_path)
+
+
 def test_progress_counts_every_byte_and_reports_speed(folder):
     seen = []
     Model.load(Checkpoint(folder), batch_invariant=False, progress=seen.append)
