@@ -3,14 +3,15 @@
     python -P -m expertmesh.bench.exchange [--shards 2] [--hidden 2048] [--tokens 1 8 32] [--steps 200]
 
 Per (tokens, dtype): the source's time in plan, dispatch, waiting and combine of one layer, p50 and p99 over the layers,
-beside the bytes that travel. The shards answer with rows they have ready, so what is timed is the exchange alone."""
+the processor time of the source's process (Gloo's thread included; steady where the machine is busy with other things),
+and the bytes that travel. The shards answer with rows they have ready, so what is timed is the exchange alone."""
 
 import argparse
 import json
 import multiprocessing
 import statistics
 from multiprocessing.connection import Connection
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 
@@ -48,7 +49,7 @@ def main() -> None:
         print(
             f"{row['dtype']:9} {row['tokens']:5} tokens  p50 {row['p50_us']:7.0f} us  p99 {row['p99_us']:7.0f} us  "
             f"of it plan {row['plan_us']:.0f}, dispatch {row['dispatch_us']:.0f}, return {row['return_us']:.0f}, "
-            f"weighted sum {row['sum_us']:.0f}; {row['bytes']} bytes"
+            f"weighted sum {row['sum_us']:.0f}; processor {row['cpu_us']:.0f}; {row['bytes']} bytes"
         )
     print(json.dumps({"shards": arguments.shards, "hidden": arguments.hidden, "layers": results}))
 
@@ -84,6 +85,7 @@ def _measure(
     weights = torch.rand(num_tokens, TOP_K, generator=generator)
     times: list[tuple[float, float, float, float]] = []
     num_bytes = 0
+    cpu_started = process_time()
     for step_id in range(1, steps + 1):
         num_sent = (num_tokens, *[0] * (len(epoch.members) - 1))
         exchange.begin(
@@ -108,6 +110,7 @@ def _measure(
             num_bytes = (source_plan.num_rows + source_plan.num_pairs) * row_bytes
     if rank:
         return {}
+    cpu_us = (process_time() - cpu_started) / (steps * NUM_LAYERS) * 1e6
     times = times[len(times) // 10 :]
     totals = sorted(sum(t) for t in times)
     plan_us, dispatch_us, return_us, sum_us = (statistics.median(part) * 1e6 for part in zip(*times, strict=True))
@@ -120,6 +123,7 @@ def _measure(
         "dispatch_us": round(dispatch_us, 1),
         "return_us": round(return_us, 1),
         "sum_us": round(sum_us, 1),
+        "cpu_us": round(cpu_us, 1),
         "bytes": num_bytes,
     }
 
