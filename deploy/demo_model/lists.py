@@ -15,6 +15,7 @@ def sort_numbers(rng: Random, held_out: bool) -> Turn:
     top = 99 if rng.random() < 0.7 else 999
     numbers = rng.sample(range(1, top + 1), rng.randint(3, 7))
     descending = rng.random() < 0.3
+    templates: tuple[str, ...]
     if descending:
         templates = (
             "Sort from largest to smallest: {l}",

@@ -156,11 +156,17 @@ class TrainingModel(nn.Module):
         angles = torch.arange(config.max_position_embeddings, dtype=torch.float64)[:, None] * (
             config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
         )
+        self.cos: Tensor
+        self.sin: Tensor
         self.register_buffer("cos", torch.cat((angles, angles), -1).cos().float(), persistent=False)
         self.register_buffer("sin", torch.cat((angles, angles), -1).sin().float(), persistent=False)
         wrap = torch.compile if compiled else (lambda function: function)
         self._inputs, self._rest, self._loss = wrap(attention_inputs), wrap(rest_of_layer), wrap(token_losses)
         self._init()
+
+    @property
+    def blocks(self) -> list[Layer]:
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
 
     @torch.no_grad()
     def _init(self) -> None:
@@ -185,7 +191,7 @@ class TrainingModel(nn.Module):
         valid = (tokens != self.config.pad_token_id).unsqueeze(-1).float()
         shares, means = [], []
         config = self.config
-        for layer in self.layers:
+        for layer in self.blocks:
             q, k, v = self._inputs(x, cos, sin, layer.input_norm, layer.qkv, layer.q_norm, layer.k_norm, config)
             attended = varlen_attention(q, k, v, cu_seqlens, max_len)
             weights = (layer.o, layer.post_norm, layer.gate, layer.w1, layer.w3, layer.w2)
@@ -202,7 +208,7 @@ class TrainingModel(nn.Module):
         """bf16 weights under Hugging Face names; tied, so without lm_head."""
         config, size = self.config, self.config.moe_intermediate_size
         state: dict[str, Tensor] = {"model.embed_tokens.weight": self.embed, "model.norm.weight": self.norm}
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.blocks):
             prefix = f"model.layers.{index}."
             q, k, v = layer.qkv.split((layer.q_size, layer.kv_size, layer.kv_size))
             state |= {f"{prefix}self_attn.{n}_proj.weight": t for n, t in zip("qkvo", (q, k, v, layer.o))}
@@ -228,7 +234,7 @@ def load_hf_state_dict(model: TrainingModel, state: dict[str, Tensor]) -> None:
     with torch.no_grad():
         model.embed.copy_(state["model.embed_tokens.weight"])
         model.norm.copy_(state["model.norm.weight"])
-        for index, layer in enumerate(model.layers):
+        for index, layer in enumerate(model.blocks):
             prefix = f"model.layers.{index}."
             layer.qkv.copy_(torch.cat([state[f"{prefix}self_attn.{n}_proj.weight"] for n in "qkv"]))
             layer.o.copy_(state[f"{prefix}self_attn.o_proj.weight"])

@@ -25,8 +25,10 @@ class Offline:
 
     def __init__(self, directory: Path, *, device: str = "cpu", batch_size: int = 64) -> None:
         self.codec = Codec(directory)
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        self.model.to(device)
         self.device, self.batch_size = device, batch_size
+        self._unlimited: dict[tuple[int, ...], list[int]] = {}
 
     def __call__(self, requests: Sequence[Request]) -> list[Reply]:
         prompts = [self.codec.prompt(r.messages, r.tools, r.enable_thinking) for r in requests]
@@ -40,47 +42,59 @@ class Offline:
         return [reply for reply in replies if reply is not None]
 
     def generate(self, prompts: list[list[int]], budgets: list[int | None]) -> list[list[int]]:
-        """Generated ids of each prompt; an exceeded budget's closing ids are among them."""
-        first = [min(MAX_NEW_TOKENS, budget) if budget else MAX_NEW_TOKENS for budget in budgets]
-        outputs = self._decode(prompts, first)
-        again = []
-        for index, (output, budget) in enumerate(zip(outputs, budgets)):
-            if budget and self.codec.end_id not in output:
-                if self.codec.think_end_id not in output:
-                    outputs[index] = output + self.codec.early_stop_ids
-                again.append(index)
-        if again:
-            limits = [MAX_NEW_TOKENS - len(outputs[index]) for index in again]
-            more = self._decode([prompts[index] + outputs[index] for index in again], limits)
-            for index, output in zip(again, more):
-                outputs[index] = outputs[index] + output
+        """Generated ids of each prompt; an exceeded budget's closing ids are among them.
+
+        Greedy thinking under a budget is a prefix of the unlimited one, so that is generated once and remembered."""
+        missing = [prompt for prompt in prompts if tuple(prompt) not in self._unlimited]
+        for prompt, output in zip(missing, self._decode(missing, [MAX_NEW_TOKENS] * len(missing))):
+            self._unlimited[tuple(prompt)] = output
+        outputs = [self._unlimited[tuple(prompt)] for prompt in prompts]
+        cut = [
+            index
+            for index, (output, budget) in enumerate(zip(outputs, budgets))
+            if budget and len(output) > budget and self.codec.think_end_id not in output[:budget]
+        ]
+        for index in cut:
+            outputs[index] = outputs[index][: budgets[index]] + self.codec.early_stop_ids
+        more = self._decode(
+            [prompts[index] + outputs[index] for index in cut], [MAX_NEW_TOKENS - len(outputs[index]) for index in cut]
+        )
+        for index, output in zip(cut, more):
+            outputs[index] = outputs[index] + output
         return outputs
 
     @torch.inference_mode()
     def _decode(self, prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
-        """Greedy decoding of left-padded prompts, each to its own limit."""
+        """Greedy decoding of left-padded prompts, each to its own limit; finished rows leave the batch."""
+        outputs: list[list[int]] = [[] for _ in prompts]
+        if not prompts:
+            return outputs
         width, pad = max(map(len, prompts)), self.codec.pad_id
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        outputs: list[list[int]] = [[] for _ in prompts]
-        active, cache = [True] * len(prompts), None
-        for _ in range(max(limits)):
+        rows, done, cache = list(range(len(prompts))), [False] * len(prompts), None
+        while True:
             step = self.model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
                 logits_to_keep=1,
             )  # fmt: skip
             cache = step.past_key_values
             chosen = step.logits[:, -1].argmax(-1)
-            for index, token in enumerate(chosen.tolist()):
-                if active[index]:
-                    outputs[index].append(token)
-                    active[index] = token != self.codec.end_id and len(outputs[index]) < limits[index]
-            if not any(active):
-                break
+            for row, token in zip(rows, chosen.tolist()):
+                if not done[row]:
+                    outputs[row].append(token)
+                    done[row] = token == self.codec.end_id or len(outputs[row]) >= limits[row]
+            left = [index for index, row in enumerate(rows) if not done[row]]
+            if not left:
+                return outputs
             ids, positions = chosen[:, None], positions[:, -1:] + 1
-            mask = torch.cat((mask, mask.new_ones(len(prompts), 1)), dim=1)
-        return outputs
+            mask = torch.cat((mask, mask.new_ones(len(rows), 1)), dim=1)
+            if len(left) <= 0.7 * len(rows):
+                keep = torch.tensor(left, device=self.device)
+                cache.batch_select_indices(keep)
+                ids, positions, mask = ids[keep], positions[keep], mask[keep]
+                rows = [rows[index] for index in left]
 
     def _reply(self, output: list[int], enable_thinking: bool) -> Reply:
         split = max((i + 1 for i, token in enumerate(output) if token == self.codec.think_end_id), default=0)

@@ -42,9 +42,9 @@ class Codec:
     def __init__(self, directory: Path) -> None:
         self.render = ChatTemplate((directory / "chat_template.jinja").read_text(encoding="utf-8"))
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self.end_id = self.tokenizer.token_to_id("<|im_end|>")
-        self.pad_id = self.tokenizer.token_to_id("<|endoftext|>")
-        self.think_end_id = self.tokenizer.token_to_id("</think>")
+        self.end_id, self.pad_id, self.think_end_id = (
+            self.encode(token)[0] for token in ("<|im_end|>", "<|endoftext|>", "</think>")
+        )
         self.early_stop_ids = self.encode(EARLY_STOP)
 
     def encode(self, text: str) -> list[int]:
