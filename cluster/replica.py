@@ -49,6 +49,7 @@ from ..telemetry import (
 )
 from .attention.engine import Engine, StepStats
 from .attention.runner import Runner
+from .request_spans import RequestSpans
 
 DRAIN_S = 20.0  # requests at hand finish; with LEAVE_S below Serve's graceful_shutdown_timeout_s
 
@@ -105,11 +106,12 @@ class AttentionReplica:
             metrics_port=own_metrics_port(config, role_offset=100),
         )
         self._steps = StepTelemetry(self._telemetry)
+        spans = RequestSpans(self._telemetry, self._link.publish) if self._telemetry.tracing else None
         engine = Engine(
             runner,
             self._mesh,
             scheduler=config.scheduler,
-            publish=self._link.publish,
+            publish=spans.publish if spans else self._link.publish,
             max_model_len=max_model_len,
             enable_prefix_cache=config.cache.enable_prefix_cache,
             observer=self._steps,
@@ -117,7 +119,7 @@ class AttentionReplica:
         self._steps.watch(engine.load)
         self._mesh.start(engine.on_header)
         engine.start()
-        await self._link.start(engine)
+        await self._link.start(spans.around(engine) if spans else engine)
         self._agent = make_agent(self._mesh, self._conductor)
         self._agent.start()
         return engine

@@ -28,6 +28,19 @@ from ..router.exchange import RowShape
 from ..router.group import use_batch_scheduling
 from ..router.mesh import ClusterMesh, MeshOptions
 from ..router.status import ConductorLink, ProcessStatus, describe_error, report_failure, report_forever
+from ..telemetry import (
+    ATTR_EPOCH,
+    ATTR_STEP_ID,
+    METRIC_EPOCH,
+    METRIC_EXPERT_ROWS,
+    METRIC_EXPERT_SECONDS,
+    METRIC_PLACEMENT,
+    SPAN_EXPERT_STEP,
+    Gauge,
+    Span,
+    Telemetry,
+    configure,
+)
 from .mlp import LocalExpertMLP
 from .weights import expert_shapes
 
@@ -82,7 +95,21 @@ class ExpertShard:
         )
         self._agent = make_agent(self._mesh, self._conductor)
         self._load = ExpertLoad(self._mesh, self._experts)
-        server = StepServer(self._mesh)
+        self._telemetry = configure(
+            config.telemetry,
+            role="expert",
+            instance=self.member_id,
+            metrics_host=config.network.interface,
+            metrics_port=own_metrics_port(config, role_offset=200),
+        )
+        self._telemetry.watch(
+            [
+                Gauge(METRIC_EXPERT_ROWS, lambda: self._last.num_rows),
+                Gauge(METRIC_EPOCH, lambda: self._last.epoch),
+                Gauge(METRIC_PLACEMENT, lambda: self._mesh.load()[0]),
+            ]
+        )
+        server = StepServer(self._mesh, self._telemetry)
         server.start()
         self._agent.start()
         return server
@@ -104,6 +131,7 @@ class ExpertShard:
         await asyncio.to_thread(self._agent.stop)
         await asyncio.to_thread(self._server.stop)
         self._mesh.close()
+        self._telemetry.shutdown()
         with contextlib.suppress(Unavailable):  # it may end together with us
             await self._conductor.forget(self.member_id)
 
@@ -129,8 +157,8 @@ class ExpertShard:
 class StepServer:
     """The serving thread of a member without tokens: takes part in every step that names it."""
 
-    def __init__(self, mesh: ClusterMesh) -> None:
-        self._mesh = mesh
+    def __init__(self, mesh: ClusterMesh, telemetry: Telemetry) -> None:
+        self._mesh, self._telemetry = mesh, telemetry
         self._headers: queue.SimpleQueue[StepHeader | None] = queue.SimpleQueue()
         self._busy_s = 0.0
         self.failure: ReplicaLost | None = None
@@ -160,14 +188,22 @@ class StepServer:
             self._mesh.close()  # peers see a lost peer at once, not a time-out
 
     def _take_part(self, header: StepHeader) -> None:
+        telemetry = self._telemetry
+        span = telemetry.start(SPAN_EXPERT_STEP, header.traceparent) if header.traceparent else Span()
         try:
             step = self._mesh.enter(header)
             step.serve()
         except (ExchangeError, EpochError) as error:
             # The mesh has told the leader and the Conductor; the next epoch replays the step.
             _log.warning("step %d ended early: %s", header.step_id, error)
+            span.end(error)
             return
         self._busy_s += step.expert_s
+        if telemetry.metering:
+            telemetry.record(METRIC_EXPERT_SECONDS, step.expert_s)
+        span.set(ATTR_STEP_ID, header.step_id)
+        span.set(ATTR_EPOCH, header.epoch)
+        span.end()
 
 
 class ExpertLoad:
