@@ -57,10 +57,11 @@ class Mesh(Protocol):
         """Own communicator rank in the epoch in force."""
         ...
 
-    def bid(self, num_decode_tokens: int, num_prefill_tokens: int) -> None:
+    def bid(self, num_decode_tokens: int, num_prefill_tokens: int, traceparent: str = "") -> None:
         """Ask for a step with at most so many tokens; (0, 0) withdraws. The leader answers with a header whose
         num_tokens[rank] is between 1 and the sum (all of decode, as much prefill as the cluster's budget allows).
-        Thread-safe, never blocks, replaces the last bid. A bid is spent by the header that answers it."""
+        Thread-safe, never blocks, replaces the last bid. A bid is spent by the header that answers it. `traceparent` of
+        one request in it lets the header carry a trace to the experts' owners."""
         ...
 
     def enter(self, header: StepHeader) -> StepContext:

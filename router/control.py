@@ -19,7 +19,7 @@ from ..errors import ExpertMeshError, ReplicaLost, Unauthenticated
 from .leader import BidPlaced, StepDone
 
 _FRAME = struct.Struct("!IB")  # payload bytes, kind
-_BID = struct.Struct("!IIQ")  # decode tokens, prefill tokens, after_step
+_BID = struct.Struct("!IIQ")  # decode tokens, prefill tokens, after_step; the traceparent follows
 _DONE = struct.Struct("!Q?")  # step id, failed
 _MAGIC = b"EMC1"
 _NONCE_BYTES = _MAC_BYTES = 32
@@ -40,11 +40,12 @@ OnLost = Callable[[str], None]  # (peer's member id)
 
 
 def encode_bid(bid: BidPlaced) -> bytes:
-    return _BID.pack(bid.num_decode, bid.num_prefill, bid.after_step)
+    return _BID.pack(bid.num_decode, bid.num_prefill, bid.after_step) + bid.traceparent.encode()
 
 
 def decode_bid(member_id: str, payload: bytes) -> BidPlaced:
-    return BidPlaced(member_id, *_BID.unpack(payload))
+    num_decode, num_prefill, after_step = _BID.unpack_from(payload)
+    return BidPlaced(member_id, num_decode, num_prefill, after_step, payload[_BID.size :].decode())
 
 
 def encode_done(done: StepDone) -> bytes:

@@ -21,6 +21,7 @@ class BidPlaced:
     num_decode: int
     num_prefill: int
     after_step: int
+    traceparent: str = ""  # W3C context of a request in it; the header carries one of them to the expert owners
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +153,9 @@ class Leader:
         self._issued_at, self._grace_ends = now, None
         num_tokens = self._allocate(epoch)
         named = {epoch.members[rank].member_id for rank, n in enumerate(num_tokens) if n}
+        answered = [self._bids.pop(member_id) for member_id in sorted(named)]
         for member_id in named:
             self._named[member_id] = self._step_id
-            del self._bids[member_id]
         self._silent = named
         recipients = tuple(r for r, m in enumerate(epoch.members) if m.expert or num_tokens[r])
         self._running = {epoch.members[r].member_id for r in recipients if epoch.members[r].attention}
@@ -163,6 +164,7 @@ class Leader:
             epoch=epoch.number,
             placement_version=epoch.placement_version,
             num_tokens=num_tokens,
+            traceparent=next((bid.traceparent for bid in answered if bid.traceparent), ""),
         )
         return IssueHeader(header, recipients)
 

@@ -80,7 +80,8 @@ class ClusterMesh:
     ) -> None:
         use_batch_scheduling()
         self._experts, self._shape, self._options = experts, shape, options
-        self._on_trouble, self._on_header = on_trouble, _drop
+        self._on_trouble = on_trouble
+        self._on_header: OnHeader = _drop
         self._lock = threading.RLock()
         self._step_over = threading.Condition(self._lock)
         self._leader = Leader(max_prefill_tokens=options.max_prefill_tokens_per_step)
@@ -91,7 +92,7 @@ class ClusterMesh:
         self._current: _Prepared | None = None  # entered
         self._committed: _Prepared | None = None  # the newest that may be entered
         self._leader_id = ""  # to whom bids go
-        self._bid: tuple[int, int] | None = None  # not answered yet
+        self._bid: tuple[int, int, str] | None = None  # not answered yet
         self._last_source_step = 0
         self._last_step_id = 0
         self._highest_number = 0
@@ -132,9 +133,9 @@ class ClusterMesh:
             raise EpochError("no epoch has been entered yet")
         return self._current.rank
 
-    def bid(self, num_decode_tokens: int, num_prefill_tokens: int) -> None:
+    def bid(self, num_decode_tokens: int, num_prefill_tokens: int, traceparent: str = "") -> None:
         with self._lock:
-            self._bid = (num_decode_tokens, num_prefill_tokens)
+            self._bid = (num_decode_tokens, num_prefill_tokens, traceparent)
         self._place_bid()
 
     def enter(self, header: StepHeader) -> Step:
@@ -329,7 +330,8 @@ class ClusterMesh:
         with self._lock:
             if self._bid is None or not self._leader_id:
                 return
-            event = BidPlaced(self.member.member_id, *self._bid, self._last_source_step)
+            num_decode, num_prefill, traceparent = self._bid
+            event = BidPlaced(self.member.member_id, num_decode, num_prefill, self._last_source_step, traceparent)
             leads = self._leads
             if not leads:
                 self._to_leader(self._leader_id, Kind.BID, encode_bid(event))
@@ -340,8 +342,9 @@ class ClusterMesh:
         local = isinstance(prepared.exchange, LocalExchange)
         event = StepDone(self.member.member_id, step_id, failed=error is not None and not local)
         if event.failed:
-            known = isinstance(error, ExpertMeshError)
-            self._trouble(prepared.epoch.number, error if known else ReplicaLost(f"a step failed here: {error!r}"))
+            if not isinstance(error, ExpertMeshError):
+                error = ReplicaLost(f"a step failed here: {error!r}")
+            self._trouble(prepared.epoch.number, error)
         leader_id = prepared.epoch.members[prepared.epoch.leader_rank].member_id
         if leader_id == self.member.member_id:
             self._lead(event)
@@ -404,7 +407,7 @@ class ClusterMesh:
         for number in [n for n in self._epochs if n < prepared.epoch.number]:
             self._drop_epoch(number)
         if idle:  # closing joins a reader thread: not in a step
-            threading.Thread(target=lambda: [c.close() for c in idle], name="control-close", daemon=True).start()
+            threading.Thread(target=_close_all, args=(idle,), name="control-close", daemon=True).start()
 
     def _drop_epoch(self, number: int) -> None:
         """Under the lock. Forget an epoch that will not be entered any more; its exchange ends unless others use it."""
@@ -481,6 +484,11 @@ class LocalMesh(ClusterMesh):
 def _same_table(new: Placement, old: Placement) -> bool:
     """A version names one table; loading and switching rely on it."""
     return new.version != old.version or new.physical_to_logical.equal(old.physical_to_logical)
+
+
+def _close_all(channels: list[Channel]) -> None:
+    for channel in channels:
+        channel.close()
 
 
 def _drop(header: StepHeader) -> None:

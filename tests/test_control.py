@@ -41,7 +41,7 @@ class Trace:
 
     def say(self, event, at):
         match event:
-            case BidPlaced(who, decode, prefill, after):
+            case BidPlaced(who, decode, prefill, after, _):
                 said = f"{who} bids {decode} + {prefill}, after step {after}"
             case StepDone(who, step_id, failed):
                 said = f"{who} {'failed in' if failed else 'is done with'} step {step_id}"
@@ -157,6 +157,17 @@ def test_a_bid_that_crossed_its_answer_is_void():
     trace.finish()
 
 
+def test_the_header_carries_the_trace_of_a_request_in_the_step():
+    leader = Leader(max_prefill_tokens=10)
+    leader.step(EpochInstalled(epoch(["a1", "a2", "e1"])), 0.0)
+    (issued,) = leader.step(BidPlaced("a1", 1, 0, 0), 1.0)
+    assert issued.header.traceparent == ""
+    leader.step(BidPlaced("a1", 1, 0, 1), 2.0)
+    leader.step(BidPlaced("a2", 1, 0, 0, "00-ab-cd-01"), 2.0)
+    (issued,) = leader.step(StepDone("a1", 1), 3.0)
+    assert issued.header.traceparent == "00-ab-cd-01"
+
+
 def test_a_failed_step_ends_the_epoch():
     trace = Trace("failed")
     trace.say(EpochInstalled(epoch(["a1", "a2", "e1"])), at=0)
@@ -219,7 +230,7 @@ def dial(server, own_id="m1", token="secret"):
 def test_bids_reports_and_headers_cross_the_channel(served):
     server, end = served
     channel, member = dial(server)
-    bid, done = BidPlaced("m1", 7, 1 << 20, 1 << 40), StepDone("m1", 1 << 40, True)
+    bid, done = BidPlaced("m1", 7, 1 << 20, 1 << 40, "00-ab-cd-01"), StepDone("m1", 1 << 40, True)
     channel.send(Kind.BID, encode_bid(bid))
     channel.send(Kind.DONE, encode_done(done))
     assert end.frames.get(timeout=10) == ("m1", Kind.BID, encode_bid(bid))
