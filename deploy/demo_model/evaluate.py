@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .questions import MAKERS
-from .tasks import Check, Item, Json, Turn, make_item, parse_tool_call
+from .tasks import Item, Json, Turn, make_item, parse_tool_call
 
 Mode = Literal["think", "no_think", "soft_no_think"]
 MODES: tuple[Mode, ...] = ("think", "no_think", "soft_no_think")
@@ -134,15 +134,11 @@ def _play_turn(
         num_tokens += reply.num_tokens
         said = f"{said}\n{reply.text}"
     messages.append({"role": "assistant", "content": reply.text})
-    right = called and "<tool_call>" not in reply.text and accepts(turn.check, reply.text)
+    right = called and "<tool_call>" not in reply.text and turn.check.accepts(reply.text)
     return Outcome(
         task=item.task, turn_task=turn.task, right=right, well_formed=well_formed, thought=bool(reply.reasoning),
         num_tokens=num_tokens, user=turn.user, reply=f"{reply.reasoning}\n=> {said}",
     )  # fmt: skip
-
-
-def accepts(check: Check, text: str) -> bool:
-    return check.accepts(text)
 
 
 def accuracy(outcomes: Iterable[Outcome], *, by_turn: bool = False) -> dict[str, float]:
