@@ -18,15 +18,24 @@ extern "C" __global__ void __launch_bounds__(128)
   const i64 row = blockIdx.x;
   const int column = blockIdx.y * 1024 + threadIdx.x * 8;
   if (column >= HIDDEN) return;
-  uint4 part[TOP_K];
+  int id[TOP_K];
   float weight[TOP_K];
+#if TOP_K % 4 == 0
+#pragma unroll
+  for (int k = 0; k < TOP_K; k += 4) {
+    *(int4*)(id + k) = __ldg((const int4*)(ids + row * TOP_K + k));
+    *(float4*)(weight + k) = __ldg((const float4*)(weights + row * TOP_K + k));
+  }
+#else
+#pragma unroll
+  for (int k = 0; k < TOP_K; ++k) id[k] = __ldg(ids + row * TOP_K + k), weight[k] = __ldg(weights + row * TOP_K + k);
+#endif
+  uint4 part[TOP_K];
   bool used[TOP_K];
 #pragma unroll
   for (int k = 0; k < TOP_K; ++k) {
-    int e = __ldg(ids + row * TOP_K + k);
-    if (expert_map) e = (u32)e < (u32)num_mapped ? __ldg(expert_map + e) : -1;
-    used[k] = (u32)e < (u32)num_local;
-    weight[k] = __ldg(weights + row * TOP_K + k);
+    if (expert_map) id[k] = (u32)id[k] < (u32)num_mapped ? __ldg(expert_map + id[k]) : -1;
+    used[k] = (u32)id[k] < (u32)num_local;
     part[k] = make_uint4(0, 0, 0, 0);
     if (used[k]) part[k] = __ldcs((const uint4*)(y + (row * TOP_K + k) * HIDDEN + column));
   }

@@ -1,20 +1,20 @@
-// grouped_gemm.cu: y[r, k] = w2[e] @ (silu(w1[e] @ x[r]) * (w3[e] @ x[r])), e = the local expert of pair (r, k); one
-// launch. The weights are the wide operand (M of wgmma m64nNk), an expert's rows are N: a tile is M_ROWS outputs x up
-// to TILE rows, N
-//   cut to what the tile holds, so few rows cost few columns.  w13's gate and up rows are interleaved by 8 (pack.py): a
-//   thread holds gate and up of the same output, and SwiGLU stays in registers.
-// Persistent: CTAs claim tiles in order, first all of w13, then all of w2.  A w2 tile waits for the counter of its
-// rows' w13
-//   tiles; its weights are already under way meanwhile, so the stream from memory never stops between the two products.
+// grouped_gemm.cu: y[r, k] = w2[e] @ (silu(w1[e] @ x[r]) * (w3[e] @ x[r])), e = the local expert of pair (r, k).
+// One launch. The weights are the wide operand (M of wgmma m64nNk), an expert's rows are N: a tile is M_ROWS outputs x
+// up
+//   to TILE rows, N cut to what the tile holds, so few rows cost few columns. w13's gate and up rows are interleaved by
+//   8 (pack.py): a thread holds gate and up of the same output, and SwiGLU stays in registers.
+// Persistent: CTAs claim tiles in order, first all of w13, then all of w2. A w2 tile waits for the counter of its rows'
+//   w13 tiles; its weights are already under way meanwhile, so the stream from memory never stops between the products.
 //   No deadlock: a claimed w13 tile belongs to a running CTA and waits for nothing.
-// CLUSTER 2: two CTAs take neighbouring M tiles of the same rows, each brings half of the rows for both, so L2 is read
-// less. Smem: ring of STAGES x (weights M_ROWS x 128 B + rows TILE x 128 B), bulk copies of packed blocks, one thread
-// for each
-//   operand.  Every output is accumulated over k in one order whatever the tile: a row does not depend on the others.
+// CLUSTER 2: two CTAs take neighbouring M tiles of the same rows, each brings half of the rows for both.
+// Smem: ring of STAGES x (weights M_ROWS x 128 B + rows TILE x 128 B), bulk copies of packed blocks, one thread for
+// each
+//   operand. Every output is accumulated over k in one order whatever the tile: a row does not depend on the others.
 // FP8: e4m3 both sides, weights 128x128 block scales, rows one scale per 128 columns (w13) or 64 (w2), float32 across
-// blocks. Needs: sm_90a; HIDDEN % 128 == 0, INTERMEDIATE % 64 == 0 (FP8: % 128; CLUSTER 2: both % 256, % 128); experts'
-// rows padded
-//   to 8 by permute.cu.
+//   blocks.
+// Needs: sm_90a; HIDDEN % 128 == 0, INTERMEDIATE % 64 == 0 (FP8: % 256, % 128; CLUSTER 2: whole pairs of tiles);
+// experts'
+//   rows padded to 8 by permute.cu.
 #include "hopper.cuh"
 
 #ifndef HIDDEN
@@ -250,10 +250,10 @@ __device__ __forceinline__ void run_tile(const Tile& tile, int group, Ring& ring
 // The narrowest instruction that covers the tile's rows.
 __device__ __forceinline__ void run(const Tile& tile, int group, Ring& ring, Ring& chunks, const Outputs& out) {
   const int n = tile.num_rows;
-#define COVER(N)                                       \
-  if constexpr (N <= TILE && (N >= 64 || TILE <= 128)) \
+#define COVER(N)                                                                    \
+  if constexpr (N <= TILE && (N >= 64 || TILE <= 128) && (N != 112 || TILE == 112)) \
     if (n <= N) return run_tile<N>(tile, group, ring, chunks, out);
-  COVER(8) COVER(16) COVER(32) COVER(64) COVER(96) COVER(128) COVER(160) COVER(192) COVER(224) COVER(256)
+  COVER(8) COVER(16) COVER(32) COVER(64) COVER(96) COVER(112) COVER(128) COVER(160) COVER(192) COVER(224) COVER(256)
 #undef COVER
 }
 

@@ -22,26 +22,45 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Tile& tile, 
     previous = ring.slot;
   }
   wgmma_wait<0>();
+  pin_registers(acc);
   if (leader) hand_back(previous);
 }
 #else
-// Each group of k columns has its own product, scaled in float32: acc += product * row scale * block scale.
-template <int N, int GROUPS>
-__device__ __forceinline__ void multiply_groups(float (&acc)[N / 2], int k_blocks, const float* low_scales,
-                                                const float* high_scales, int group, Ring& ring) {
-  const int column = (threadIdx.x & 3) * 2;
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i) acc[i] = 0.0f;
+// A group of k columns has its own product, scaled in float32: acc += product * row scale * block scale. Two products
+// are in flight: while one is scaled and added, the tensor cores make the next.
+template <int N, int GROUPS, int K_BLOCKS>
+struct ScaledSum {
+  float (&acc)[N / 2];
+  const int group, lane;
+  Ring& ring;   // the next k-block to add
+  Ring issued;  // the next one to multiply
   // Lane l keeps the block scales of k-blocks l, l + 32, ...: a load in the loop would cost its latency in every turn.
-  constexpr int KEPT = ((K_BLOCKS_1 > K_BLOCKS_2 ? K_BLOCKS_1 : K_BLOCKS_2) + 31) / 32;
-  const int lane = threadIdx.x & 31;
+  static constexpr int KEPT = (K_BLOCKS + 31) / 32;
   float kept_low[KEPT], kept_high[KEPT];
+
+  __device__ __forceinline__ void keep_scales(const float* low, const float* high) {
 #pragma unroll
-  for (int i = 0; i < KEPT; ++i) {
-    const int kb = min(lane + 32 * i, k_blocks - 1);
-    kept_low[i] = __ldg(low_scales + kb), kept_high[i] = __ldg(high_scales + kb);
+    for (int i = 0; i < KEPT; ++i) {
+      const int kb = min(lane + 32 * i, K_BLOCKS - 1);
+      kept_low[i] = __ldg(low + kb), kept_high[i] = __ldg(high + kb);
+    }
   }
-  for (int kb = 0; kb < k_blocks; ++kb, ring.next(STAGES)) {
+
+  template <int PART>
+  __device__ __forceinline__ void issue(float (&product)[N / 2]) {
+    if constexpr (PART == 0) barrier_wait(at(barriers.full[issued.slot]), issued.parity);
+    const u64 a = operand_descriptor(stage_a(issued.slot) + group * 8192) + 4 * PART;
+    const u64 b = operand_descriptor(stage_b(issued.slot)) + 4 * PART;
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4 / GROUPS; ++k) Wgmma<N>::e4m3(product, a + 2 * k, b + 2 * k, k);
+    wgmma_commit();
+    if constexpr (PART == GROUPS - 1) issued.next(STAGES);
+  }
+
+  template <int PART>
+  __device__ __forceinline__ void add(float (&product)[N / 2], int kb) {
+    pin_registers(product);
     float low = __shfl_sync(0xffffffffu, kept_low[0], kb & 31), high = __shfl_sync(0xffffffffu, kept_high[0], kb & 31);
 #pragma unroll
     for (int i = 1; i < KEPT; ++i) {
@@ -49,32 +68,46 @@ __device__ __forceinline__ void multiply_groups(float (&acc)[N / 2], int k_block
       const float h = __shfl_sync(0xffffffffu, kept_high[i], kb & 31);
       if (kb >= 32 * i) low = l, high = h;
     }
-    barrier_wait(at(barriers.full[ring.slot]), ring.parity);
-    const u64 a = operand_descriptor(stage_a(ring.slot) + group * 8192), b = operand_descriptor(stage_b(ring.slot));
-    const u32 scales = stage_scales(ring.slot) + column * 4;
+    const u32 scales = stage_scales(ring.slot) + ((lane & 3) * 2 + PART * TILE) * 4;
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g) {
-      float product[N / 2];
-      float2 row_scales[N / 8];  // on their way while the tensor cores work
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4 / GROUPS; ++k) Wgmma<N>::e4m3(product, a + 2 * (k + g * 2), b + 2 * (k + g * 2), k);
-      wgmma_commit();
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j) row_scales[j] = load_shared_pair(scales + (g * TILE + j * 8) * 4);
-      wgmma_wait<0>();
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j) {
-        const float2 s = row_scales[j];
-        acc[4 * j] = __fmaf_rn(product[4 * j], s.x * low, acc[4 * j]);
-        acc[4 * j + 1] = __fmaf_rn(product[4 * j + 1], s.y * low, acc[4 * j + 1]);
-        acc[4 * j + 2] = __fmaf_rn(product[4 * j + 2], s.x * high, acc[4 * j + 2]);
-        acc[4 * j + 3] = __fmaf_rn(product[4 * j + 3], s.y * high, acc[4 * j + 3]);
-      }
+    for (int j = 0; j < N / 8; ++j) {
+      const float2 s = load_shared_pair(scales + j * 32);
+      acc[4 * j] = __fmaf_rn(product[4 * j], s.x * low, acc[4 * j]);
+      acc[4 * j + 1] = __fmaf_rn(product[4 * j + 1], s.y * low, acc[4 * j + 1]);
+      acc[4 * j + 2] = __fmaf_rn(product[4 * j + 2], s.x * high, acc[4 * j + 2]);
+      acc[4 * j + 3] = __fmaf_rn(product[4 * j + 3], s.y * high, acc[4 * j + 3]);
     }
-    __syncwarp();
-    if (lane == 0) hand_back(ring.slot);
+    if constexpr (PART == GROUPS - 1) {
+      __syncwarp();
+      if (lane == 0) hand_back(ring.slot);
+      ring.next(STAGES);
+    }
   }
+
+  // GROUPS 2: the parts of a k-block alternate; GROUPS 1: k-blocks do.
+  __device__ __forceinline__ void run() {
+    constexpr int OTHER = GROUPS - 1, STEP = 3 - GROUPS;  // part of `odd`; k-blocks in a turn
+    static_assert(K_BLOCKS % STEP == 0, "whole turns");
+    float even[N / 2], odd[N / 2];
+    for (int kb = 0; kb < K_BLOCKS; kb += STEP) {  // ptxas serialises products that are in flight around a loop
+      issue<0>(even);
+      issue<OTHER>(odd);
+      wgmma_wait<1>();
+      add<0>(even, kb);
+      wgmma_wait<0>();
+      add<OTHER>(odd, kb + STEP - 1);
+    }
+  }
+};
+
+template <int N, int GROUPS, int K_BLOCKS>
+__device__ __forceinline__ void multiply_groups(float (&acc)[N / 2], const float* low_scales, const float* high_scales,
+                                                int group, Ring& ring) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) acc[i] = 0.0f;
+  ScaledSum<N, GROUPS, K_BLOCKS> sum{acc, group, (int)(threadIdx.x & 31), ring, ring};
+  sum.keep_scales(low_scales, high_scales);
+  sum.run();
 }
 
 template <int N>
@@ -82,10 +115,10 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Tile& tile, 
                                          const Outputs& out) {
   if (tile.second) {
     const float* scales = out.w2_scales + ((i64)tile.expert * (HIDDEN / 128) + tile.m_tile) * K_BLOCKS_2;
-    multiply_groups<N, 2>(acc, K_BLOCKS_2, scales, scales, group, ring);
+    multiply_groups<N, 2, K_BLOCKS_2>(acc, scales, scales, group, ring);
   } else {
     const float* scales = out.w13_scales + ((i64)tile.expert * (INTERMEDIATE / 64) + tile.m_tile / 2) * K_BLOCKS_1;
-    multiply_groups<N, 1>(acc, K_BLOCKS_1, scales, scales + INTERMEDIATE / 128 * K_BLOCKS_1, group, ring);
+    multiply_groups<N, 1, K_BLOCKS_1>(acc, scales, scales + INTERMEDIATE / 128 * K_BLOCKS_1, group, ring);
   }
 }
 #endif

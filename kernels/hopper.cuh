@@ -159,6 +159,14 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// The compiler sees neither that a wait completes a product nor that an issue begins one: no use of `d` moves across
+// this.
+template <int COUNT>
+__device__ __forceinline__ void pin_registers(float (&d)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // K-major operand of 128-byte rows, 8-row groups 1024 bytes apart, 16-byte pieces swizzled by row & 7.
 __device__ __forceinline__ u64 operand_descriptor(u32 address) {
   return (u64)((address & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);

@@ -73,9 +73,12 @@ def pack_experts(
 
 def unsupported_shape(hidden: int, intermediate: int, num_local_experts: int, form: WeightForm) -> str | None:
     """Why these sizes have no kernel, or None."""
-    step = 128 if form == "fp8" else 64
-    if hidden % 128 or intermediate % step:
-        return f"hidden {hidden} must be a multiple of 128 and intermediate {intermediate} of {step} for {form} kernels"
+    hidden_step, intermediate_step = (256, 128) if form == "fp8" else (128, 64)
+    if hidden % hidden_step or intermediate % intermediate_step:
+        return (
+            f"hidden {hidden} must be a multiple of {hidden_step} and intermediate {intermediate} "
+            f"of {intermediate_step} for {form} kernels"
+        )
     if not 0 < num_local_experts <= 512:
         return f"{num_local_experts} local experts; the routing kernel takes 1 to 512"
     return None

@@ -1,6 +1,6 @@
 // permute.cu: put (row, k) pairs into expert order, all on the device.
-// route: one CTA.  Counts pairs per local expert, pads every expert to 8 rows, gives each pair its place (stable: by
-// expert,
+// route: one CTA, or one cluster of ROUTE_CTAS that share the pairs.  Counts pairs per local expert, pads every expert
+// to 8 rows, gives each pair its place (stable: by expert,
 //   then by pair index), and cuts each expert's rows into tiles of at most TILE rows for the grouped GEMM.
 //   Each warp owns a run of pairs and a private histogram, so nothing is atomic and the order never changes between
 //   runs.
@@ -23,6 +23,9 @@
 #ifndef FP8
 #define FP8 0
 #endif
+#ifndef ROUTE_CTAS
+#define ROUTE_CTAS 1
+#endif
 
 constexpr int WARPS = NUM_EXPERTS <= 256 ? 32 : 16;
 static_assert(NUM_EXPERTS <= WARPS * 32, "one thread per local expert");
@@ -37,16 +40,35 @@ __device__ __forceinline__ void load_ids(int (&e)[BATCH], const int* ids, i64 fi
 }
 
 // state[0] tiles, [1] padded rows, [2] pairs, [3] next tile to claim (the grouped GEMM counts it up from 0)
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+#if ROUTE_CTAS > 1
+#define ROUTE_CLUSTER __cluster_dims__(ROUTE_CTAS, 1, 1)
+__device__ __forceinline__ void all_ctas_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The same shared variable in CTA `rank` of the cluster.
+__device__ __forceinline__ int load_from_cta(const int* p, int rank) {
+  int v;
+  asm volatile("{.reg .u32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.s32 %0, [a];}"
+               : "=r"(v)
+               : "r"((u32)__cvta_generic_to_shared(p)), "r"(rank)
+               : "memory");
+  return v;
+}
+#else
+#define ROUTE_CLUSTER
+#endif
+
+extern "C" __global__ void ROUTE_CLUSTER __launch_bounds__(WARPS * 32, 1)
     route(const int* __restrict__ ids, i64 num_pairs, const int* __restrict__ expert_map, int num_mapped, int tile,
           int* counts, int* pair_of_row, int4* tiles, u32* ready, int* state) {
   __shared__ int histogram[WARPS * NUM_EXPERTS];
   __shared__ int first_row[NUM_EXPERTS];
   __shared__ u64 warp_totals[WARPS];
   const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
-  const i64 segment = ((num_pairs + WARPS * 32 - 1) / (WARPS * 32)) * 32;
-  const i64 begin = warp * segment, end = min(begin + segment, num_pairs);
-  const int used_warps = (int)min((i64)WARPS, (num_pairs + segment - 1) / segment);
+  const int rank = blockIdx.x;  // in the cluster, which is the grid
+  const i64 segment = (num_pairs + ROUTE_CTAS * WARPS * 32 - 1) / (ROUTE_CTAS * WARPS * 32) * 32;
+  const i64 begin = (rank * WARPS + warp) * segment, end = min(begin + segment, num_pairs);
+  const int used_warps = ROUTE_CTAS > 1 ? WARPS : (int)min((i64)WARPS, (num_pairs + segment - 1) / segment);
   for (int i = thread; i < WARPS * NUM_EXPERTS; i += WARPS * 32) histogram[i] = 0;
   __syncthreads();
   allow_next_kernel();
@@ -76,6 +98,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
       histogram[w * NUM_EXPERTS + thread] = count;
       count += c;
     }
+  int earlier_ctas = 0;
+#if ROUTE_CTAS > 1
+  __shared__ int totals[NUM_EXPERTS];
+  if (thread < NUM_EXPERTS) totals[thread] = count;
+  all_ctas_sync();
+  count = 0;
+  if (thread < NUM_EXPERTS)
+#pragma unroll
+    for (int r = 0; r < ROUTE_CTAS; ++r) {
+      const int c = load_from_cta(totals + thread, r);
+      if (r < rank) earlier_ctas += c;
+      count += c;
+    }
+  all_ctas_sync();  // nobody leaves while its totals are read
+#endif
   const int num_tiles = (count + tile - 1) / tile;
   const u64 own = ((u64)round_up_8(count) << 32) | (u32)num_tiles;
   u64 sum = own;  // inclusive scan over experts of (padded rows, tiles)
@@ -94,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     if (w < warp) before += warp_totals[w];
     total += warp_totals[w];
   }
-  if (thread == 0) {
+  if (rank == 0 && thread == 0) {
     int pairs = 0;
 #pragma unroll 4
     for (int w = 0; w < EXPERT_WARPS; ++w) pairs += warp_pairs[w];
@@ -104,9 +141,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     state[3] = 0;
   }
   if (thread < NUM_EXPERTS) {
+    const int row = (int)((before + sum - own) >> 32);
+    first_row[thread] = row + earlier_ctas;
+  }
+  if (rank == 0 && thread < NUM_EXPERTS) {
     const u64 start = before + sum - own;
-    int row = (int)(start >> 32), t = (int)(u32)start;
-    first_row[thread] = row;
+    const int row = (int)(start >> 32);
+    int t = (int)(u32)start;
     counts[thread] = count;
     for (int pad = count; pad < round_up_8(count); ++pad) pair_of_row[row + pad] = -1;
     const int step = num_tiles ? round_up_8((count + num_tiles - 1) / num_tiles) : 0;
@@ -170,10 +211,10 @@ extern "C" __global__ void __launch_bounds__(256)
       }
 #pragma unroll
       for (int d = 1; d < LANES; d <<= 1) peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, d));
-      const float scale = fp8_scale(peak);
+      const float scale = fp8_scale(peak), inverse = __frcp_rn(scale);
       u16 q[4];
 #pragma unroll
-      for (int w = 0; w < 4; ++w) q[w] = pack_e4m3(__fdiv_rn(f[2 * w], scale), __fdiv_rn(f[2 * w + 1], scale));
+      for (int w = 0; w < 4; ++w) q[w] = pack_e4m3(f[2 * w] * inverse, f[2 * w + 1] * inverse);
       if (pair >= 0) {
         u8* line = packed + place * 128;
         *(uint2*)(line + (((column >> 4) ^ (row & 7)) << 4) + (column & 8)) =

@@ -12,6 +12,8 @@ import torch
 from ..errors import KernelError
 from .jit import Kernel
 
+SHARED_ROUTE_PAIRS = 2048  # from here on a cluster of CTAs is faster than one
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutePlan:
@@ -39,8 +41,9 @@ def route(ids: torch.Tensor, num_local_experts: int, tile: int, expert_map: torc
         parts
     )
     has_map = expert_map is not None
-    route_kernel(num_local_experts).launch(
-        (1,),
+    num_ctas = 8 if pairs >= SHARED_ROUTE_PAIRS and torch.cuda.get_device_capability(ids.device)[0] >= 9 else 1
+    route_kernel(num_local_experts, num_ctas).launch(
+        (num_ctas,),
         1024 if num_local_experts <= 256 else 512,
         (
             ids,
@@ -89,8 +92,8 @@ def check_ids(ids: torch.Tensor, expert_map: torch.Tensor | None) -> None:
 
 
 @functools.cache
-def route_kernel(num_local_experts: int) -> Kernel:
-    return Kernel("permute.cu", "route", {"NUM_EXPERTS": num_local_experts})
+def route_kernel(num_local_experts: int, num_ctas: int = 1) -> Kernel:
+    return Kernel("permute.cu", "route", {"NUM_EXPERTS": num_local_experts, "ROUTE_CTAS": num_ctas})
 
 
 @functools.cache

@@ -61,40 +61,26 @@ class GemmPlan:
 # (most expected rows per expert, plans in order of preference), ascending
 PLANS: dict[WeightForm, tuple[tuple[float, tuple[GemmPlan, ...]], ...]] = {
     "bf16": (
-        (24, (GemmPlan(m_rows=128, tile=64, stages=9, form="bf16"),)),
+        (40, (GemmPlan(m_rows=128, tile=64, stages=9, form="bf16"),)),
         (72, (GemmPlan(m_rows=128, tile=128, stages=5, form="bf16"),)),
-        (
-            float("inf"),
-            (
-                GemmPlan(m_rows=128, tile=256, stages=4, cluster=2, form="bf16"),
-                GemmPlan(m_rows=128, tile=256, stages=4, form="bf16"),
-            ),
-        ),
+        (140, (GemmPlan(m_rows=128, tile=160, stages=5, form="bf16"),)),
+        (float("inf"), (GemmPlan(m_rows=128, tile=256, stages=4, form="bf16"),)),
     ),
     "fp8": (
-        (24, (GemmPlan(m_rows=128, tile=64, stages=8, form="fp8"),)),
-        (
-            float("inf"),
-            (
-                GemmPlan(m_rows=128, tile=160, stages=4, cluster=2, form="fp8"),
-                GemmPlan(m_rows=128, tile=160, stages=4, form="fp8"),
-            ),
-        ),
+        (40, (GemmPlan(m_rows=128, tile=64, stages=8, form="fp8"),)),
+        (float("inf"), (GemmPlan(m_rows=128, tile=112, stages=5, form="fp8"),)),
     ),
 }
-FEW_PAIRS = GemmPlan(m_rows=64, tile=16, stages=20, form="bf16")  # one token: narrower tiles reach more multiprocessors
 
 
 def all_plans(form: WeightForm) -> list[GemmPlan]:
-    return [*([FEW_PAIRS] if form == "bf16" else []), *(p for _, plans in PLANS[form] for p in plans)]
+    return [p for _, plans in PLANS[form] for p in plans]
 
 
 def choose_plan(
     form: WeightForm, expected_pairs: float, num_local_experts: int, hidden_size: int, intermediate_size: int
 ) -> GemmPlan:
     """The plan for about `expected_pairs` (row, expert) pairs over `num_local_experts` experts of these sizes."""
-    if form == "bf16" and expected_pairs <= 16:
-        return FEW_PAIRS
     rows_per_expert = expected_pairs / num_local_experts
     plans = next(plans for limit, plans in PLANS[form] if rows_per_expert <= limit)
     return next(plan for plan in plans if plan.fits(hidden_size, intermediate_size))

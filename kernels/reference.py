@@ -79,11 +79,12 @@ def combine(
 
 
 def quantize_fp8(x: torch.Tensor, group: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per row and `group` columns: scale = peak / 448 (1 for a group of zeros), e4m3 values. x [..., n]."""
+    """Per row and `group` columns: scale = peak / 448 (1 for a group of zeros), values x * (1 / scale) in
+    e4m3. x [..., n]."""
     grouped = x.float().unflatten(-1, (-1, group))
     peak = grouped.abs().amax(-1)
     scales = torch.where(peak == 0, torch.ones_like(peak), peak / torch.full_like(peak, E4M3_MAX))
-    values = (grouped / scales[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    values = (grouped * (1.0 / scales)[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return values.flatten(-2), scales
 
 

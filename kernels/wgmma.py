@@ -1,9 +1,9 @@
 """Write `wgmma.cuh`: one struct per width N around `wgmma.mma_async`, for bf16 (k16) and e4m3 (k32).
 
-The instruction names each of its N/2 accumulator registers, so the text for eleven widths is made here instead of
+The instruction names each of its N/2 accumulator registers, so the text for ten widths is made here instead of
 kept."""
 
-WIDTHS = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # columns (tokens) of one m64 instruction
+WIDTHS = (8, 16, 32, 64, 96, 112, 128, 160, 192, 224, 256)  # columns (tokens) of one m64 instruction
 
 
 def header(widths: tuple[int, ...] = WIDTHS) -> str:

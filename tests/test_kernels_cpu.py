@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from expertmesh.errors import KernelError
 from expertmesh.kernels import jit, pack, reference
 from expertmesh.kernels.expert_layer import ExpertLayer
-from expertmesh.kernels.plan import FEW_PAIRS, PLANS, SHARED_BYTES_LIMIT, GemmPlan, all_plans, choose_plan
+from expertmesh.kernels.plan import PLANS, SHARED_BYTES_LIMIT, GemmPlan, all_plans, choose_plan
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,9 +50,9 @@ def test_shapes_without_a_kernel_are_refused_with_the_reason():
         pack.pack_experts(torch.zeros(2, 128, 192).bfloat16(), torch.zeros(2, 192, 64).bfloat16())
     with pytest.raises(KernelError, match="does not fit"):
         pack.pack_experts(torch.zeros(2, 128, 256).bfloat16(), torch.zeros(2, 128, 64).bfloat16())
-    w13 = torch.zeros(1, 256, 128).to(torch.float8_e4m3fn)
+    w13 = torch.zeros(1, 256, 256).to(torch.float8_e4m3fn)
     with pytest.raises(KernelError, match="w13_scales"):
-        pack.pack_experts(w13, torch.zeros(1, 128, 128).to(torch.float8_e4m3fn))
+        pack.pack_experts(w13, torch.zeros(1, 256, 128).to(torch.float8_e4m3fn))
 
 
 # ---------------------------------------------------------------------------------------------------------- references
@@ -124,7 +124,6 @@ def test_plans_fit_shared_memory_and_widen_with_the_rows():
         assert all(p.shared_bytes + p.static_shared_bytes <= SHARED_BYTES_LIMIT for p in all_plans(form))
         tiles = [choose_plan(form, pairs, 16, 4096, 1536).tile for pairs in (1, 8, 64, 512, 4096, 65536)]
         assert tiles == sorted(tiles)
-        assert choose_plan(form, 65536, 16, 384, 128).cluster == 1  # 384 is no whole number of pairs of tiles
 
 
 # ---------------------------------------------------------------------------------------------------------- compilation
@@ -145,9 +144,7 @@ def test_kernels_compile_without_spills(file, defines, arch):
     assert all(u.clean for u in use), use
 
 
-@pytest.mark.parametrize(
-    "plan", [FEW_PAIRS, *(PLANS[form][i][1][0] for form, i in (("bf16", 0), ("bf16", 1), ("fp8", 0)))]
-)
+@pytest.mark.parametrize("plan", [*all_plans("bf16"), *all_plans("fp8")], ids=str)
 def test_grouped_gemm_compiles_for_hopper_without_spills(plan: GemmPlan):
     compiled = jit.compile_only("grouped_gemm.cu", "sm_90a", plan.defines(2048, 768))
     assert [u.name for u in compiled.use()] == ["grouped_gemm"]
