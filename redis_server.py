@@ -2,12 +2,13 @@
 
 Why embedded: sessions need a Redis, and a laptop or a test should not need an installation. It listens on a unix socket
 in a private folder, or, for a cluster of several hosts, on one interface with a random password. Its memory is bounded
-with no eviction, since a dropped session is worse than a refused one, and it keeps nothing on disk: production names its
-own server in `redis_url` (or `REDIS_URL`), which always wins."""
+with no eviction, since a dropped session is worse than a refused one, and it keeps nothing on disk: production names
+its own server in `redis_url` (or `REDIS_URL`), which always wins."""
 
 import contextlib
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,7 +45,8 @@ class EmbeddedRedis:
                 self._server = ValkeyServer(
                     port=0, data_dir=self._folder, config=settings, unix_socket_path=self._folder / "redis.sock"
                 )
-            self._server.start(timeout=START_TIMEOUT_S)
+            with _interrupts_held():
+                self._server.start(timeout=START_TIMEOUT_S)
             self._running = True
             if host:
                 _set_password(self._server.port, password)
@@ -78,14 +80,14 @@ def resolve_url(configured: str, environ: Mapping[str, str]) -> str:
 
 
 @contextlib.contextmanager
-def redis_url(configured: str, environ: Mapping[str, str], *, host: str = "") -> Iterator[str]:
-    """A usable URL for the block: the named server, or an embedded one that ends with the block."""
-    named = resolve_url(configured, environ)
-    if named:
-        yield named
-        return
-    with EmbeddedRedis(host=host) as server:
-        yield server.url
+def _interrupts_held() -> Iterator[None]:
+    """A child started in this block never gets SIGINT: Ctrl-C in a terminal goes to the whole process group, and the
+    server must outlive the gateways, which still commit turns then."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _set_password(port: int, password: str) -> None:

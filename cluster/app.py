@@ -93,7 +93,7 @@ class Cluster:
             self.conductor.kill()
             self.conductor = None
         if self._owns_ray:
-            stop_ray()
+            stop_ray(with_serve=not self._ray_address)
             self._owns_ray = False
         if self._redis is not None:
             self._redis.stop()
@@ -232,10 +232,11 @@ def start_ray(address: str = "") -> None:
         ray.init(namespace="expertmesh", log_to_driver=False, logging_level=logging.ERROR, **where)
 
 
-def stop_ray() -> None:
-    """End Serve and the Ray that `start_ray` made. Ray reports its own controller's end as an error: not shown."""
+def stop_ray(*, with_serve: bool = True) -> None:
+    """End what `start_ray` made; a Ray that others use keeps its Serve. Ray reports the end of its own controller as an
+    error on stdout: not shown."""
     with contextlib.redirect_stdout(io.StringIO()):
-        if ray.is_initialized():
+        if with_serve and ray.is_initialized():
             serve.shutdown()
         ray.shutdown()
 

@@ -3,7 +3,7 @@
     expertmesh serve --model DIR &
     python -P -m expertmesh.deploy.quickstart "Why is the sky blue?" [--address 127.0.0.1:50051]
 
-Thinking goes to stderr, the answer to stdout. `expertmesh.client.Client` adds typed events, sessions and other gateways."""
+Thinking goes to stderr, the answer to stdout. `expertmesh.client.Client` adds typed events and sessions."""
 
 import argparse
 import sys
