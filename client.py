@@ -21,7 +21,7 @@ from typing import Any, Literal
 import grpc
 import grpc.aio
 
-from .errors import ExpertMeshError, InvalidRequest, Unavailable
+from .errors import ExpertMeshError, InvalidRequest, NotFound, Unavailable
 from .proto import expertmesh_pb2 as pb
 from .proto import expertmesh_pb2_grpc as pb_grpc
 from .request import FinishReason
@@ -112,7 +112,15 @@ class Client:
         return Session(self, session_id or f"s-{secrets.token_hex(8)}")
 
     def cancel(self, request_id: str) -> None:
-        self.call("Generation", "Cancel", pb.CancelRequest(request_id=request_id))
+        """End a running request, whichever gateway of the list has it."""
+        for attempt in range(len(self.gateways.addresses)):
+            try:
+                self.call("Generation", "Cancel", pb.CancelRequest(request_id=request_id))
+                return
+            except NotFound:
+                if attempt + 1 == len(self.gateways.addresses):
+                    raise
+                self.gateways.turn()
 
     def get_session(self, session_id: str) -> pb.Session:
         found: pb.Session = self.call("Sessions", "Get", pb.GetSessionRequest(session_id=session_id))
@@ -244,7 +252,15 @@ class AsyncClient:
         return AsyncSession(self, session_id or f"s-{secrets.token_hex(8)}")
 
     async def cancel(self, request_id: str) -> None:
-        await self.call("Generation", "Cancel", pb.CancelRequest(request_id=request_id))
+        """End a running request, whichever gateway of the list has it."""
+        for attempt in range(len(self.gateways.addresses)):
+            try:
+                await self.call("Generation", "Cancel", pb.CancelRequest(request_id=request_id))
+                return
+            except NotFound:
+                if attempt + 1 == len(self.gateways.addresses):
+                    raise
+                self.gateways.turn()
 
     async def get_session(self, session_id: str) -> pb.Session:
         found: pb.Session = await self.call("Sessions", "Get", pb.GetSessionRequest(session_id=session_id))
@@ -380,8 +396,11 @@ class Gateways:
         """Turn to the next gateway; False where all were tried or the next would say the same."""
         if not isinstance(error, Unavailable) or attempt + 1 >= len(self.addresses):
             return False
-        self._favourite = (self._favourite + 1) % len(self.addresses)
+        self.turn()
         return True
+
+    def turn(self) -> None:
+        self._favourite = (self._favourite + 1) % len(self.addresses)
 
     def take_channels(self) -> list[Any]:
         channels, self._channels = list(self._channels.values()), {}

@@ -89,6 +89,19 @@ async def test_cancel_by_id_from_elsewhere():
         assert [e async for e in stream][-1].reason is FinishReason.CANCELLED
 
 
+async def test_cancel_finds_the_gateway_that_has_the_request():
+    async with gateway(say("x")) as other, gateway(say("word " * 100)) as world:
+        world.engine.allow(1)
+        async with AsyncClient(world.server.address) as owner:
+            stream = owner.generate("hi")
+            await stream.__anext__()
+            async with AsyncClient([other.server.address, world.server.address]) as client:
+                await client.cancel(stream.request_id)
+                assert [e async for e in stream][-1].reason is FinishReason.CANCELLED
+                with pytest.raises(NotFound):
+                    await client.cancel("nobody")
+
+
 async def test_a_dead_gateway_is_passed_over(dead_address):
     def use(address: str):
         with Client([dead_address, address]) as client:
