@@ -98,6 +98,11 @@ class MemberAgent:
         self._report(Leave(self._id))
         return self._retired.wait(timeout_s)
 
+    @property
+    def retired(self) -> bool:
+        """Nothing needs this member any more: it left by `drain`, or the Conductor took it out."""
+        return self._retired.is_set()
+
     def stop(self) -> None:
         """End the thread; the Conductor hears that this member is gone, if it still listens."""
         self._leaving = True
@@ -205,9 +210,9 @@ class MemberAgent:
         except ExpertMeshError as error:
             _log.error("leaving before epoch %d: %s", number, error)
             return
+        self._leaving = True  # whoever asked for it: it does not join again
         self._report(Committed(self._id, number))
-        if self._leaving:
-            self._retired.set()
+        self._retired.set()
 
     def _beside(self, work: Callable[[], None]) -> None:
         threading.Thread(target=work, name="member-command", daemon=True).start()

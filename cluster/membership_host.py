@@ -51,6 +51,8 @@ class MembershipHost:
         """Give the core an event and post its commands."""
         for command in self.core.step(event, self._clock()):
             self._mailboxes.setdefault(command.member_id, _Mailbox()).post(command)
+        for member_id in [m for m in self._mailboxes if not self.core.knows(m)]:
+            self._mailboxes.pop(member_id).post(Rejoin(member_id))  # ends the poll of one that was given up but lives
         self._set_timer()
         self._on_change()
 

@@ -414,6 +414,15 @@ async def test_agents_follow_the_conductor_through_its_restart_and_leave():
     await wire.until(lambda c: c.ready and c.epoch.number == 4)
     assert meshes["e2"].log[-1] == ("retire",)
     assert [m.member_id for m in meshes["a1"].epoch.members] == ["a1", "e1"]
-    for agent in agents.values():
+    late = MemberAgent(SmallMesh("e3"), wire)
+    await asyncio.to_thread(late.start)
+    await wire.until(lambda c: c.ready and "e3" in c.states)
+    wire.host.take(Leave("e1"))  # an operator's wish
+    await wire.until(lambda c: c.ready and "e1" not in c.states)
+    assert agents["e1"].retired
+    wire.host.take(Lost("e3"))  # a false alarm: it joins again
+    await wire.until(lambda c: c.ready and c.states["e3"] is State.READY and c.epoch.number > 6)
+    assert [m.member_id for m in meshes["a1"].epoch.members] == ["a1", "e3"]
+    for agent in (*agents.values(), late):
         await asyncio.to_thread(agent.stop)
     wire.host.close()
