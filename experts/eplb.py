@@ -130,6 +130,8 @@ def plan(
     if budget > 0:
         search.restore_copies()
         search.balance(tolerance=config.tolerance, min_gain=config.min_gain)
+        search.part_hosts()
+        search.balance(tolerance=config.tolerance, min_gain=config.min_gain)
         table = choose_steps(table, search.history, budget)
     full = np.full((num_layers, ep_size * slots), -1, dtype=np.int32)
     full[layers] = table.reshape(len(layers), -1)

@@ -59,7 +59,7 @@ class Search(ExpertTables):
             edits = [(cold[chosen], t, out)] if is_copy else [(hot[chosen], s, back), (cold[chosen], t, out)]
             for rank, slot, logical in edits:
                 self._set(at, rank, slot, logical)
-            self._note(at, edits, restores=False)
+            self._note(at, edits)
         return stepped
 
     def _kick(self, layers: IntArray) -> BoolArray:
@@ -104,7 +104,7 @@ class Search(ExpertTables):
             made = [(r[chosen], s[chosen], logical[chosen]) for r, s, logical in edits]
             for rank_, slot_, logical_ in made:
                 self._set(layers[chosen], rank_, slot_, logical_)
-            self._note(layers[chosen], made, restores=False)
+            self._note(layers[chosen], made)
         done: BoolArray = direct | relayed
         return done
 
@@ -163,7 +163,7 @@ class Search(ExpertTables):
 def choose_steps(start: Int32Array, history: list[list[Step]], max_moves: int) -> Int32Array:
     """`start` after a prefix of each layer's steps, with at most `max_moves` more moves in all.
 
-    Again and again, the layer whose next few steps gain most per move takes them; restored copies come before speed."""
+    Again and again, the layer whose next few steps gain most per move takes them; copies brought back come first."""
     table = start.copy()
     left = max_moves
     tracks = [_Track(steps) for steps in history]
@@ -189,8 +189,7 @@ class _Track:
     def __init__(self, steps: list[Step]) -> None:
         self.position = 0
         self._moves = np.asarray([step.num_moves for step in steps], dtype=np.int64)
-        restored = np.cumsum([step.restores for step in steps])
-        self._value = 1e6 * steps[0].max_load * restored - np.asarray([step.max_load for step in steps])
+        self._value = np.cumsum([step.worth for step in steps]) - np.asarray([step.max_load for step in steps])
 
     def moves_to(self, step: int) -> int:
         return int(self._moves[step] - self._moves[self.position])

@@ -13,6 +13,8 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 NEVER = -np.inf
+RESTORED = 1e6  # x all load of a layer: what one more copy is worth
+PARTED = 0.01  # x mean load of a rank: what it is worth that copies leave their common host
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,7 @@ class Step:
     edits: tuple[tuple[int, int, int], ...]  # (rank, slot, logical), in order
     num_moves: int  # of the layer since the start
     max_load: float
-    restores: bool  # brings back redundancy rather than speed
+    worth: float = 0.0  # beside the fall of max_load, in its unit: for redundancy, which is not speed
 
 
 class ExpertTables:
@@ -112,7 +114,7 @@ class ExpertTables:
         while len(layers := rows_where(self._counts[:, :-1].sum(axis=1) > self._num_copies)):
             self._drop_one(layers)
         peaks = self._rank_loads.max(axis=1).tolist()
-        self.history = [[Step((), moves, peak, False)] for moves, peak in zip(self.num_moves.tolist(), peaks)]
+        self.history = [[Step((), moves, peak)] for moves, peak in zip(self.num_moves.tolist(), peaks)]
 
     def _drop_one(self, layers: IntArray) -> None:
         """Free the slot whose loss lifts the other copies least; where an expert has too many copies, of that one."""
@@ -131,7 +133,7 @@ class ExpertTables:
     # ------------------------------------------------------------ redundancy
 
     def restore_copies(self) -> None:
-        """Bring every expert to `min_copies` and the layer to `num_copies`, then apart onto two hosts."""
+        """Bring every expert to `min_copies` and the layer to `num_copies`."""
         while len(layers := rows_where((self._counts[:, :-1] < self._min_copies).any(axis=1))):
             rare = np.where(self._counts[layers, :-1] < self._min_copies, self._loads[layers, :-1], NEVER)
             if not self._add(layers, rare.argmax(axis=1), evict_above=self._min_copies, restores=True):
@@ -143,8 +145,6 @@ class ExpertTables:
             layers, hot = layers[room.any(axis=1)], hot[room.any(axis=1)]
             if not len(layers) or not self._add(layers, hot.argmax(axis=1), evict_above=0, restores=True):
                 break
-        if self._watch_hosts:
-            self._part_hosts()
 
     def _add(self, layers: IntArray, logical: IntArray, *, evict_above: int, restores: bool) -> bool:
         """One more copy of `logical` [len(layers)], on the coldest rank with a free slot; another host first if all its
@@ -176,7 +176,7 @@ class ExpertTables:
         assert restores or done.all(), "capacity() lets one copy of every expert fit"
         self._set(layers[done], rank[done], slot[done], logical[done])
         if restores:
-            self._note(layers[done], [(rank[done], slot[done], logical[done])], restores=True)
+            self._note(layers[done], [(rank[done], slot[done], logical[done])], self._restored(layers[done]))
         return not stuck.all()
 
     def _relay(self, layer: int, logical: int) -> bool:
@@ -198,7 +198,7 @@ class ExpertTables:
         made = [(np.asarray([r]), np.asarray([s]), np.asarray([expert])) for r, s, expert in edits]
         for rank, place, expert in made:
             self._set(one, rank, place, expert)
-        self._note(one, made, restores=True)
+        self._note(one, made, self._restored(one))
         return True
 
     def _free(self, layers: IntArray) -> BoolArray:
@@ -210,8 +210,11 @@ class ExpertTables:
         alone: BoolArray = spread == 1
         return alone
 
-    def _part_hosts(self) -> None:
+    def part_hosts(self) -> None:
         """Swap a copy of every expert whose copies share one host with the expert of another host nearest in load."""
+        if not self._watch_hosts:
+            return
+        worth = PARTED * self._rank_loads.mean(axis=1)
         given_up = np.zeros((self._num_layers, self._num_logical), dtype=bool)
         while True:
             spread = (self._host_copies[:, :, :-1] > 0).sum(axis=1)
@@ -240,7 +243,7 @@ class ExpertTables:
             other = self.table[layers, rank, slot].astype(np.int64)
             self._set(layers, source, source_slot, other)
             self._set(layers, rank, slot, logical)
-            self._note(layers, [(source, source_slot, other), (rank, slot, logical)], restores=True)
+            self._note(layers, [(source, source_slot, other), (rank, slot, logical)], worth[layers])
 
     def _spread(self, at: IntArray, logical: IntArray) -> IntArray:
         """Hosts that hold `logical` [n, slots]."""
@@ -280,12 +283,20 @@ class ExpertTables:
     def _sum_ranks(self, layers: IntArray) -> None:
         self._rank_loads[layers] = self._share[layers[:, None, None], self.table[layers]].sum(axis=2)
 
-    def _note(self, layers: IntArray, edits: list[tuple[IntArray, IntArray, IntArray]], *, restores: bool) -> None:
+    def _restored(self, layers: IntArray) -> FloatArray:
+        """What a copy brought back is worth: before any speed."""
+        worth: FloatArray = RESTORED * (1.0 + self._loads[layers].sum(axis=1))
+        return worth
+
+    def _note(
+        self, layers: IntArray, edits: list[tuple[IntArray, IntArray, IntArray]], worth: FloatArray | None = None
+    ) -> None:
         peaks, moves = self._rank_loads[layers].max(axis=1).tolist(), self.num_moves[layers].tolist()
+        worths = [0.0] * len(layers) if worth is None else worth.tolist()
         columns = [[array.tolist() for array in edit] for edit in edits]
         for i, layer in enumerate(layers.tolist()):
             changed = tuple((ranks[i], slots[i], logical[i]) for ranks, slots, logical in columns)
-            self.history[layer].append(Step(changed, moves[i], peaks[i], restores))
+            self.history[layer].append(Step(changed, moves[i], peaks[i], worths[i]))
 
 
 def rows_where(mask: npt.ArrayLike) -> IntArray:
