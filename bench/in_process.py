@@ -14,6 +14,7 @@ from ..checkpoint import Checkpoint
 from ..cluster.attention.batch import StepBatch
 from ..cluster.attention.model import Model
 from ..experts.mlp import LocalExpertMLP
+from ..router.contracts import StepContext
 from ..router.dispatch import plan as plan_dispatch
 from ..router.epoch import StepHeader
 from ..router.exchange import weighted_sum
@@ -74,6 +75,7 @@ class InProcessModel:
         *,
         num_shards: int = 1,
         placement: Placement | None = None,
+        experts_elsewhere: bool = False,
         batch_invariant: bool = True,
         num_blocks: int = 512,
         block_size: int = 16,
@@ -88,7 +90,8 @@ class InProcessModel:
             config.num_layers, config.num_experts, num_shards, moe_layers=config.moe_layer_ids
         )
         numerics = None if batch_invariant else self.model.numerics
-        self.shards = [LocalExpertMLP(checkpoint, numerics) for _ in range(self.placement.ep_size)]
+        num_local = 0 if experts_elsewhere else self.placement.ep_size
+        self.shards = [LocalExpertMLP(checkpoint, numerics) for _ in range(num_local)]
         self.num_other_rows = 0
         for ep_rank, shard in enumerate(self.shards):
             shard.set_placement(self.placement, ep_rank)
@@ -102,13 +105,14 @@ class InProcessModel:
         self.free_blocks += stream.block_ids
         stream.block_ids = []
 
-    def step(self) -> InProcessStep:
+    def step(self, num_tokens: int = 0) -> StepContext:
+        """The experts' side of one step over so many tokens; another one is a subclass's choice."""
         return InProcessStep(self.shards, self.placement, self.num_other_rows)
 
     def run(self, work: Sequence[tuple[Stream, int]], *, all_rows: bool = False) -> list[torch.Tensor]:
         """One step: the next n tokens of each stream. Logits of each stream's last (or of every) new token."""
         batch = self._batch(work, all_rows)
-        logits = self.model.forward(batch, self.kv_cache, self.step())
+        logits = self.model.forward(batch, self.kv_cache, self.step(batch.num_tokens))
         for stream, count in work:
             stream.num_computed += count
         return list(logits.split([count if all_rows else 1 for _, count in work]))

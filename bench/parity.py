@@ -7,7 +7,7 @@ For each configuration (see `CONFIGURATIONS`), on random weights:
   (counted), or that follows a routing tie as above (counted apart, and checked with the reference's routing injected);
 - **bits**: logits of 1, 2 and 4 shards and of arbitrary placements are equal bit for bit, and so are those of a prompt
   alone, in chunks of any size, inside a running mixed batch of 32, and with rows of another attention replica in the
-  same expert products (batch-invariant mode).
+  same expert products (batch-invariant mode); once, with 1 and 2 replicas and 2 and 4 shards as processes over gloo.
 The cost of batch-invariant mode is measured beside it. Exits 1 where anything falls short; the last line is JSON."""
 
 import argparse
@@ -27,6 +27,7 @@ from ..make_checkpoint import make_checkpoint
 from ..model_config import ModelConfig
 from ..router.placement import Placement, uniform
 from .in_process import InProcessModel
+from .mesh_world import digests_alone, digests_over_mesh
 from .reference import Recorded, Reference
 
 LOGITS_TOLERANCE = 1e-4  # max abs error / RMS of the row
@@ -131,10 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.only in configuration.name:
             results.append(check(configuration, num_prompts=args.prompts, num_tokens=args.tokens))
             print(_line(results[-1]), flush=True)
+    processes = check_processes()
+    print("over processes (gloo): " + ("; ".join(processes["failures"]) or f"ok, {processes['seconds']} s"), flush=True)
     cost = measure_cost()
     print("batch-invariant mode costs: " + ", ".join(f"{k} {v:.2f}" for k, v in cost.items()))
-    ok = bool(results) and not any(r.failures for r in results)
-    print(json.dumps({"ok": ok, "cost": cost, "configurations": [asdict(r) for r in results]}))
+    ok = bool(results) and not any(r.failures for r in results) and not processes["failures"]
+    print(json.dumps({"ok": ok, "processes": processes, "cost": cost, "configurations": [asdict(r) for r in results]}))
     return 0 if ok else 1
 
 
@@ -243,6 +246,28 @@ def check_bits(
         expect(what, mixed(sharded, prompts, generator), alone)
         sharded.num_other_rows = 30
         expect(f"{what}, rows of another replica beside", mixed(sharded, prompts, generator), alone)
+
+
+def check_processes(seed: int = 0) -> dict[str, Any]:
+    """1 replica x 2 shards and 2 replicas x 4 shards as processes over gloo: bits of every stream as if alone."""
+    started, failures, compared = time.monotonic(), [], 0
+    generator = random.Random(seed)
+    with tempfile.TemporaryDirectory(prefix="expertmesh-parity-") as folder:
+        make_checkpoint(folder, _MOE, seed=seed, dtype="float32")
+        model = InProcessModel(folder)
+        config = model.config
+        prompts = [random_prompt(generator, length, config.vocab_size) for length in (5, 64, 100, 1, 33, 70, 12, 150)]
+        truth = digests_alone(model, prompts, 6)
+        even = uniform(config.num_layers, config.num_experts, 2, moe_layers=config.moe_layer_ids)
+        mixed_up = shuffled(config, 4, config.num_experts // 4 + 3, generator)
+        for num_replicas, placement in ((1, even), (2, mixed_up)):
+            got = digests_over_mesh(folder, prompts, 6, num_replicas=num_replicas, placement=placement)
+            compared += len(got)
+            wrong = sum(a != b for a, b in zip(got, truth))
+            if wrong:
+                world = f"{num_replicas} replicas x {placement.ep_size} shards"
+                failures.append(f"{world}: bits of {wrong} of {len(got)} streams differ")
+    return {"failures": failures, "streams_compared": compared, "seconds": round(time.monotonic() - started, 1)}
 
 
 def placements(config: ModelConfig, generator: random.Random) -> list[tuple[str, Placement]]:
