@@ -1,4 +1,4 @@
-"""Write docs/files.md, the table file -> what it answers, from the first line of each docstring. `--check` only compares."""
+"""Write docs/files.md, the table file -> what it answers, from the docstrings. `--check` only compares."""
 
 import ast
 import sys
