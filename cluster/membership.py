@@ -17,7 +17,8 @@ from enum import Enum
 from ..router.epoch import Epoch, Member
 from ..router.placement import Placement, uniform
 
-_MAX_FAILURES = 3  # preparations in a row that a newcomer may fail
+_MAX_FAILURES = 3  # preparations in a row that a newcomer may fail; relapses that are answered at once
+_RELAPSE_S = 1.0
 
 
 class State(Enum):
@@ -207,6 +208,8 @@ class Membership:
         self._silent_until = 0.0
         self._retry_at = 0.0
         self._failures: dict[str, int] = {}
+        self._in_force_at = 0.0
+        self._relapses = 0  # epochs in a row that broke as soon as they were in force
 
     @property
     def changing(self) -> bool:
@@ -334,6 +337,9 @@ class Membership:
             return []
         self._broken = True
         self.last_failure = reason
+        self._relapses = self._relapses + 1 if now - self._in_force_at < _RELAPSE_S else 0
+        if self._relapses >= _MAX_FAILURES:  # nothing is cured by another epoch at once; members may heal or be drained
+            self._retry_at = now + self._retry_s * min(2 ** (self._relapses - _MAX_FAILURES), 10)
         commands: list[Command] = []
         if transition and transition.phase == "prepare":
             commands += self._roll_back(reason)  # it may share the broken communicator, or the dead member
@@ -417,7 +423,7 @@ class Membership:
             transition.phase = "commit"
             before = {m.member_id for m in self.epoch.members} if self.epoch else set()
             new = {m.member_id for m in transition.epoch.members}
-            self.epoch, self._broken = transition.epoch, False
+            self.epoch, self._broken, self._in_force_at = transition.epoch, False, now
             others = sorted((before | new) - {first})
             commands = self._tell_commit(transition, [m for m in others if self._is_alive(m)])
             return commands + (self._trouble_in_new(transition, now) if transition.early_trouble else [])

@@ -5,6 +5,7 @@ import secrets
 
 import mesh_worlds
 import process_world
+import psutil
 import pytest
 import torch
 
@@ -251,3 +252,17 @@ def test_a_batch_larger_than_the_header_allows_ends_the_step():
     local.bid(3, 0)
     mesh_worlds.toy_model(local.enter(headers.pop()), 1, 3)
     local.close()
+
+
+def test_every_listening_socket_is_bound_to_the_configured_interface():
+    with Cluster("ae") as cluster:
+        cluster.enter(cluster.make_epoch(1, 1))
+        listening = [
+            connection.laddr.ip
+            for process in cluster.processes
+            for connection in psutil.Process(process.pid).net_connections(kind="tcp")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        assert len(listening) >= 3  # control, rendezvous, gloo
+        assert set(listening) == {"127.0.0.1"}
+        cluster.end()
