@@ -115,8 +115,11 @@ class Telemetry:
         traceparent: str = "",
         attributes: Mapping[str, Any] | None = None,
         links: Sequence[str] = (),
+        *,
+        started_at: float = 0.0,
     ) -> Span:
-        """Begin a span under the W3C `traceparent` (a new trace where empty); the caller calls `end()`."""
+        """Begin a span under the W3C `traceparent` (a new trace where empty); the caller calls `end()`. `started_at` unix
+        seconds, 0 = now."""
         if self._tracer is None:
             return _NO_SPAN
         from opentelemetry import trace
@@ -132,6 +135,7 @@ class Telemetry:
             context=parent,
             attributes=dict(attributes or {}),
             links=[trace.Link(c) for c in contexts if c.is_valid],
+            start_time=int(started_at * 1e9) or None,
         )
         carrier: dict[str, str] = {}
         propagator.inject(carrier, context=trace.set_span_in_context(span))

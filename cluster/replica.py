@@ -177,6 +177,9 @@ class AttentionReplica:
             num_waiting=load.num_waiting,
             num_free_kv_blocks=load.num_free_kv_blocks,
             num_kv_blocks=load.num_kv_blocks,
+            num_steps=self._steps.num_steps,
+            step_s=self._steps.step_s,
+            exchange_s=self._steps.exchange_s,
             **(self._load.read(busy_s) if self._load is not None else {}),
         )
 
@@ -187,6 +190,7 @@ class StepTelemetry:
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
         self._expert_s = 0.0
+        self.num_steps, self.step_s, self.exchange_s = 0, 0.0, 0.0  # since start
 
     def watch(self, load: Callable[[], EngineLoad]) -> None:
         """Gauges that Prometheus reads when it asks."""
@@ -206,6 +210,10 @@ class StepTelemetry:
 
     def observe(self, stats: StepStats) -> None:
         self._expert_s += stats.expert_s
+        self.num_steps += 1
+        self.exchange_s += stats.exchange_s
+        self.step_s += stats.schedule_s + stats.forward_s + stats.exchange_s + stats.expert_s + stats.sample_s
+        self.step_s += stats.publish_s
         telemetry = self._telemetry
         if telemetry.metering:
             phases = {
@@ -227,7 +235,7 @@ class StepTelemetry:
                 ATTR_EPOCH: stats.header.epoch,
                 ATTR_NUM_TOKENS: stats.num_decode_tokens + stats.num_prefill_tokens,
             }
-            telemetry.start(SPAN_STEP, first, attributes, others).end(stats.error)
+            telemetry.start(SPAN_STEP, first, attributes, others, started_at=stats.started_at).end(stats.error)
 
 
 def load_runner(config: ClusterConfig, checkpoint: Checkpoint, progress: ProgressCallback) -> Runner:

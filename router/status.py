@@ -30,6 +30,9 @@ class ProcessStatus:
     num_waiting: int = 0
     num_free_kv_blocks: int = 0
     num_kv_blocks: int = 0
+    num_steps: int = 0  # since start
+    step_s: float = 0.0  # seconds in them
+    exchange_s: float = 0.0  # of step_s: moving rows, and waiting for those who compute them
     # expert
     num_physical_experts: int = 0
     num_rows: int = 0  # (token, expert) rows computed since start
