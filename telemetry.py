@@ -118,8 +118,9 @@ class Telemetry:
         *,
         started_at: float = 0.0,
     ) -> Span:
-        """Begin a span under the W3C `traceparent` (a new trace where empty); the caller calls `end()`. `started_at` unix
-        seconds, 0 = now."""
+        """Begin a span under the W3C `traceparent` (a new trace where empty); the caller calls `end()`.
+
+        `started_at` in unix seconds, 0 = now."""
         if self._tracer is None:
             return _NO_SPAN
         from opentelemetry import trace
