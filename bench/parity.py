@@ -26,6 +26,7 @@ import torch
 from ..make_checkpoint import make_checkpoint
 from ..model_config import ModelConfig
 from ..router.placement import Placement, uniform
+from .configurations import CONFIGURATIONS, MOE, Configuration
 from .in_process import InProcessModel
 from .mesh_world import digests_alone, digests_over_mesh
 from .reference import Recorded, Reference
@@ -34,72 +35,6 @@ LOGITS_TOLERANCE = 1e-4  # max abs error / RMS of the row
 ROUTING_GAP = 1e-5
 ROUTING_SHARE = 1e-3  # of token-layer decisions
 GREEDY_MARGIN = 1e-4
-
-_MOE: dict[str, Any] = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 1000,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_experts": 32,
-    "num_experts_per_tok": 8,
-}
-_DENSE: dict[str, Any] = {
-    "model_type": "qwen3",
-    "vocab_size": 1000,
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-}
-_YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Configuration:
-    name: str
-    config: dict[str, Any]
-    checkpoint: dict[str, Any] = field(default_factory=dict)  # arguments of make_checkpoint
-
-
-def _moe(name: str, checkpoint: dict[str, Any] | None = None, **fields: Any) -> Configuration:
-    config = {key: value for key, value in (_MOE | fields).items() if value is not None}
-    return Configuration(name=name, config=config, checkpoint=checkpoint or {})
-
-
-def _dense(name: str, **fields: Any) -> Configuration:
-    return Configuration(name=name, config=_DENSE | fields)
-
-
-CONFIGURATIONS = (
-    _moe(
-        "128 experts top-8, untied, 8:1 query groups, heads wider than hidden",
-        num_experts=128,
-        num_attention_heads=8,
-        num_key_value_heads=1,
-    ),
-    _moe("tied, weights not renormalised, new spelling", norm_topk_prob=False, tie_word_embeddings=True,
-         num_experts=None, num_local_experts=32, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
-    _moe("mlp_only_layers, as many kv heads as heads", mlp_only_layers=[1], num_key_value_heads=4, head_dim=16),
-    _moe("decoder_sparse_step 2, top-2 of 6, odd widths", num_hidden_layers=4, decoder_sparse_step=2, num_experts=6,
-         num_experts_per_tok=2, moe_intermediate_size=40, hidden_size=72, intermediate_size=100, head_dim=24),
-    _moe("YaRN, old spelling", rope_theta=5000.0, max_position_embeddings=256, rope_scaling=_YARN | {"type": "yarn"}),
-    _moe("YaRN, new spelling, own attention factor and betas", max_position_embeddings=256,
-         rope_parameters=_YARN | {"rope_type": "yarn", "rope_theta": 10000.0, "attention_factor": 1.3,
-                                  "beta_fast": 16.0, "beta_slow": 2.0}),
-    _moe("fused experts in several files", {"fused_experts": True, "max_shard_bytes": 300_000}),
-    _moe("bfloat16 on disk, several files, per-expert", {"dtype": "bfloat16", "max_shard_bytes": 200_000},
-         tie_word_embeddings=True, num_experts=64),
-    _dense("dense, tied", tie_word_embeddings=True),
-    _dense("dense, YaRN, one kv head, untied", num_key_value_heads=1, max_position_embeddings=256,
-           rope_scaling=_YARN | {"rope_type": "yarn"}),
-)  # fmt: skip
 
 
 @dataclass(slots=True, kw_only=True)
@@ -253,7 +188,7 @@ def check_processes(seed: int = 0) -> dict[str, Any]:
     started, failures, compared = time.monotonic(), [], 0
     generator = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="expertmesh-parity-") as folder:
-        make_checkpoint(folder, _MOE, seed=seed, dtype="float32")
+        make_checkpoint(folder, MOE, seed=seed, dtype="float32")
         model = InProcessModel(folder)
         config = model.config
         prompts = [random_prompt(generator, length, config.vocab_size) for length in (5, 64, 100, 1, 33, 70, 12, 150)]
@@ -323,7 +258,7 @@ def mixed(model: InProcessModel, prompts: Sequence[Sequence[int]], generator: ra
 
 def measure_cost() -> dict[str, float]:
     """Tokens per CPU second of batch-invariant and plain mode, and the ratio of times, on a small MoE."""
-    config = _MOE | {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 64, "num_hidden_layers": 4}
+    config = MOE | {"hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 64, "num_hidden_layers": 4}
     generator = random.Random(0)
     figures: dict[str, float] = {}
     prompts = [random_prompt(generator, 100, 1000) for _ in range(32)]

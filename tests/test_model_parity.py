@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 
+from expertmesh.bench.configurations import CONFIGURATIONS
 from expertmesh.bench.in_process import InProcessModel
-from expertmesh.bench.parity import CONFIGURATIONS, check, mixed, random_prompt
+from expertmesh.bench.parity import check, mixed, random_prompt
 from expertmesh.cluster.attention.rope import RotaryTable
 from expertmesh.make_checkpoint import make_checkpoint
 from expertmesh.model_config import RopeConfig
