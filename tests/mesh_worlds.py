@@ -1,7 +1,9 @@
 """Members of a mesh as real processes for test_mesh.py: toy layers, tiny deterministic experts, commands by pipe."""
 
+import asyncio
 import collections
 import os
+import pickle
 import queue
 import signal
 import threading
@@ -10,8 +12,9 @@ from typing import Any
 
 import torch
 
+from expertmesh.cluster.member_agent import MemberAgent
 from expertmesh.config import ExchangeConfig
-from expertmesh.errors import ExpertMeshError
+from expertmesh.errors import ExpertMeshError, Unavailable
 from expertmesh.router.epoch import Epoch, Member, StepHeader
 from expertmesh.router.exchange import RowShape
 from expertmesh.router.mesh import ClusterMesh, MeshOptions
@@ -92,7 +95,9 @@ class MemberProcess:
     """One member: the main thread obeys (method, args) from the test's pipe, as an agent would; the engine thread runs
     the steps that headers name."""
 
-    def __init__(self, rank: int, connection: Connection, roles: str, exchange: ExchangeConfig) -> None:
+    def __init__(
+        self, rank: int, connection: Connection, roles: str, exchange: ExchangeConfig, name: str = "member"
+    ) -> None:
         self.connection = connection
         self.headers = queue.SimpleQueue[StepHeader | str]()  # or "end", or "work": look for batches
         self.bid_is_out = False  # engine thread
@@ -103,7 +108,7 @@ class MemberProcess:
         self.dies = False
         role = roles[rank]
         self.mesh = ClusterMesh(
-            f"member{rank}#0",
+            f"{name}{rank}#0",
             attention=role in "ab",
             experts=TinyExperts() if role in "eb" else None,
             shape=SHAPE,
@@ -187,3 +192,42 @@ class MemberProcess:
 
 def member_process(rank: int, connection: Connection, roles: str, exchange: ExchangeConfig) -> None:
     MemberProcess(rank, connection, roles, exchange).run()
+
+
+class CallByTcp:
+    """A `member_agent.ConductorClient` for tests: one pickled call a connection, to the parent's loopback server."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    async def join(self, event: Any) -> None:
+        await self._call("join", event)
+
+    async def tell(self, event: Any) -> None:
+        await self._call("tell", event)
+
+    async def next_commands(self, member_id: str, after: int, timeout_s: float) -> Any:
+        return await self._call("next_commands", member_id, after, timeout_s)
+
+    async def _call(self, *call: Any) -> Any:
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            writer.write(pickle.dumps(call))
+            writer.write_eof()
+            answer = pickle.loads(await reader.read())
+            writer.close()
+        except (OSError, EOFError) as error:
+            raise Unavailable(str(error)) from error
+        return answer
+
+
+def agent_process(
+    rank: int, connection: Connection, roles: str, exchange: ExchangeConfig, port: int, name: str
+) -> None:
+    """A member that follows a Conductor by itself."""
+    process = MemberProcess(rank, connection, roles, exchange, name)
+    agent = MemberAgent(process.mesh, CallByTcp(port))
+    process.mesh._on_trouble = agent.on_trouble
+    agent.start()
+    process.run()
+    agent.stop()
