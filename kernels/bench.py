@@ -11,7 +11,6 @@ products on rows already in order (ours: with route and gather, since the counts
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import grouped_gemm as gemm_module
 from . import reference
 from .expert_layer import ExpertLayer
+from .grouped_gemm import enable_watchdog, grouped_gemm
 from .jit import Kernel
-from .plan import GemmPlan
+from .permute import pack_rows, route
+from .plan import GemmPlan, choose_plan
 
 MODELS = {
     "30b": (2048, 768, 128),
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--once", action="store_true", help="one call a cell and no clock, for a profiler")
     options = parser.parse_args()
     if options.watchdog:
-        gemm_module._extra_defines["WATCHDOG"] = 1
+        enable_watchdog()
     ceilings = Ceilings(1.0, 1.0, 1.0) if options.once else measure_ceilings()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {ceilings}", flush=True)
     records: list[dict[str, Any]] = []
@@ -159,15 +159,9 @@ def parse_plans(text: str, form: str) -> list[GemmPlan | None]:
 
 def stage_times(layer: ExpertLayer, draws: list[Draw], expected: float, plan: GemmPlan | None) -> dict[str, float]:
     """Microseconds of route, route + gather, and route + gather + products."""
-    from .grouped_gemm import grouped_gemm
-    from .permute import pack_rows, route
-    from .plan import choose_plan
-
     packed = layer.packed
     assert packed is not None
-    plan = plan or choose_plan(
-        packed.form, expected, layer.num_local_experts, layer.hidden_size, layer.intermediate_size
-    )
+    plan = plan or choose_plan(packed.form, expected, layer.num_local_experts)
 
     def run(d: Draw, upto: int) -> None:
         places = route(d.ids, layer.num_local_experts, plan.tile)
@@ -306,4 +300,4 @@ def median_us(calls: list[Call], budget_ms: float = 60.0, groups: int = 5) -> fl
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

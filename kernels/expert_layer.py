@@ -66,8 +66,7 @@ class ExpertLayer:
             return out
         self._check_rows(rows, ids)
         if plan is None:
-            w2_shape = (self.num_local_experts, self.hidden_size, self.intermediate_size)
-            plan = choose_plan(self.packed.form, expected_pairs or ids.numel(), *w2_shape)
+            plan = choose_plan(self.packed.form, expected_pairs or ids.numel(), self.num_local_experts)
         places = route(ids, self.num_local_experts, plan.tile, expert_map)
         packed, scales = pack_rows(rows, places, fp8=self.packed.form == "fp8")
         grouped_gemm(packed, scales, self.packed, places, plan, out)

@@ -56,9 +56,16 @@ def grouped_gemm(
     )
 
 
-_extra_defines: dict[str, int] = {}  # the bench and the GPU tests add WATCHDOG
+_debug_defines: dict[str, int] = {}
+
+
+def enable_watchdog() -> None:
+    """From now on a wait of some seconds inside the kernel is an error instead of a hang. For tests and the bench; call it
+    before the first launch."""
+    _debug_defines["WATCHDOG"] = 1
+    gemm_kernel.cache_clear()
 
 
 @functools.cache
 def gemm_kernel(plan: GemmPlan, hidden_size: int, intermediate_size: int) -> Kernel:
-    return Kernel("grouped_gemm.cu", "grouped_gemm", {**plan.defines(hidden_size, intermediate_size), **_extra_defines})
+    return Kernel("grouped_gemm.cu", "grouped_gemm", {**plan.defines(hidden_size, intermediate_size), **_debug_defines})

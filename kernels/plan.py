@@ -58,29 +58,27 @@ class GemmPlan:
         }
 
 
-# (most expected rows per expert, plans in order of preference), ascending
-PLANS: dict[WeightForm, tuple[tuple[float, tuple[GemmPlan, ...]], ...]] = {
+FEWEST_PAIRS = 4  # up to here wide tiles are still faster: fewer, longer streams
+FEW_PAIRS = 16  # up to here narrow tiles reach more multiprocessors
+NARROW = GemmPlan(m_rows=64, tile=16, stages=20, form="bf16")
+# (most expected rows per expert, plan), ascending
+PLANS: dict[WeightForm, tuple[tuple[float, GemmPlan], ...]] = {
     "bf16": (
-        (40, (GemmPlan(m_rows=128, tile=64, stages=9, form="bf16"),)),
-        (72, (GemmPlan(m_rows=128, tile=128, stages=5, form="bf16"),)),
-        (140, (GemmPlan(m_rows=128, tile=160, stages=5, form="bf16"),)),
-        (float("inf"), (GemmPlan(m_rows=128, tile=256, stages=4, form="bf16"),)),
+        (40, GemmPlan(m_rows=128, tile=64, stages=9, form="bf16")),
+        (72, GemmPlan(m_rows=128, tile=128, stages=5, form="bf16")),
+        (float("inf"), GemmPlan(m_rows=128, tile=256, stages=4, form="bf16")),
     ),
-    "fp8": (
-        (40, (GemmPlan(m_rows=128, tile=64, stages=8, form="fp8"),)),
-        (float("inf"), (GemmPlan(m_rows=128, tile=112, stages=5, form="fp8"),)),
-    ),
+    # Wider fp8 tiles hold more accumulators than they gain: adding a scaled product costs registers and their ports.
+    "fp8": ((float("inf"), GemmPlan(m_rows=128, tile=64, stages=8, form="fp8")),),
 }
 
 
 def all_plans(form: WeightForm) -> list[GemmPlan]:
-    return [p for _, plans in PLANS[form] for p in plans]
+    return [*([NARROW] if form == "bf16" else []), *(plan for _, plan in PLANS[form])]
 
 
-def choose_plan(
-    form: WeightForm, expected_pairs: float, num_local_experts: int, hidden_size: int, intermediate_size: int
-) -> GemmPlan:
-    """The plan for about `expected_pairs` (row, expert) pairs over `num_local_experts` experts of these sizes."""
-    rows_per_expert = expected_pairs / num_local_experts
-    plans = next(plans for limit, plans in PLANS[form] if rows_per_expert <= limit)
-    return next(plan for plan in plans if plan.fits(hidden_size, intermediate_size))
+def choose_plan(form: WeightForm, expected_pairs: float, num_local_experts: int) -> GemmPlan:
+    """The plan for about `expected_pairs` (row, expert) pairs over `num_local_experts` experts."""
+    if form == "bf16" and FEWEST_PAIRS < expected_pairs <= FEW_PAIRS:
+        return NARROW
+    return next(plan for limit, plan in PLANS[form] if expected_pairs / num_local_experts <= limit)
