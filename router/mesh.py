@@ -153,7 +153,7 @@ class ClusterMesh:
                 raise EpochError(f"header of step {header.step_id} after step {self._last_step_id}")
             if header.placement_version != prepared.epoch.placement_version:
                 raise EpochError(f"header names placement {header.placement_version} in epoch {header.epoch}")
-            self._last_step_id = max(self._last_step_id, header.step_id)
+            self._last_step_id = header.step_id  # lower in an epoch whose leader slept through the last one's steps
             if prepared is not self._current:
                 self._switch(prepared)
             self._replaced_steps += 1
