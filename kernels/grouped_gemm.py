@@ -60,8 +60,7 @@ _debug_defines: dict[str, int] = {}
 
 
 def enable_watchdog() -> None:
-    """From now on a wait of some seconds inside the kernel is an error instead of a hang. For tests and the bench; call it
-    before the first launch."""
+    """From now on a wait of some seconds inside the kernel is an error instead of a hang. For tests and the bench."""
     _debug_defines["WATCHDOG"] = 1
     gemm_kernel.cache_clear()
 
