@@ -24,6 +24,7 @@ from . import reference
 from .expert_layer import ExpertLayer
 from .grouped_gemm import enable_watchdog, grouped_gemm
 from .jit import Kernel
+from .pack import WeightForm
 from .permute import pack_rows, route
 from .plan import GemmPlan, choose_plan
 
@@ -62,7 +63,9 @@ def main() -> None:
     parser.add_argument("--locals", default="16,128")
     parser.add_argument("--form", default="bf16,fp8")
     parser.add_argument("--routing", default="uniform", choices=["uniform", "zipf"])
-    parser.add_argument("--plans", default="", help="compare plans m_rows x tile x stages x cluster: 128x64x9x1,...")
+    parser.add_argument(
+        "--plans", default="", help="compare plans m_rows x tile x stages x cluster x rows_wide: 128x64x9x1x0,..."
+    )
     parser.add_argument(
         "--stages", action="store_true", help="also time route, gather and products one after the other"
     )
@@ -126,7 +129,7 @@ def cells(
             us = median_us(calls)
             record = {**base, "us": round(us, 1), "x": round(us / floor, 3)}
             if plan:
-                record["plan"] = f"{plan.m_rows}x{plan.tile}x{plan.stages}x{plan.cluster}"
+                record["plan"] = f"{plan.m_rows}x{plan.tile}x{plan.stages}x{plan.cluster}x{int(plan.rows_wide)}"
             byts = (
                 sum(d.num_distinct for d in draws) / num_draws * 3 * hidden * intermediate * (1 if form == "fp8" else 2)
             )
@@ -150,10 +153,10 @@ def _layer_call(layer: ExpertLayer, d: Draw, expected: float, plan: GemmPlan | N
 def parse_plans(text: str, form: str) -> list[GemmPlan | None]:
     if not text:
         return [None]
-    shapes = [tuple(map(int, p.split("x"))) for p in text.split(",")]
+    shapes = [[int(v) for v in p.split("x")] for p in text.split(",")]
+    kind: WeightForm = "fp8" if form == "fp8" else "bf16"
     return [
-        GemmPlan(m_rows=m, tile=t, stages=s, cluster=c, form="fp8" if form == "fp8" else "bf16")
-        for m, t, s, c in shapes
+        GemmPlan(m_rows=m, tile=t, stages=s, cluster=c, rows_wide=bool(wide), form=kind) for m, t, s, c, wide in shapes
     ]
 
 

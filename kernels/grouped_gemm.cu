@@ -30,6 +30,9 @@
 #ifndef FP8
 #define FP8 0
 #endif
+#ifndef ROWS_WIDE
+#define ROWS_WIDE 0
+#endif
 
 constexpr int BLOCK_K = FP8 ? 128 : 64;  // columns in 128 bytes
 constexpr int K_BLOCKS_1 = HIDDEN / BLOCK_K, K_BLOCKS_2 = INTERMEDIATE / BLOCK_K;
@@ -136,6 +139,9 @@ __device__ __forceinline__ Tile next_tile(Ring& q) {
 
 #include "grouped_gemm_math.cuh"
 #include "grouped_gemm_store.cuh"
+#if ROWS_WIDE
+#include "grouped_gemm_rows_wide.cuh"
+#endif
 
 // Claims the next tile (of the cluster's first CTA) and tells every role of the cluster.
 __device__ __forceinline__ Tile claim_tile(Ring& q, u32 t, u32 num_entries, const int4* tiles) {
@@ -237,6 +243,7 @@ __device__ __forceinline__ void produce_rows(const u8* x, const u8* h, const flo
   }
 }
 
+#if !ROWS_WIDE
 template <int N>
 __device__ __forceinline__ void run_tile(const Tile& tile, int group, Ring& ring, Ring& chunks, const Outputs& out) {
   float acc[N / 2];
@@ -256,6 +263,11 @@ __device__ __forceinline__ void run(const Tile& tile, int group, Ring& ring, Rin
   COVER(8) COVER(16) COVER(32) COVER(64) COVER(96) COVER(112) COVER(128) COVER(160) COVER(192) COVER(224) COVER(256)
 #undef COVER
 }
+#else
+__device__ __forceinline__ void run(const Tile& tile, int group, Ring& ring, Ring& chunks, const Outputs& out) {
+  run_rows(tile, group, ring, chunks, out);
+}
+#endif
 
 #if CLUSTER == 2
 #define CLUSTER_OF_TWO __cluster_dims__(2, 1, 1)
@@ -278,7 +290,7 @@ extern "C" __global__ void CLUSTER_OF_TWO __launch_bounds__(THREADS, 1)
       barrier_init(at(barriers.queue_empty[i]), CLUSTER * (WARPGROUPS * 4 + 1 + STAGED) + CLUSTER - 1);
     }
     for (int i = 0; i < 2; ++i) {
-      barrier_init(at(barriers.chunk_full[i]), WARPGROUPS * 4);
+      barrier_init(at(barriers.chunk_full[i]), ROWS_WIDE ? 4 : WARPGROUPS * 4);  // the warps that write a chunk
       barrier_init(at(barriers.chunk_empty[i]), 1);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -18,6 +18,7 @@ class GemmPlan:
     tile: int  # most rows of one expert in a tile
     stages: int  # slots of the ring
     cluster: int = 1  # CTAs that share the rows of a tile
+    rows_wide: bool = False  # fp8: rows are the tensor cores' wide operand instead of the weights
     form: WeightForm
 
     @property
@@ -55,6 +56,7 @@ class GemmPlan:
             "STAGES": self.stages,
             "CLUSTER": self.cluster,
             "FP8": int(self.form == "fp8"),
+            "ROWS_WIDE": int(self.rows_wide),
         }
 
 

@@ -144,7 +144,10 @@ def test_kernels_compile_without_spills(file, defines, arch):
     assert all(u.clean for u in use), use
 
 
-@pytest.mark.parametrize("plan", [*all_plans("bf16"), *all_plans("fp8")], ids=str)
+ROWS_WIDE = GemmPlan(m_rows=128, tile=128, stages=5, rows_wide=True, form="fp8")
+
+
+@pytest.mark.parametrize("plan", [*all_plans("bf16"), *all_plans("fp8"), ROWS_WIDE], ids=str)
 def test_grouped_gemm_compiles_for_hopper_without_spills(plan: GemmPlan):
     compiled = jit.compile_only("grouped_gemm.cu", "sm_90a", plan.defines(2048, 768))
     assert [u.name for u in compiled.use()] == ["grouped_gemm"]

@@ -29,6 +29,7 @@ FP8_PLANS = [
     *all_plans("fp8"),
     GemmPlan(m_rows=128, tile=112, stages=5, form="fp8"),
     GemmPlan(m_rows=128, tile=112, stages=5, cluster=2, form="fp8"),
+    GemmPlan(m_rows=128, tile=128, stages=5, rows_wide=True, form="fp8"),
 ]
 
 
