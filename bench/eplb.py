@@ -38,6 +38,7 @@ class Figures:
 
     max_over_mean: float  # mean over the windows
     worst_layer: float  # of all windows
+    next_window: float  # max / mean of each placement over the window after the one it was planned on
     moves: int  # all windows
     moves_renamed: int  # the same, shards renamed for the fewest moves; ours need no renaming
     plan_ms: float  # CPU time of one plan
@@ -50,7 +51,7 @@ def even(scenario: Scenario, loads: FloatArray) -> Placement:
 def ours(scenario: Scenario, windows: list[FloatArray], config: EplbConfig) -> tuple[Figures, list[str]]:
     config = replace(config, num_redundant=scenario.num_redundant)
     present = even(scenario, windows[0])
-    moves, balances, seconds, faults = 0, [], 0.0, []
+    moves, placements, seconds, faults = 0, [], 0.0, []
     for number, loads in enumerate(windows):
         start = time.process_time()
         made = plan(loads, scenario.hosts, config, present=present, version=present.version + 1)
@@ -61,8 +62,8 @@ def ours(scenario: Scenario, windows: list[FloatArray], config: EplbConfig) -> t
         if len(made.moves) != (counted := count_moves(present, made.placement)):
             faults.append(f"{scenario.name}, window {number}: {len(made.moves)} moves listed, {counted} made")
         moves, present = moves + len(made.moves), made.placement
-        balances.append(made.after)
-    return figures(balances, moves, moves, seconds / len(windows)), faults
+        placements.append(made.placement)
+    return figures(placements, windows, moves, moves, seconds), faults
 
 
 def check(placement: Placement, where: str) -> list[str]:
@@ -85,13 +86,19 @@ def membership(placement: Placement) -> np.ndarray:
     return held
 
 
-def figures(balances: list, moves: int, moves_renamed: int, seconds: float) -> Figures:
+def figures(
+    placements: list[Placement], windows: list[FloatArray], moves: int, moves_renamed: int, seconds: float
+) -> Figures:
+    """`placements[i]` was planned on `windows[i]`."""
+    balances = [predict(placement, loads) for placement, loads in zip(placements, windows)]
+    after = [predict(placement, loads) for placement, loads in zip(placements, windows[1:])]
     return Figures(
         max_over_mean=round(float(np.mean([b.max_over_mean for b in balances])), 5),
         worst_layer=round(max(b.worst_layer for b in balances), 4),
+        next_window=round(float(np.mean([b.max_over_mean for b in after])), 4),
         moves=moves,
         moves_renamed=moves_renamed,
-        plan_ms=round(1e3 * seconds, 1),
+        plan_ms=round(1e3 * seconds / len(windows), 1),
     )
 
 
@@ -126,7 +133,7 @@ Balancer = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 def reference(scenario: Scenario, windows: list[FloatArray], rebalance_experts: Balancer) -> Figures:
     raw = renamed = even(scenario, windows[0])
     num_physical = windows[0].shape[1] + scenario.num_redundant
-    balances, moves, moves_renamed, seconds = [], 0, 0, 0.0
+    placements, moves, moves_renamed, seconds = [], 0, 0, 0.0
     for loads in windows:
         start = time.process_time()
         table, _, _ = rebalance_experts(torch.from_numpy(loads), num_physical, 1, 1, scenario.ep_size)
@@ -135,8 +142,8 @@ def reference(scenario: Scenario, windows: list[FloatArray], rebalance_experts: 
         moves, raw = moves + count_moves(raw, made), made
         following = rename(renamed, made)
         moves_renamed, renamed = moves_renamed + count_moves(renamed, following), following
-        balances.append(predict(made, loads))
-    return figures(balances, moves, moves_renamed, seconds / len(windows))
+        placements.append(made)
+    return figures(placements, windows, moves, moves_renamed, seconds)
 
 
 def rename(before: Placement, after: Placement) -> Placement:
@@ -208,11 +215,12 @@ def main() -> int:
         record(options.record)
     recorded = json.loads((LOADS / "reference.json").read_text())["scenarios"]
     result, faults = {}, []
-    print(f"{'scenario':30} {'placement':16} {'max/mean':>9} {'worst':>7} {'moves':>6} {'renamed':>7} {'ms':>7}")
+    columns = f"{'max/mean':>9} {'worst':>7} {'next':>7} {'moves':>6} {'renamed':>7} {'ms':>7}"
+    print(f"{'scenario':30} {'placement':16} {columns}")
     for scenario in SCENARIOS:
         windows = scenario.windows()
         start = even(scenario, windows[0])
-        rows = {"even": figures([predict(start, loads) for loads in windows], 0, 0, 0.0)}
+        rows = {"even": figures([start] * len(windows), windows, 0, 0, 0.0)}
         known = dict(recorded.get(scenario.name, {}))
         if known.pop("loads", "") == digest(windows):
             rows["DeepSeek EPLB"] = Figures(**known)
@@ -222,6 +230,7 @@ def main() -> int:
         for name, row in rows.items():
             print(
                 f"{scenario.name:30} {name:16} {row.max_over_mean:9.5f} {row.worst_layer:7.4f} "
+                f"{row.next_window:7.4f} "
                 f"{row.moves:6} {row.moves_renamed:7} {row.plan_ms:7.1f}"
             )
         result[scenario.name] = {name: asdict(row) for name, row in rows.items()}

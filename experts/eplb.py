@@ -22,7 +22,6 @@ import numpy.typing as npt
 import torch
 
 from ..errors import EpochError
-from ..router.epoch import Epoch, Member
 from ..router.placement import Placement, uniform
 from .eplb_search import Search, choose_steps
 
@@ -144,28 +143,6 @@ def plan(
         missing=missing,
         before=predict(present, loads) if present is not None and not missing else None,
         after=predict(placement, loads),
-    )
-
-
-def plan_for_members(
-    loads: npt.ArrayLike,
-    members: Sequence[Member],  # the expert members of the next epoch, in ep_rank order
-    config: EplbConfig,
-    *,
-    version: int,
-    before: Epoch,
-    lost: frozenset[str] = frozenset(),  # member ids known to be dead
-) -> Plan:
-    """`plan` by member ids: who stays keeps its experts, whatever its ep_rank becomes."""
-    old = [before.members[rank].member_id for rank in before.expert_ranks]
-    return plan(
-        loads,
-        [member.host for member in members],
-        config,
-        version=version,
-        present=before.placement,
-        ranks_before=[old.index(m.member_id) if m.member_id in old else -1 for m in members],
-        lost=[rank for rank, member_id in enumerate(old) if member_id in lost],
     )
 
 

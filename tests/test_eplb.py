@@ -1,10 +1,14 @@
 """The placement planner: valid, copies apart, moves bounded, deterministic, balanced by its own load model."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expertmesh.bench.eplb import VARIANTS, Figures, dealt, digest, goal, ours
+from expertmesh.bench.eplb_loads import LOADS, SCENARIOS
 from expertmesh.errors import EpochError
 from expertmesh.experts.eplb import (
     EplbConfig,
@@ -13,9 +17,9 @@ from expertmesh.experts.eplb import (
     logical_loads,
     min_shards,
     plan,
-    plan_for_members,
     predict,
 )
+from expertmesh.experts.placing import eplb_place, plan_for_members
 from expertmesh.router.epoch import Epoch, Member
 from expertmesh.router.placement import uniform
 
@@ -236,6 +240,40 @@ def test_members_keep_their_experts_when_their_rank_changes():
         for rank, rank_before in ((0, 2), (1, 1)):
             assert set(held(made.placement)[layer][rank]) >= set(held(first)[layer][rank_before])
     assert made.missing == ()
+
+
+def test_the_next_epoch_after_a_death_waits_for_no_move_and_a_newcomer_gets_its_share():
+    def members(*names):
+        return tuple(Member(member_id=name, attention=False, expert=True, host=name) for name in names)
+
+    loads = zipf(2, 8, 1.2, seed=4)
+    place = eplb_place(2, 8, EplbConfig(num_redundant=8), lambda: loads)
+    first = place(1, members("e1", "e2", "e3"), None)
+    dead = place(2, members("e2", "e3"), Epoch(number=1, members=members("e1", "e2", "e3"), placement=first))
+    for layer in range(2):
+        assert set(held(dead)[layer][0]) <= set(held(first)[layer][1])
+    joined = place(3, members("e2", "e3", "e4"), Epoch(number=2, members=members("e2", "e3"), placement=dead))
+    assert all(len(ranks[2]) >= 2 for ranks in held(joined))
+    assert int(joined.logical_replica_count.min()) >= 2
+    assert joined.version == 3
+    assert eplb_place(3, 0, EplbConfig(), lambda: None, moe_layers=())(1, (), None).ep_size == 1  # a dense model
+
+
+def test_the_load_model_predicts_what_dispatch_deals():
+    gain = dealt(num_layers=2, num_logical=64, num_tokens=4000)
+    assert gain["predicted_gain"] > 1.3
+    assert gain["dealt_gain"] == pytest.approx(gain["predicted_gain"], rel=0.05)
+
+
+def test_recorded_tasks_are_balanced_as_by_the_published_balancer_with_fewer_moves():
+    recorded = json.loads((LOADS / "reference.json").read_text())["scenarios"]
+    for scenario in SCENARIOS:
+        known, windows = dict(recorded[scenario.name]), scenario.windows()
+        assert known.pop("loads") == digest(windows), "the figures belong to other loads"
+        if scenario.name.startswith("demo"):
+            exact, faults = ours(scenario, windows, VARIANTS["exact"])
+            assert not faults
+            assert goal({"DeepSeek EPLB": Figures(**known), "exact": exact}) == "met"
 
 
 def test_loads_of_slots_become_loads_of_experts_and_blend_by_proportion():
