@@ -32,6 +32,7 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 _OPTIONS = (("grpc.max_receive_message_length", 64 << 20), ("grpc.max_reconnect_backoff_ms", 1000))
 _SAMPLING = frozenset(pb.SamplingOptions.DESCRIPTOR.fields_by_name)
 _MODES = {None: pb.ThinkingOptions.DEFAULT, "on": pb.ThinkingOptions.ON, "off": pb.ThinkingOptions.OFF}
+_CHOICES = {"auto": pb.ToolChoice.AUTO, "none": pb.ToolChoice.NONE, "required": pb.ToolChoice.REQUIRED}
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -70,6 +71,7 @@ class ToolCallDelta:
     name: str
     arguments_text: str
     malformed: bool
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,10 +423,12 @@ def make_request(
     thinking_budget: int | None = None,
     include_token_ids: bool = False,
     tools: Sequence[Mapping[str, Any]] = (),
+    tool_choice: str | None = None,
     **sampling: Any,
 ) -> pb.GenerateRequest:
     """A request from plain values: `messages`, or else `prompt` (no template) or `token_ids`. `thinking` None leaves
-    the mode to session and model. `sampling`: any field of SamplingOptions, such as temperature, max_tokens, stop."""
+    the mode to session and model. `tool_choice`: auto, none, required, or a tool's name. `sampling`: any field of
+    SamplingOptions, such as temperature, max_tokens, stop."""
     unknown = sorted(set(sampling) - _SAMPLING)
     if unknown:
         raise InvalidRequest(unknown[0], sampling[unknown[0]], f"an option of generate or one of {sorted(_SAMPLING)}")
@@ -444,6 +448,10 @@ def make_request(
         )
         if messages:
             request.chat.CopyFrom(pb.Chat(messages=_encode_messages(messages)))
+        if tool_choice is not None:
+            mode = _CHOICES.get(tool_choice, pb.ToolChoice.NAMED)
+            name = tool_choice if mode == pb.ToolChoice.NAMED else ""
+            request.tool_choice.CopyFrom(pb.ToolChoice(mode=mode, name=name))
         if token_ids:
             request.token_ids.ids.extend(token_ids)
     except (TypeError, ValueError) as error:
@@ -462,7 +470,7 @@ def decode_event(message: pb.GenerateEvent) -> Event:
         return Started(message.offset, s.request_id, s.session_id, s.model, s.prompt_tokens, s.seed)
     if kind == "tool_call":
         t = message.tool_call
-        return ToolCallDelta(message.offset, t.index, t.name, t.arguments_text, t.malformed)
+        return ToolCallDelta(message.offset, t.index, t.name, t.arguments_text, t.malformed, tuple(t.token_ids))
     return _decode_finished(message.offset, message.finished)
 
 

@@ -11,7 +11,7 @@ from expertmesh.router.gateway.events import EventWriter, encode_text
 
 @given(
     offset=st.integers(0, 2**40),
-    section=st.sampled_from(list(Section)),
+    section=st.sampled_from([Section.REASONING, Section.ANSWER]),
     text=st.one_of(st.text(max_size=10), st.text(min_size=40, max_size=20_000)),
 )
 def test_a_text_delta_is_encoded_as_protobuf_does(offset, section, text):

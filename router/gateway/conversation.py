@@ -12,7 +12,9 @@ the end may strip (tags and the newlines around them are in neither text).
 
 Stop strings are looked for in the answer only, as a newline in somebody's thoughts must not end the reply. The first
 to be complete wins, of several the longest; tokens after the one that completed it are dropped and never counted.
-Tool calls are to become a third kind of section, entered from OPEN and CLOSED by `tool_call`."""
+
+Where the model was given tools, `tool_call` opens a call from OPEN and CLOSED, never from REASONING, and
+`end_tool_call`, another `tool_call` or the end closes it (`tool_calls.py`); the state that it came from goes on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from enum import Enum, IntEnum, auto
 
 from ...request import TokenLogprob
 from .tokenizer import Detokenizer, SpecialIds, Tokenizer
+from .tool_calls import ToolCall, ToolCallParser
 
 
 class Section(IntEnum):
@@ -27,6 +30,7 @@ class Section(IntEnum):
 
     REASONING = 0
     ANSWER = 1
+    TOOL_CALL = 2
 
 
 class State(Enum):
@@ -37,12 +41,17 @@ class State(Enum):
 
 @dataclass(slots=True)
 class Delta:
-    """A piece of one section. Its last ids may belong to text that is still held back."""
+    """A piece of one section. Its last ids may belong to text that is still held back.
+
+    Of a tool call `text` is a piece of its arguments; `name` is in one delta of it, `malformed` may be in its last."""
 
     section: Section
     text: str
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    index: int = 0  # of the tool call
+    name: str = ""
+    malformed: bool = False
 
 
 def prompt_state(prompt_ids: Sequence[int], special: SpecialIds) -> State:
@@ -61,7 +70,10 @@ class Conversation:
     """One generation. `push` accepted ids until `stopped`, then `finish` once."""
 
     __slots__ = (
+        "_call",
+        "_call_name",
         "_detokenizer",
+        "_end_call_id",
         "_end_think_id",
         "_logprobs",
         "_newlines",
@@ -72,10 +84,12 @@ class Conversation:
         "_strip_start",
         "_think_id",
         "_token_ids",
+        "_tool_call_id",
         "completion_tokens",
         "reasoning_tokens",
         "state",
         "stop_matched",
+        "tool_calls",
     )
 
     def __init__(
@@ -86,9 +100,10 @@ class Conversation:
         stop: Sequence[str] = (),
         stop_ids: frozenset[int] = frozenset(),
         strip_answer: bool = True,
+        tools: bool = False,
     ) -> None:
         """`stop_ids` end the text without being part of it. `strip_answer` False (plain completions) keeps newlines at
-        the answer's ends, other than those after a think block."""
+        the answer's ends, other than those after a think block. `tools`: calls are parsed, else their tags are text."""
         self.state = state
         self.stop_matched = ""
         self.completion_tokens = 0
@@ -96,6 +111,11 @@ class Conversation:
         self._detokenizer = Detokenizer(tokenizer)
         self._think_id = tokenizer.special_ids.think
         self._end_think_id = tokenizer.special_ids.end_think
+        self.tool_calls: list[ToolCall] = []  # that ended
+        self._tool_call_id = tokenizer.special_ids.tool_call if tools else None
+        self._end_call_id = tokenizer.special_ids.end_tool_call if tools else None
+        self._call: ToolCallParser | None = None  # the call that is open
+        self._call_name = ""  # of it, once told
         self._stop_ids = stop_ids
         self._stops = StopFinder(stop) if stop else None
         self._strip_start = strip_answer or state is not State.OPEN  # leading newlines of the section are dropped
@@ -120,25 +140,33 @@ class Conversation:
             if self.stop_matched:
                 break
             self.completion_tokens += 1
+            ends = False
             if self.state is State.REASONING:
                 self.reasoning_tokens += 1
                 ends = token_id == self._end_think_id
-            else:
-                ends = False
-                if token_id == self._think_id and self.state is State.OPEN:
-                    self._open_block(deltas)
-                    self._keep(token_id, logprobs, index)
-                    continue
+            elif token_id == self._tool_call_id:
+                self._close_section(deltas)
+                self._call = ToolCallParser()
+                self._keep(token_id, logprobs, index)
+                continue
+            elif self._call is not None:
+                ends = token_id == self._end_call_id
+            elif token_id == self._think_id and self.state is State.OPEN:
+                self._open_block(deltas)
+                self._keep(token_id, logprobs, index)
+                continue
             self._keep(token_id, logprobs, index)
             if ends:
+                in_call = self._call is not None
                 self._close_section(deltas)
-                self.state = State.OPEN
+                if not in_call:
+                    self.state = State.OPEN
                 self._strip_start = True
             elif token_id not in self._stop_ids:
                 text = self._detokenizer.push(token_id)
                 if text:
                     self._write(text)
-        if self._parts:
+        if self._parts or (self._call is not None and self._call.name != self._call_name):
             self._emit(deltas)
         return deltas
 
@@ -150,9 +178,11 @@ class Conversation:
 
     def _push_plain(self, token_id: int) -> Delta | None:
         """The common case in one go: whole characters, nothing held back or looked for. None = the long way."""
-        if self._stops is not None or self._strip_start or self._newlines or self._token_ids:
+        if self._stops is not None or self._strip_start or self._newlines or self._token_ids or self._call is not None:
             return None
         if token_id == self._think_id or token_id == self._end_think_id or token_id in self._stop_ids:
+            return None
+        if token_id == self._tool_call_id:
             return None
         text = self._detokenizer.plain(token_id)
         if not text or text[-1] == "\n":
@@ -176,6 +206,10 @@ class Conversation:
 
     def _write(self, text: str) -> None:
         """Text (not empty) of the present section, past the rules about newlines and stop strings."""
+        if self._call is not None:
+            if piece := self._call.push(text):
+                self._parts.append(piece)
+            return
         if self._strip_start:
             text = text.lstrip("\n")
             if not text:
@@ -199,6 +233,9 @@ class Conversation:
         if not self.stop_matched:
             if held := self._detokenizer.flush():
                 self._write(held)
+            if self._call is not None:
+                self._close_call(deltas)
+                return
             if self._stops is not None and self.state is not State.REASONING:
                 self._release_stops()
         self._newlines = ""
@@ -212,7 +249,25 @@ class Conversation:
             self._write(held)
         self._stops = stops
 
+    def _close_call(self, deltas: list[Delta]) -> None:
+        assert self._call is not None
+        piece, call = self._call.finish()
+        if piece:
+            self._parts.append(piece)
+        self._emit(deltas)
+        deltas[-1].malformed = call.malformed
+        self.tool_calls.append(call)
+        self._call, self._call_name = None, ""
+
     def _emit(self, deltas: list[Delta]) -> None:
+        if self._call is not None:
+            delta = Delta(Section.TOOL_CALL, "".join(self._parts), self._token_ids, self._logprobs)
+            delta.index = len(self.tool_calls)
+            if self._call.name != self._call_name:
+                self._call_name = delta.name = self._call.name
+            deltas.append(delta)
+            self._parts, self._token_ids, self._logprobs = [], [], []
+            return
         section = Section.REASONING if self.state is State.REASONING else Section.ANSWER
         deltas.append(Delta(section, "".join(self._parts), self._token_ids, self._logprobs))
         self._parts, self._token_ids, self._logprobs = [], [], []

@@ -32,7 +32,7 @@ class EventWriter:
         return self._write(pb.GenerateEvent(offset=offset, started=started).SerializeToString())
 
     def delta(self, offset: int, delta: Delta, *, with_ids: bool) -> Awaitable[None]:
-        if with_ids or delta.logprobs:
+        if with_ids or delta.logprobs or delta.section is Section.TOOL_CALL:
             return self._write(_encode_full(offset, delta, with_ids=with_ids))
         return self._write(encode_text(offset, delta.section, delta.text))
 
@@ -61,6 +61,18 @@ def _varint(value: int) -> bytes:
 
 
 def _encode_full(offset: int, delta: Delta, *, with_ids: bool) -> bytes:
+    data: bytes
+    if delta.section is Section.TOOL_CALL:
+        call = pb.ToolCallDelta(
+            index=delta.index,
+            name=delta.name,
+            arguments_text=delta.text,
+            malformed=delta.malformed,
+            token_ids=delta.token_ids if with_ids else (),
+            logprobs=[encode_logprob(x) for x in delta.logprobs],
+        )
+        data = pb.GenerateEvent(offset=offset, tool_call=call).SerializeToString()
+        return data
     message = pb.Delta(
         text=delta.text,
         token_ids=delta.token_ids if with_ids else (),
@@ -68,5 +80,5 @@ def _encode_full(offset: int, delta: Delta, *, with_ids: bool) -> bytes:
     )
     event = pb.GenerateEvent(offset=offset)
     (event.answer if delta.section is Section.ANSWER else event.reasoning).CopyFrom(message)
-    data: bytes = event.SerializeToString()
+    data = event.SerializeToString()
     return data

@@ -7,6 +7,7 @@ The gRPC server writes the events as messages; any other front door writes the s
 that came while the client was slow are one event, so a slow reader costs less, not more."""
 
 import asyncio
+import json
 import logging
 import secrets
 import time
@@ -22,6 +23,7 @@ from ...telemetry import Telemetry
 from . import validation
 from .chat import ChatTemplate, Family
 from .conversation import Conversation, Delta, Section, State, prompt_state
+from .forced_call import CallFinder, ForcedCallStream, call_beginning
 from .session import SessionRecord, TurnRecord
 from .tokenizer import Tokenizer
 
@@ -31,6 +33,7 @@ CLOSING_TEXT = (
 )  # Qwen3's documentation; ends the think block when its budget is spent
 ENCODE_INLINE_CHARS = 16_384  # longer prompts are encoded in a thread
 _COMMITTED = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.TOOL_CALLS)
+ForcedCall = tuple[tuple[int, ...], State]  # how the call begins, and where the prompt leaves the model
 _log = logging.getLogger(__name__)
 
 
@@ -116,7 +119,8 @@ class Generations:
             messages = validation.chat_messages(request.chat)
             if request.session_id:
                 session = await self._open(request.session_id, owner)
-        prompt_ids = await self._prompt_ids(request, messages, session)
+        tools = validation.tool_definitions(request.tools, request.tool_choice)
+        prompt_ids = await self._prompt_ids(request, messages, session, tools)
         state = prompt_state(prompt_ids, self.tokenizer.special_ids)
         engine_request = EngineRequest(
             request_id=request.request_id or secrets.token_hex(12),
@@ -132,6 +136,7 @@ class Generations:
             stop=stop,
             stop_ids=engine_request.sampling.stop_token_ids,
             strip_answer=request.HasField("chat"),
+            tools=bool(tools),
         )
         return Generation(
             self,
@@ -141,6 +146,7 @@ class Generations:
             session=session,
             owner=owner,
             include_token_ids=request.include_token_ids,
+            forced_call=self._forced_call(request.tool_choice, state),
             received_at=received_at,
         )
 
@@ -150,7 +156,11 @@ class Generations:
         return await self.sessions.open(session_id, owner)
 
     async def _prompt_ids(
-        self, request: pb.GenerateRequest, messages: list[dict[str, Any]], session: SessionRecord | None
+        self,
+        request: pb.GenerateRequest,
+        messages: list[dict[str, Any]],
+        session: SessionRecord | None,
+        tools: list[dict[str, Any]],
     ) -> Sequence[int]:
         if request.HasField("token_ids"):
             validation.check_token_ids("token_ids.ids", request.token_ids.ids, self.vocab_size)
@@ -158,7 +168,7 @@ class Generations:
             field = "token_ids"
         else:
             field = "chat" if messages else "prompt"
-            text = self._render(request, messages, session) if messages else request.prompt
+            text = self._render(request, messages, session, tools) if messages else request.prompt
             if len(text) <= ENCODE_INLINE_CHARS:
                 ids = self.tokenizer.encode(text, add_special_tokens=not messages)
             else:
@@ -176,14 +186,18 @@ class Generations:
         return ids
 
     def _render(
-        self, request: pb.GenerateRequest, messages: list[dict[str, Any]], session: SessionRecord | None
+        self,
+        request: pb.GenerateRequest,
+        messages: list[dict[str, Any]],
+        session: SessionRecord | None,
+        tools: list[dict[str, Any]],
     ) -> str:
         if self.template is None:
             raise InvalidRequest("chat", "set", "prompt or token_ids: this model has no chat template")
         history = session.messages if session is not None else []
         return self.template.render(
             [*history, *messages],
-            tools=validation.tool_definitions(request.tools),
+            tools=tools,
             enable_thinking=self._enable_thinking(request.thinking, self.template.family),
         )
 
@@ -211,6 +225,13 @@ class Generations:
             starts_inside=state is State.REASONING,
         )
 
+    def _forced_call(self, choice: pb.ToolChoice, state: State) -> ForcedCall | None:
+        if choice.mode not in (pb.ToolChoice.REQUIRED, pb.ToolChoice.NAMED):
+            return None
+        if self.tokenizer.special_ids.tool_call is None:
+            raise InvalidRequest("tool_choice", "set", "AUTO or NONE: this model's vocabulary has no tool call tokens")
+        return call_beginning(self.tokenizer, choice.name), state
+
     def _sampling(self, request: pb.GenerateRequest, num_prompt_tokens: int) -> SamplingParams:
         return validation.sampling_params(
             request.sampling,
@@ -235,6 +256,7 @@ class Generation:
         session: SessionRecord | None,
         owner: str,
         include_token_ids: bool,
+        forced_call: ForcedCall | None,
         received_at: float,
     ) -> None:
         self.request = request
@@ -242,6 +264,7 @@ class Generation:
         self._session, self._owner = session, owner
         self._include_token_ids = include_token_ids
         self._include_all = include_token_ids or request.sampling.num_logprobs >= 0  # also deltas without text
+        self._forced_call = forced_call
         self._received_at = received_at
         self._stream: OutputStream | None = None
         self._reply: dict[Section, list[str]] = {Section.REASONING: [], Section.ANSWER: []}  # for the session record
@@ -264,7 +287,7 @@ class Generation:
     async def run(self, writer: Writer) -> None:
         """Submit, then write the events in order. Cancelling this coroutine aborts the work."""
         affinity = self._session.affinity if self._session is not None else ""
-        stream = self._stream = self._shared.tier.generate(self.request, affinity=affinity)
+        stream = self._stream = self._submit(affinity)
         reason = FinishReason.CANCELLED
         conversation = self._conversation
         try:
@@ -275,22 +298,39 @@ class Generation:
                     self._note(output)
                 ended = conversation.stopped or output.finish_reason
                 if ended:
-                    reason = FinishReason.STOP if conversation.stopped else output.finish_reason
                     deltas += conversation.finish()
+                    reason = self._reason(output.finish_reason)
                 for delta in deltas:
-                    if delta.text or self._include_all:
+                    if delta.text or self._include_all or delta.section is Section.TOOL_CALL:
                         await self._write(writer, delta)
                 if ended:
                     break
             else:  # cancelled
                 for delta in conversation.finish():
-                    if delta.text or self._include_all:
+                    if delta.text or self._include_all or delta.section is Section.TOOL_CALL:
                         await self._write(writer, delta)
             replica_id = stream.replica_id
         finally:
             stream.abort()
         finished = await self._finished(reason, replica_id)
         await writer.finished(self._offset + 1, finished)
+
+    def _submit(self, affinity: str) -> OutputStream:
+        tier = self._shared.tier
+        if self._forced_call is None:
+            return tier.generate(self.request, affinity=affinity)
+        beginning, state = self._forced_call
+        finder = CallFinder(state, self._shared.tokenizer)
+        return ForcedCallStream(lambda r: tier.generate(r, affinity=affinity), self.request, beginning, finder)
+
+    def _reason(self, engine: FinishReason) -> FinishReason:
+        """Why the text ended, which only the gateway knows for stop strings and tool calls."""
+        conversation = self._conversation
+        if conversation.stopped:
+            return FinishReason.STOP
+        if engine is FinishReason.STOP and any(not call.malformed for call in conversation.tool_calls):
+            return FinishReason.TOOL_CALLS
+        return engine
 
     def _started(self) -> pb.Started:
         return pb.Started(
@@ -314,7 +354,7 @@ class Generation:
         self._offset += 1
         if self._first_answer_s is None and delta.section is Section.ANSWER and delta.text:
             self._first_answer_s = self._shared.clock() - self._received_at
-        if self._session is not None:
+        if self._session is not None and delta.section is not Section.TOOL_CALL:
             self._reply[delta.section].append(delta.text)
         return writer.delta(self._offset, delta, with_ids=self._include_token_ids)
 
@@ -349,13 +389,8 @@ class Generation:
             return False, 0
         if reason not in _COMMITTED:
             return False, session.version
-        reply = {
-            "role": "assistant",
-            "content": "".join(self._reply[Section.ANSWER]),
-            "reasoning_content": "".join(self._reply[Section.REASONING]),
-        }
         turn = TurnRecord(
-            messages=[*self._messages, reply],
+            messages=[*self._messages, self._reply_message()],
             output_ids=self._output_ids[: self._conversation.completion_tokens],
             usage={field.name: value for field, value in usage.ListFields()},
             request_id=self.request_id,
@@ -369,6 +404,19 @@ class Generation:
             _log.warning("turn %s of session %s is not committed: %s", self.request_id, session.session_id, error)
             return False, session.version
         return True, version
+
+    def _reply_message(self) -> dict[str, Any]:
+        """The assistant's message of this turn; a malformed call stays in the content as the model wrote it."""
+        calls = self._conversation.tool_calls
+        parts = ["".join(self._reply[Section.ANSWER])]
+        parts += [f"<tool_call>{c.text}</tool_call>" for c in calls if c.malformed]
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": "\n".join(p for p in parts if p),
+            "reasoning_content": "".join(self._reply[Section.REASONING]),
+        }
+        good = [{"name": c.name, "arguments": json.loads(c.arguments_text)} for c in calls if not c.malformed]
+        return message | {"tool_calls": good} if good else message
 
     def _record(self, reason: FinishReason, usage: pb.Usage, timings: pb.Timings) -> None:
         telemetry = self._shared.telemetry

@@ -68,6 +68,8 @@ def check_input(request: pb.GenerateRequest) -> None:
         raise InvalidRequest(
             "tools", f"{len(request.tools)} tools", f"none with {given[0]}: they go into a chat template"
         )
+    if request.HasField("tool_choice") and not request.tools:
+        raise InvalidRequest("tool_choice", "set", "unset without tools")
     if request.resumable:
         raise InvalidRequest("resumable", True, "false: this gateway keeps no stream journal")
     mode = request.thinking.mode
@@ -117,9 +119,15 @@ def _tool_call(path: str, call: pb.ToolCall) -> dict[str, Any]:
     return {"name": call.name, "arguments": _json_object(f"{path}.arguments_json", call.arguments_json or "{}")}
 
 
-def tool_definitions(tools: Sequence[pb.Tool]) -> list[dict[str, Any]]:
-    """Tools in the form that Hugging Face templates take."""
+def tool_definitions(tools: Sequence[pb.Tool], choice: pb.ToolChoice) -> list[dict[str, Any]]:
+    """Tools in the form that Hugging Face templates take; none where the choice is NONE."""
     found = []
+    if choice.mode not in pb.ToolChoice.Mode.values():
+        raise InvalidRequest("tool_choice.mode", choice.mode, "AUTO (0), NONE (1), REQUIRED (2) or NAMED (3)")
+    if choice.mode == pb.ToolChoice.NAMED and choice.name not in {tool.name for tool in tools}:
+        raise InvalidRequest("tool_choice.name", choice.name, f"one of {[tool.name for tool in tools]}")
+    if choice.name and choice.mode != pb.ToolChoice.NAMED:
+        raise InvalidRequest("tool_choice.name", choice.name, "unset unless the mode is NAMED")
     for i, tool in enumerate(tools):
         if not tool.name:
             raise InvalidRequest(f"tools[{i}].name", "", "a name")
@@ -127,7 +135,7 @@ def tool_definitions(tools: Sequence[pb.Tool]) -> list[dict[str, Any]]:
         if tool.parameters_json:
             function["parameters"] = _json_object(f"tools[{i}].parameters_json", tool.parameters_json)
         found.append({"type": "function", "function": function})
-    return found
+    return [] if choice.mode == pb.ToolChoice.NONE else found
 
 
 def _json_object(field: str, text: str) -> dict[str, Any]:
