@@ -1,13 +1,15 @@
 """The exchange of CPU processes: one message each way per layer and pair of ranks, over a ProcessGroupGloo.
 
-A dispatch message is one run of int32 words: 16 words of head (magic, rows, pairs, layer), the slot ids, the rows'
-bytes from a multiple of 64 bytes on. Counts so travel with the rows: a Gloo receive accepts a message shorter than
-its buffer, and the header bounds the buffer. The answer is the bare rows, whose number the source knows from its
-plan. What makes it quick: a Gloo send flows at once only if the peer's receive is posted, so every receive is posted
-before the peer can send (the next layer's rows before this layer's product, the answers before the dispatch); rows
-are gathered straight into the message; buffers are kept between layers. Traps: wait on receives, never on sends (a
-send-wait does not notice a dead peer); a message is known to be taken when a later answer of that peer arrives, and
-its buffer is not written before. Tags name step, layer and direction."""
+A dispatch message is one run of int32 words: 16 words of head (magic, rows, pairs, layer, step), the slot ids, the
+rows' bytes from a multiple of 64 bytes on. Counts so travel with the rows: a Gloo receive accepts a message shorter
+than its buffer, and the header bounds the buffer. The answer is the bare rows, whose number the source knows.
+
+What makes it quick: a Gloo send flows at once only if the peer's receive is posted. So an owner of experts posts the
+next layer's receive as soon as it has answered, and a source posts those of its answers while its rows are on their
+way; neither is on the critical path. Rows are gathered straight into the message; buffers live as long as the group.
+
+Traps: wait on receives, never on sends (a send-wait does not notice a dead peer). A message is known to be taken when
+a later answer of that peer arrives; its buffer is not written before. Tags name step, layer and direction."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -89,6 +91,10 @@ class GlooExchange:
             elif num_pairs:
                 # The rows stay referenced until the source is heard again, which proves that it has them.
                 self._inboxes[source].answer = (part, self._send(part, source, tag))
+        if self._turn + 1 < len(self._layers):  # while the sources read their answers
+            for source in self._all_sources:
+                if source != self._rank:
+                    self._post(source, self._turn + 1)
         if plan is not None:
             self._receive_answers(plan, own)
         self._turn += 1
@@ -97,26 +103,28 @@ class GlooExchange:
     def abort(self) -> None:
         if not self._aborted:
             self._aborted = True
-            abort_gloo(self._group, peer=1 if self._rank == 0 else 0)
+            abort_gloo(self._group)
 
     # -- a source's half
 
     def _send_rows(self, plan: DispatchPlan, x: torch.Tensor) -> None:
-        """Post the receives of the answers, then send each rank its rows."""
+        """Send each rank its rows, then, while they are on their way, post the receives of the answers."""
         if self._returns.shape[0] < plan.num_pairs:
             self._returns = self._returns.new_empty(plan.num_pairs, self._shape.hidden_size)
         tag, answer_tag = self._tag(0, self._turn), self._tag(1, self._turn)
         words = x.contiguous().view(torch.int32).numpy()
         row = pair = 0
         for ep_rank, peer in enumerate(self._expert_ranks):
-            rows, num_pairs = slice(row, row + plan.send_counts[ep_rank]), plan.pair_counts[ep_rank]
+            rows = slice(row, row + plan.send_counts[ep_rank])
             if peer != self._rank:
                 outbox = self._outboxes[peer]
-                if num_pairs:
-                    outbox.awaited = self._recv(self._returns[pair : pair + num_pairs], peer, answer_tag)
-                message = outbox.fill(plan, rows, num_pairs, self._step_id, words)
+                message = outbox.fill(plan, rows, plan.pair_counts[ep_rank], self._step_id, words)
                 outbox.sent(message, self._send(message, peer, tag))
             row = rows.stop
+        for ep_rank, peer in enumerate(self._expert_ranks):
+            num_pairs = plan.pair_counts[ep_rank]
+            if peer != self._rank and num_pairs:
+                self._outboxes[peer].awaited = self._recv(self._returns[pair : pair + num_pairs], peer, answer_tag)
             pair += num_pairs
 
     def _receive_answers(self, plan: DispatchPlan, own: torch.Tensor | None) -> None:
@@ -147,9 +155,7 @@ class GlooExchange:
             assert inbox.posted is not None
             self._wait(inbox.posted, source)
             inbox.answer = None  # heard again: it has our last answer
-            parts.append(self._open(inbox.buffers[self._turn & 1], source, layer_id))
-            if self._turn + 1 < len(self._layers):
-                self._post(source, self._turn + 1)
+            parts.append(self._open(inbox.buffer, source, layer_id))
         if not parts:
             return ExchangeHandle(layer_id, plan, self._returns[:0], self._no_slots)
         counts = tuple((source, rows.shape[0], num_pairs) for source, rows, _, num_pairs in parts)
@@ -179,7 +185,7 @@ class GlooExchange:
 
     def _post(self, source: int, turn: int) -> None:
         inbox = self._inboxes[source]
-        inbox.posted = self._recv(inbox.buffers[turn & 1], source, self._tag(0, turn))
+        inbox.posted = self._recv(inbox.buffer, source, self._tag(0, turn))
 
     # -- both
 
@@ -227,19 +233,18 @@ class GlooExchange:
 
 
 class _Inbox:
-    """What one source sends here: two buffers, so that the next layer's rows arrive while this layer's are
-    multiplied."""
+    """What one source sends here. Its receive is posted when the rows of the layer before have been multiplied."""
 
-    __slots__ = ("answer", "buffers", "posted")
+    __slots__ = ("answer", "buffer", "posted")
 
     def __init__(self) -> None:
-        self.buffers = (torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32))
+        self.buffer = torch.empty(0, dtype=torch.int32)
         self.posted: Work | None = None
         self.answer: tuple[torch.Tensor, Work] | None = None  # kept until the source is heard again
 
     def reserve(self, num_words: int) -> None:
-        if self.buffers[0].numel() < num_words:
-            self.buffers = (torch.empty(num_words, dtype=torch.int32), torch.empty(num_words, dtype=torch.int32))
+        if self.buffer.numel() < num_words:
+            self.buffer = torch.empty(num_words, dtype=torch.int32)
 
 
 class _Outbox:
