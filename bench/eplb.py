@@ -26,7 +26,7 @@ from .eplb_loads import LOADS, SCENARIOS, FloatArray, Scenario
 
 BOUND = 500  # moves of one plan in the bounded row
 VARIANTS = {
-    "exact": EplbConfig(tolerance=0.0, min_gain=0.0001),
+    "exact": EplbConfig(tolerance=0.0, min_gain=0.0001, min_copies=1),  # the reference promises no second copy either
     "default": EplbConfig(),
     f"<= {BOUND} moves": EplbConfig(max_moves=BOUND),
 }

@@ -74,6 +74,7 @@ SCENARIOS = (
     Scenario(
         name="zipf 1.2, 16 shards, 8 hosts", ep_size=16, num_redundant=32, windows=partial(zipf, 1.2), ranks_per_host=2
     ),
+    Scenario(name="zipf 1.2, 16 shards, spares", ep_size=16, num_redundant=128, windows=partial(zipf, 1.2)),
     Scenario(name="uniform, 8 shards", ep_size=8, num_redundant=32, windows=partial(zipf, 0.0)),
     Scenario(name="topics, 16 shards", ep_size=16, num_redundant=32, windows=topics),
     Scenario(name="demo tasks, 4 shards", ep_size=4, num_redundant=8, windows=partial(demo, *_TASKS)),

@@ -7,7 +7,8 @@ comes second; then every layer takes the steps that lower its hottest rank most 
 layers share `max_moves` by gain. A copy that may stay keeps its rank, and its slot where the width allows.
 
 Redundant copies go to hot experts. With one for every expert (`num_redundant >= num_logical`) each keeps two first, so
-that any one death leaves a copy; copies of one expert are never on one rank, and on two hosts at least where there are.
+that any one death leaves a copy (`min_copies`). Copies of one expert are never on one rank, and where there are two
+hosts on both.
 
 The load model: a rank's load in a layer is the sum over its slots of load / copies; ranks work in lock-step, so a layer
 lasts as long as its hottest rank and a step as long as the sum over layers. `Balance` is that prediction, to be held
@@ -34,6 +35,9 @@ class EplbConfig:
     """What a placement may use. Counts are per layer, except `max_moves`."""
 
     num_redundant: int = 0  # copies beyond one of each expert
+    min_copies: int = (
+        0  # of every expert; 0 = as many as the spare copies make for all, 1 = all spare copies to hot ones
+    )
     max_slots_per_rank: int = 0  # memory of a rank; 0 = what num_redundant asks for
     max_moves: int = -1  # optional moves of one plan, expert-layers; -1 = as many as help, 0 = only what must be
     tolerance: float = 0.01  # a layer with max / mean below 1 + tolerance is left alone
@@ -160,7 +164,8 @@ def capacity(num_logical: int, ep_size: int, config: EplbConfig) -> tuple[int, i
             f"{min_shards(num_logical, config.max_slots_per_rank)} ranks are needed"
         )
     num_copies = min(wanted, slots * ep_size)
-    return slots, num_copies, num_copies // num_logical if num_logical else 1
+    for_all = num_copies // num_logical if num_logical else 1
+    return slots, num_copies, min(for_all, config.min_copies) if config.min_copies else for_all
 
 
 def min_shards(num_logical: int, max_slots_per_rank: int) -> int:

@@ -188,6 +188,16 @@ def test_a_hot_expert_gets_the_spare_copies():
     assert made.after.max_over_mean < 1.05 < made.before.max_over_mean
 
 
+def test_a_second_copy_of_each_comes_before_a_third_of_the_hot_ones_unless_told_otherwise():
+    loads, hosts = zipf(2, 16, 1.2, seed=5), list("abcdefgh")
+    safe, fast = (plan(loads, hosts, EplbConfig(num_redundant=16, min_copies=n)) for n in (0, 1))
+    both = plan(loads, hosts, EplbConfig(num_redundant=24))
+    assert int(safe.placement.logical_replica_count.min()) == 2
+    assert int(both.placement.logical_replica_count.min()) == 2
+    assert fast.after.max_over_mean < 1.05 < safe.after.max_over_mean
+    assert both.after.max_over_mean < 1.1
+
+
 def test_a_quiet_or_balanced_layer_moves_nothing():
     loads = np.stack([np.zeros(16), np.ones(16)])
     made = plan(loads, ["a"] * 4, EplbConfig(num_redundant=4, tolerance=0.3), present=uniform(2, 16, 4, 4))
