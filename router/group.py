@@ -58,14 +58,21 @@ def build_gloo(epoch: Epoch, rank: int, *, interface: str, timeout_s: float) -> 
     return group
 
 
-def abort_gloo(group: ProcessGroup, peer: int) -> None:
+def abort_gloo(group: ProcessGroup) -> None:
     """End all waits on this group, here and at the peers, now.
 
     Trap: `ProcessGroupGloo.abort()` closes no connection while anything refers to the group, and a peer would wait for
-    its deadline. A receive that times out does: Gloo then fails the whole context, so one is made to."""
+    its deadline. A receive that times out does: Gloo then fails the whole context, so one is made to. It must be from a
+    peer that lives: from a dead one it fails at once and closes nothing else."""
     never = torch.empty(1, dtype=torch.uint8)
-    with contextlib.suppress(RuntimeError):
-        group.recv([never], peer, _ABORT_TAG).wait(timedelta(milliseconds=1))
+    for peer in range(group.size()):
+        if peer == group.rank():
+            continue
+        try:
+            group.recv([never], peer, _ABORT_TAG).wait(timedelta(milliseconds=1))
+        except RuntimeError as error:
+            if "timed out" in str(error).lower():
+                break
     with contextlib.suppress(RuntimeError):
         group.abort()
 
