@@ -26,6 +26,7 @@ MODES: tuple[Mode, ...] = ("think", "no_think", "soft_no_think")
 BUDGETS: tuple[int | None, ...] = (8, 16, 32, 48, 64, 96, 128, 192, 256, None)
 ARITHMETIC = ("add4", "subtract4", "add", "subtract", "multiply", "divide", "series", "word problem")
 ITEMS_PER_TASK = 50  # 15 tasks: 750 items
+MAX_NEW_TOKENS = 512  # of one reply, thinking included
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,8 +153,16 @@ def accuracy(outcomes: Iterable[Outcome], *, by_turn: bool = False) -> dict[str,
     return {key: round(right[key] / total[key], 4) for key in total}
 
 
-def report(generate: Generate, items_per_task: int = ITEMS_PER_TASK) -> dict[str, Any]:
-    """Everything the model card shows: accuracy per task and mode, and accuracy against thinking budget."""
+def report(
+    generate: Generate,
+    items_per_task: int = ITEMS_PER_TASK,
+    *,
+    curve_items_per_task: int = 0,
+    progress: Callable[[str], None] = lambda _line: None,
+) -> dict[str, Any]:
+    """Everything the model card shows: accuracy per task and mode, and accuracy against thinking budget.
+
+    The curve may be made of fewer items a task (0: as many)."""
     items = held_out_items(items_per_task=items_per_task)
     result: dict[str, Any] = {"num_items": len(items), "accuracy": {}, "mean_tokens": {}, "wrong": {}}
     for mode in MODES:
@@ -168,11 +177,15 @@ def report(generate: Generate, items_per_task: int = ITEMS_PER_TASK) -> dict[str
             mode: round(_mean([o.thought for o in outcomes]), 4)
         }
         result["wrong"][mode] = [[o.task, o.user, o.reply] for o in outcomes if not o.right][:40]
-    curve = held_out_items(ARITHMETIC, items_per_task)
-    result["budget_curve"] = [
-        {"budget": budget, "accuracy": accuracy(evaluate(generate, curve, "think", budget))} for budget in BUDGETS
-    ]
-    result["budget_curve"].insert(0, {"budget": 0, "accuracy": accuracy(evaluate(generate, curve, "no_think"))})
+        progress(f"{mode}: {result['accuracy'][mode]['all']:.1%} of {len(outcomes)} turns right")
+    curve = held_out_items(ARITHMETIC, curve_items_per_task or items_per_task)
+    result["budget_curve"] = []
+    for budget in (0, *BUDGETS):
+        hard_switch = budget == 0
+        outcomes = evaluate(generate, curve, "no_think" if hard_switch else "think", None if hard_switch else budget)
+        point = accuracy(outcomes)
+        result["budget_curve"].append({"budget": budget, "accuracy": point})
+        progress(f"budget {'unlimited' if budget is None else budget}: {point['all']:.1%} of {len(curve)} right")
     return result
 
 

@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from .evaluate import Reply, Request, held_out_items
+from .evaluate import MAX_NEW_TOKENS, Reply, Request, held_out_items
 from .questions import MAKERS
 from .rendering import Codec
 from .tasks import tool_messages
-
-MAX_NEW_TOKENS = 512
 
 
 class Offline:
@@ -38,7 +36,7 @@ class Offline:
             chunk = order[start : start + self.batch_size]
             outputs = self.generate([prompts[i] for i in chunk], [requests[i].budget for i in chunk])
             for index, output in zip(chunk, outputs):
-                replies[index] = self._reply(output, requests[index].enable_thinking)
+                replies[index] = self.reply(output, requests[index].enable_thinking)
         return [reply for reply in replies if reply is not None]
 
     def generate(self, prompts: list[list[int]], budgets: list[int | None]) -> list[list[int]]:
@@ -96,7 +94,8 @@ class Offline:
                 ids, positions, mask = ids[keep], positions[keep], mask[keep]
                 rows = [rows[index] for index in left]
 
-    def _reply(self, output: list[int], enable_thinking: bool) -> Reply:
+    def reply(self, output: list[int], enable_thinking: bool) -> Reply:
+        """Generated ids as a reader sees them."""
         split = max((i + 1 for i, token in enumerate(output) if token == self.codec.think_end_id), default=0)
         thinking, text = self.codec.decode(output[:split]), self.codec.decode(output[split:])
         if enable_thinking and not split:  # cut inside the block
