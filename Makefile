@@ -8,7 +8,8 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-gpu lint format parity bench memory prefix preemption idle proto setup clean
+.PHONY: demo test test-gpu lint format parity bench memory prefix preemption idle eval-demo \
+  served-equals-offline proto setup clean
 
 setup: $(VENV)/.runtime
 
@@ -53,6 +54,8 @@ lint: $(VENV)/.test
 MYPY_STRICT := -m expertmesh.errors -m expertmesh.config -m expertmesh.request -m expertmesh.model_config \
   -m expertmesh.router.epoch -m expertmesh.router.placement -m expertmesh.router.dispatch -m expertmesh.router.control \
   -m expertmesh.router.gateway.balancer -m expertmesh.router.gateway.conversation \
+  -m expertmesh.router.leader -m expertmesh.experts.eplb -m expertmesh.experts.eplb_search -m expertmesh.experts.eplb_tables \
+  -m expertmesh.experts.placing -m expertmesh.cluster.autoscale -m expertmesh.telemetry \
   -m expertmesh.cluster.membership -m expertmesh.cluster.attention.scheduler -m expertmesh.cluster.attention.kv_cache
 MYPY_BASIC := -p expertmesh.cluster -p expertmesh.experts -p expertmesh.router -m expertmesh.client -m expertmesh.cli
 
@@ -70,6 +73,13 @@ parity preemption prefix memory: $(VENV)/.test
 bench: $(VENV)/.test
 	$(PY) -m expertmesh.bench.serve
 	$(PY) -m expertmesh.bench.gateway
+
+# The demo model's held-out set through a running cluster, and by the token against transformers.
+eval-demo: $(VENV)/.runtime
+	$(PY) -m expertmesh.deploy.demo_model.served_evaluate
+
+served-equals-offline: $(VENV)/.test
+	$(PY) -m expertmesh.deploy.demo_model.served_equals_offline
 
 idle: $(VENV)/.runtime
 	$(PY) -m expertmesh.bench.idle

@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 from datetime import timedelta
+from typing import cast
 
 import torch
 from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, TCPStore
@@ -45,7 +46,7 @@ def build_gloo(epoch: Epoch, rank: int, *, interface: str, timeout_s: float) -> 
     try:
         # A client of its own: TCPStore is one locked connection, and a wait in one thread would stall all others.
         store = TCPStore(epoch.store_host, epoch.store_port, is_master=False, wait_for_workers=False, timeout=timeout)
-        options = ProcessGroupGloo._Options()
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(hostname=interface)]
         options._timeout = timeout
         prefix = PrefixStore(epoch.rendezvous_key or f"epoch-{epoch.number}", store)
@@ -55,7 +56,7 @@ def build_gloo(epoch: Epoch, rank: int, *, interface: str, timeout_s: float) -> 
         raise EpochError(
             f"epoch {epoch.number}: no communicator of {len(epoch.members)} members within {timeout_s:.0f} s: {error}"
         ) from error
-    return group
+    return cast(ProcessGroup, group)
 
 
 def abort_gloo(group: ProcessGroup) -> None:

@@ -113,7 +113,7 @@ class FakeMesh:
         self.fail_enter: Callable[[int], bool] = lambda step_id: False
         self._step_id = 0
 
-    def bid(self, num_decode_tokens: int, num_prefill_tokens: int) -> None:
+    def bid(self, num_decode_tokens: int, num_prefill_tokens: int, traceparent: str = "") -> None:
         with self.changed:
             self.bids.append((num_decode_tokens, num_prefill_tokens))
             self.changed.notify_all()

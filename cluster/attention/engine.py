@@ -411,7 +411,8 @@ class Engine:
         has_work, is_out = wanted != (0, 0), self._bid != (0, 0)
         if has_work != is_out:
             self._bid = wanted
-            self._mesh.bid(*wanted)
+            traceparent = next((s.request.traceparent for s in self.scheduler.sequences() if s.request.traceparent), "")
+            self._mesh.bid(*wanted, traceparent)
 
     def _fail(self, error: ReplicaLost) -> None:
         """Refuse everything from now on and end every request, so that no stream hangs."""
