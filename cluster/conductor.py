@@ -29,6 +29,7 @@ from .membership import (
     PlacementRequested,
     PrepareFailed,
     Rejoin,
+    State,
     uniform_place,
 )
 from .membership_host import MembershipHost
@@ -133,7 +134,7 @@ class Conductor:
         if epoch is not None:
             ep_ranks = {rank: ep_rank for ep_rank, rank in enumerate(epoch.expert_ranks)}
             ranks = {m.member_id: ep_ranks.get(rank, -1) for rank, m in enumerate(epoch.members)}
-        processes = tuple(self._with_state(p) for p in self._reports.values())
+        processes = tuple(p for p in map(self._with_state, self._reports.values()) if p.state != "dead")
         num_gateways = sum(p.role == "gateway" and p.state == "ready" for p in processes)
         return ClusterState(
             version=self._version,
@@ -175,7 +176,7 @@ class Conductor:
 
     def _summary(self, processes: tuple[ProcessStatus, ...], num_gateways: int) -> str:
         config = self._config
-        joined = self._core.members.values()
+        joined = [m for name, m in self._core.members.items() if self._core.states.get(name) is not State.DEAD]
         parts = [f"attention {sum(m.attention for m in joined)}/{config.num_attention_replicas}"]
         if self._num_expert:
             parts.append(f"experts {sum(m.expert for m in joined)}/{self._num_expert}")

@@ -65,7 +65,7 @@ class ClusterState:
 
     @property
     def gateways(self) -> tuple[str, ...]:
-        return tuple(p.address for p in self.processes if p.role == "gateway" and p.state == "ready")
+        return tuple(sorted(p.address for p in self.processes if p.role == "gateway" and p.state == "ready"))
 
     @property
     def links(self) -> dict[str, str]:
