@@ -1,33 +1,40 @@
-"""`make demo`: a real local cluster, one fixed conversation of three turns streamed over gRPC, then everything stopped.
+"""`make demo`: a real local cluster, one fixed conversation of four turns streamed over gRPC, then everything stopped.
 
 One gateway, one attention replica, two expert shards over gloo, an embedded Redis. The model is the small one trained
 for this repository where its weights are there; else a seeded random checkpoint, and the demo says that its text is
-noise. Nothing is canned: the answers are whatever the model says. Exit code 1 where a stream does not finish, a turn is
-not recorded, or a later turn finds nothing of the conversation in the prefix cache."""
+noise. Nothing is canned: the model says what it says; the calculator that the last turn calls runs here. Exit code 1
+where a stream does not finish, a turn is not recorded, a later turn finds nothing of the conversation in the prefix
+cache, or the trained model's answer is wrong."""
 
 import argparse
 import json
+import operator
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..client import Client, Finished, Session
+from ..client import AnswerDelta, Client, Finished, Messages, Session, ToolCallDelta
 from ..config import CacheConfig, ClusterConfig, NetworkConfig, SchedulerConfig
 from ..console import TurnPrinter, gateway_health, status_table, summary_of, topology_line
 from ..errors import ExpertMeshError
 from ..request import FinishReason
+from .demo_model.tools import CALCULATOR
 
 DEMO_MODEL = Path(__file__).parent / "demo_model" / "checkpoint"
-# Each turn: what the user says, and the mode of thinking.
-CONVERSATION: tuple[tuple[str, str], ...] = (
-    ("My name is Emma. I live in Paris.", "off"),
-    ("What is 17 + 25?", "on"),
-    ("Where do I live? /no_think", ""),
+# Each turn: what the user says, the mode of thinking, and what a right answer holds.
+CONVERSATION: tuple[tuple[str, str, str], ...] = (
+    ("My name is Emma. I live in Paris.", "off", "Emma"),
+    ("What is 17 + 25?", "on", "42"),
+    ("Where do I live? /no_think", "", "Paris"),
+    ("Use the calculator to compute 4821 * 37.", "", "178377"),
 )
 MAX_TOKENS = 192
+GOOD_ENDS = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.TOOL_CALLS)
+SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 class DemoFailed(Exception):
@@ -89,7 +96,7 @@ def run(model: str, num_attention: int, num_shards: int) -> list[Finished]:
     with cluster, Client(cluster.gateways, cluster_token=cluster.config.network.cluster_token) as client:
         topology = client.topology()
         print(topology_line(topology), flush=True)
-        turns = converse(client.session())
+        turns = converse(client.session(), must_be_right=model == str(DEMO_MODEL))
         check(turns, client)
         health = {address: gateway_health(address) for address in topology.gateways}
         print("\n" + status_table(client.topology(), health), flush=True)
@@ -98,26 +105,62 @@ def run(model: str, num_attention: int, num_shards: int) -> list[Finished]:
     return turns
 
 
-def converse(session: Session) -> list[Finished]:
-    """Stream the turns; thinking is shown."""
+@dataclass(slots=True)
+class Reply:
+    finished: Finished
+    text: str = ""
+    call: str = ""  # the arguments of the one tool, as JSON text
+
+
+def converse(session: Session, *, must_be_right: bool) -> list[Finished]:
+    """Stream the turns; thinking is shown, a call of the calculator is run and its result sent."""
     finished: list[Finished] = []
-    for text, mode in CONVERSATION:
+    for text, mode, right in CONVERSATION:
         print(f"\n> {text}" + (f"   [thinking {mode}]" if mode else ""), flush=True)
-        stream = session.send(text, thinking=mode or None, max_tokens=MAX_TOKENS, seed=11, timeout_s=60.0)
-        printer = TurnPrinter(sys.stdout)
-        for event in stream:
-            printer.show(event)
-        if stream.finished is None:
-            raise DemoFailed(f"the stream of turn {len(finished) + 1} broke off")
-        print(f"[{summary_of(stream.finished)}]", flush=True)
-        finished.append(stream.finished)
+        reply = stream(session, text, mode)
+        finished.append(reply.finished)
+        if reply.call:
+            result = calculate(reply.call)
+            print(f"\n> [calculator] {result}", flush=True)
+            reply = stream(session, [{"role": "tool", "content": result}], mode)
+            finished.append(reply.finished)
+        if must_be_right and right not in reply.text:
+            raise DemoFailed(f"the answer to {text!r} is {reply.text!r}; {right!r} was expected in it")
+    if must_be_right and len(finished) != len(CONVERSATION) + 1:
+        raise DemoFailed(f"{len(finished) - len(CONVERSATION)} turns called the calculator, expected 1")
     return finished
+
+
+def stream(session: Session, messages: Messages, mode: str) -> Reply:
+    """One reply, shown as it comes."""
+    events = session.send(
+        messages, thinking=mode or None, tools=[CALCULATOR], max_tokens=MAX_TOKENS, seed=11, timeout_s=60.0
+    )
+    printer, text, call = TurnPrinter(sys.stdout), "", ""
+    for event in events:
+        printer.show(event)
+        match event:
+            case AnswerDelta():
+                text += event.text
+            case ToolCallDelta(index=0):
+                call = "" if event.malformed else call + event.arguments_text
+    if events.finished is None:
+        raise DemoFailed(f"the stream of request {events.request_id} broke off")
+    print(f"[{summary_of(events.finished)}]", flush=True)
+    return Reply(events.finished, text, call)
+
+
+def calculate(arguments_json: str) -> str:
+    """The tool: two whole numbers and a sign."""
+    expression = str(json.loads(arguments_json).get("expression", ""))
+    found = re.fullmatch(r"\s*(-?\d+)\s*([-+*])\s*(-?\d+)\s*", expression)
+    return str(SIGNS[found[2]](int(found[1]), int(found[3]))) if found else "not an expression"
 
 
 def check(turns: Sequence[Finished], client: Client) -> None:
     """What the demo promises, whatever the model says."""
     for number, turn in enumerate(turns, start=1):
-        if turn.reason not in (FinishReason.STOP, FinishReason.LENGTH) or not turn.completion_tokens:
+        if turn.reason not in GOOD_ENDS or not turn.completion_tokens:
             raise DemoFailed(f"turn {number} ended with {turn.reason.name} after {turn.completion_tokens} tokens")
         if not turn.committed or turn.session_version != number:
             raise DemoFailed(f"turn {number} is not in the session record (version {turn.session_version})")

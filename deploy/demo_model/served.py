@@ -7,6 +7,7 @@ as text of the answer: both become the text that the model wrote."""
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,19 +33,23 @@ class Answer:
 
 
 class Served:
-    """Ask the gateways; `concurrency` streams are open at a time. Greedy, so that any run says the same."""
+    """Ask the gateways, `concurrency` streams at a time in each call. Greedy, so that any run says the same.
+
+    May be called from several threads."""
 
     def __init__(self, addresses: Sequence[str], *, concurrency: int = 32) -> None:
         self.addresses, self.concurrency = list(addresses), concurrency
         self.num_requests = self.num_tokens = 0
+        self._lock = threading.Lock()
 
     def __call__(self, requests: Sequence[Request]) -> list[Reply]:
         return [answer.reply for answer in self.answers(requests)]
 
     def answers(self, requests: Sequence[Request], *, with_ids: bool = False) -> list[Answer]:
         answers = asyncio.run(self._ask_all(requests, with_ids))
-        self.num_requests += len(answers)
-        self.num_tokens += sum(answer.reply.num_tokens for answer in answers)
+        with self._lock:
+            self.num_requests += len(answers)
+            self.num_tokens += sum(answer.reply.num_tokens for answer in answers)
         return answers
 
     async def _ask_all(self, requests: Sequence[Request], with_ids: bool) -> list[Answer]:
@@ -96,7 +101,7 @@ def demo_config(num_shards: int, *, num_attention: int = 1) -> ClusterConfig:
         num_attention_replicas=num_attention,
         num_expert_shards=num_shards,
         network=NetworkConfig(gateway_port=0),
-        cache=CacheConfig(kv_memory_bytes=128 << 20),
+        cache=CacheConfig(kv_memory_bytes=256 << 20),
     )
 
 

@@ -1,8 +1,8 @@
 """`make served-equals-offline`: held-out conversations through real clusters, by the token as transformers has them.
 
 transformers plays the conversations first: greedy, float32, one sequence at a time (no padding); at each token the lead
-of the best logit over the second is noted. Then a cluster of each number of shards plays them over gRPC, many streams at
-once, each on its own answers. Prompts must be as long and outputs the same ids, the stop id included. A difference that
+of the best logit over the second is noted. Then a cluster of each number of shards plays them over gRPC, many streams
+at once, each on its own answers. Prompts must be as long and outputs the same ids, stop id included. A difference that
 begins where transformers' own lead is below 1e-4 is a tie: counted apart, the rest of that conversation is left out.
 Exit code 1 where anything else differs; the last line is JSON."""
 
@@ -76,7 +76,7 @@ class Reference:
     def __init__(self) -> None:
         from .offline import Offline
 
-        self._offline = Offline(CHECKPOINT)
+        self.offline = Offline(CHECKPOINT)
 
     def __call__(self, requests: Sequence[Request]) -> list[Answer]:
         return [self.answer(request) for request in requests]
@@ -84,17 +84,17 @@ class Reference:
     def answer(self, request: Request) -> Answer:
         import torch
 
-        prompt = self._offline.codec.prompt(request.messages, request.tools, request.enable_thinking)
+        prompt = self.offline.codec.prompt(request.messages, request.tools, request.enable_thinking)
         ids = torch.tensor([prompt])
         with torch.inference_mode():
-            made = self._offline.model.generate(
+            made = self.offline.model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MAX_NEW_TOKENS,
                 return_dict_in_generate=True, output_logits=True,
             )  # fmt: skip
         output = made.sequences[0, len(prompt) :].tolist()
         best = torch.cat(made.logits).topk(2, dim=-1).values  # [num_tokens, 2]
         return Answer(
-            reply=self._offline.reply(output, request.enable_thinking), token_ids=tuple(output),
+            reply=self.offline.reply(output, request.enable_thinking), token_ids=tuple(output),
             num_prompt_tokens=len(prompt), margins=tuple((best[:, 0] - best[:, 1]).tolist()),
         )  # fmt: skip
 

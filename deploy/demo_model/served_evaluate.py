@@ -53,7 +53,10 @@ def main() -> int:
     parser.add_argument("--curve-items-per-task", type=int, default=0, metavar="N", help="default: as many")
     parser.add_argument("--shards", type=int, default=2, metavar="M")
     parser.add_argument("--attention", type=int, default=1, metavar="N")
-    parser.add_argument("--concurrency", type=int, default=32, metavar="N", help="streams open at a time")
+    parser.add_argument(
+        "--concurrency", type=int, default=32, metavar="N", help="streams open at a time, in each mode or budget"
+    )
+    parser.add_argument("--parallel", type=int, default=4, metavar="N", help="modes and budgets played at a time")
     parser.add_argument("--out", type=Path, default=Path("served_evaluation.json"))
     parser.add_argument("--svg", type=Path, default=Path("demo-model-curve.svg"))
     parser.add_argument("--write", action="store_true", help="replace the figures of the model card and the docs")
@@ -70,7 +73,7 @@ def main() -> int:
         "device": f"cpu, {os.cpu_count()} cores, float32",
         "attention": options.attention,
         "shards": options.shards,
-        "concurrency": options.concurrency,
+        "streams": options.concurrency * options.parallel,
         "curve_items_per_task": options.curve_items_per_task or options.items_per_task,
         "num_requests": served.num_requests,
         "num_tokens": served.num_tokens,
