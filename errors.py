@@ -111,7 +111,11 @@ class SessionStoreUnavailable(Unavailable):
 
 
 class ReplicaLost(Unavailable):
-    pass
+    """`member_id` is set where the process itself is known to be gone: its operating system closed what it held."""
+
+    def __init__(self, message: str, *, member_id: str = "", retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.member_id = member_id
 
 
 class ExchangeError(Unavailable):

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from ..errors import ExpertMeshError, Unavailable
+from ..errors import ExpertMeshError, ReplicaLost, Unavailable
 from ..router.epoch import Epoch, Member
 from .membership import (
     Alive,
@@ -80,6 +80,7 @@ class MemberAgent:
         self._stopping: asyncio.Event | None = None
         self._retired = threading.Event()
         self._leaving = False
+        self._asked_to_retire = False
         self._dropped: set[int] = set()  # epochs rolled back while they were still being prepared
         self._outbox: asyncio.Queue[Event] = asyncio.Queue()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="member-agent", daemon=True)
@@ -90,7 +91,8 @@ class MemberAgent:
 
     def on_trouble(self, epoch: int, error: ExpertMeshError) -> None:
         """From any thread: the epoch broke here."""
-        self._report(Trouble(self._id, epoch, str(error)))
+        lost_id = error.member_id if isinstance(error, ReplicaLost) else ""
+        self._report(Trouble(self._id, epoch, str(error), lost_id))
 
     def drain(self, timeout_s: float) -> bool:
         """Ask to leave and wait until nothing needs this member. False = not within the time."""
@@ -128,7 +130,7 @@ class MemberAgent:
 
     async def _poll(self) -> None:
         await self._join()
-        after = 0
+        after, just_joined = 0, True
         while True:
             try:
                 after, commands = await self._conductor.next_commands(self._id, after, _POLL_S)
@@ -138,19 +140,26 @@ class MemberAgent:
                 continue
             for command in commands:
                 if isinstance(command, Rejoin):
-                    if self._leaving:
+                    needed = self._mesh.epoch is not None and not self._asked_to_retire
+                    if self._leaving and (just_joined or not needed):
                         self._retired.set()  # nobody knows us: nobody needs us
                         return
                     await self._join()
-                    after = 0
+                    after, just_joined = 0, True
                     break
                 self._perform(command)
+            else:
+                just_joined = False
 
     async def _join(self) -> None:
         while True:
             try:
                 mesh = self._mesh
-                return await self._conductor.join(Join(mesh.member, mesh.epoch, mesh.highest_number))
+                event = Join(mesh.member, mesh.epoch, mesh.highest_number, self._leaving)
+                await self._conductor.join(event)
+                if self._leaving and not event.leaving:
+                    self._report(Leave(self._id))  # asked meanwhile: a Leave that came before the Join was nobody's
+                return
             except Unavailable as error:
                 _log.warning("joining: %s", error)
                 await asyncio.sleep(_RETRY_S)
@@ -178,6 +187,7 @@ class MemberAgent:
                 self._dropped.add(number)
                 self._beside(lambda: self._mesh.rollback(number))
             case Retire(_, number):
+                self._asked_to_retire = True
                 self._beside(lambda: self._retire(number))
             case Probe():
                 self._report(Alive(self._id))

@@ -6,9 +6,10 @@
 All change is a new epoch, made in two phases: Prepare to its members, Commit when all are prepared, Rollback when one
 is not. One transition at a time; what comes meanwhile is answered by the next one. Commit goes first to the leader of
 the epoch in force, which answers when its last step is over, so that two leaders never name steps at once. A broken
-epoch (Trouble) is probed before it is replaced: whoever does not answer is left out. State is soft: after a restart
-the members join again with their epoch, and the highest number is adopted. Idea: two-phase commit; Raft's terms as
-fence; torchft's quorum."""
+epoch (Trouble) is probed before it is replaced: whoever does not answer is left out. A trouble that names the member
+whose connection closed needs no probe: a live one that is given up joins again. State is soft: after a restart the
+members join again with their epoch, and the highest number is adopted. Idea: two-phase commit; Raft's terms as fence;
+torchft's quorum."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -33,12 +34,13 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """`epoch` = the one that it is in already (the Conductor restarted), `highest_number` = highest it ever
-    prepared."""
+    """`epoch` = the one that it is in already (the Conductor restarted), `highest_number` = highest it ever prepared,
+    `leaving` = it is known again only to leave in good order."""
 
     member: Member
     epoch: Epoch | None = None
     highest_number: int = 0
+    leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +73,12 @@ class Alive:
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """The epoch is broken, as this member saw it."""
+    """The epoch is broken, as this member saw it; `lost_id` names the member whose connection closed, where known."""
 
     member_id: str
     number: int
     reason: str
+    lost_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +249,8 @@ class Membership:
         match event:
             case Join():
                 self._join(event, now)
+                if event.leaving:
+                    return self._take(Leave(event.member.member_id), now)
             case Prepared(member_id, number) | Committed(member_id, number):
                 phase_is_prepare = isinstance(event, Prepared)
                 transition = self._transition
@@ -257,7 +262,9 @@ class Membership:
                     transition.waiting.discard(member_id)
             case PrepareFailed(member_id, number, reason):
                 return self._prepare_failed(member_id, number, reason, now)
-            case Trouble(_, number, reason):
+            case Trouble(_, number, reason, lost_id):
+                if self._is_alive(lost_id) and self._is_known_number(number):
+                    return self._lost_in_epoch(lost_id, reason)
                 return self._trouble(number, reason, now)
             case Leave(member_id):
                 self.states[member_id] = State.DRAINING
@@ -345,6 +352,15 @@ class Membership:
             commands += self._roll_back(reason)  # it may share the broken communicator, or the dead member
         alive = [m.member_id for m in self.epoch.members if self._is_alive(m.member_id)]
         return commands + self._probe(alive, now + self._probe_timeout_s)
+
+    def _is_known_number(self, number: int) -> bool:
+        """Of the epoch in force or of the one that some are entering; older news may be about a former connection."""
+        return number in {e.number for e in (self.epoch, self._transition and self._transition.epoch) if e}
+
+    def _lost_in_epoch(self, member_id: str, reason: str) -> list[Command]:
+        if not self._broken:
+            self.last_failure = reason
+        return self._give_up({member_id}, "its connection closed")
 
     def _probe(self, member_ids: Iterable[str], until: float) -> list[Command]:
         asked = sorted(member_ids)
@@ -478,7 +494,9 @@ class Membership:
             store_port=leader.store_port,
         )
         waiting = {m.member_id for m in target}
-        self._transition = _Transition(epoch, waiting, now + self._prepare_timeout_s, now + self._watch_interval_s)
+        # After a break another may be dead whom nobody has named: ask soon, with the patience that loading needs.
+        probe_in_s = self._probe_timeout_s if self._broken else self._watch_interval_s
+        self._transition = _Transition(epoch, waiting, now + self._prepare_timeout_s, now + probe_in_s)
         return [Prepare(m.member_id, epoch) for m in target]
 
     def _target(self) -> tuple[Member, ...]:

@@ -26,10 +26,16 @@ class MembershipHost:
         self.core = core
         self._clock, self._on_change = clock, on_change
         self._mailboxes: dict[str, _Mailbox] = {}
+        self._joined: set[str] = set()  # here: who knows only a former Conductor's numbers must not acknowledge by them
         self._timer: asyncio.TimerHandle | None = None
 
     async def join(self, event: Join) -> None:
-        self._mailboxes[event.member.member_id] = _Mailbox()  # it starts anew, from number 0
+        member_id = event.member.member_id
+        mailbox = _Mailbox()  # it starts anew, from number 0
+        for command in self._mailboxes[member_id].commands if member_id in self._mailboxes else ():
+            mailbox.post(command)  # meant for it before it came: its epoch was adopted, or this is a second try
+        self._mailboxes[member_id] = mailbox
+        self._joined.add(member_id)
         self.take(event)
 
     async def tell(self, event: Event) -> None:
@@ -38,7 +44,7 @@ class MembershipHost:
     async def next_commands(self, member_id: str, after: int, timeout_s: float) -> tuple[int, list[Command]]:
         """Commands behind number `after` and the number of the last; waits up to `timeout_s` for one to come."""
         mailbox = self._mailboxes.get(member_id)
-        if mailbox is None or not self.core.knows(member_id):
+        if mailbox is None or member_id not in self._joined or not self.core.knows(member_id):
             return 0, [Rejoin(member_id)]
         mailbox.acknowledge(after)
         if not mailbox.commands:
@@ -53,6 +59,7 @@ class MembershipHost:
             self._mailboxes.setdefault(command.member_id, _Mailbox()).post(command)
         for member_id in [m for m in self._mailboxes if not self.core.knows(m)]:
             self._mailboxes.pop(member_id).post(Rejoin(member_id))  # ends the poll of one that was given up but lives
+            self._joined.discard(member_id)
         self._set_timer()
         self._on_change()
 

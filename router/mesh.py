@@ -383,8 +383,10 @@ class ClusterMesh:
 
     def _on_member_lost(self, member_id: str) -> None:
         epoch = self.epoch
+        if not self._leads:
+            return  # a former leader: its members have closed what they need no more
         if epoch and any(m.member_id == member_id for m in epoch.members):
-            self._trouble(epoch.number, ReplicaLost(f"control channel of {member_id!r} closed"))
+            self._trouble(epoch.number, ReplicaLost(f"control channel of {member_id!r} closed", member_id=member_id))
 
     def _trouble(self, epoch_number: int, error: ExpertMeshError) -> None:
         if self._on_trouble is not None:
@@ -455,7 +457,8 @@ class ClusterMesh:
             lost = self._channels.pop(leader_id, None)
         epoch = self.epoch
         if lost is not None and epoch is not None and epoch.members[epoch.leader_rank].member_id == leader_id:
-            self._trouble(epoch.number, ReplicaLost(f"control channel to the leader {leader_id!r} closed"))
+            gone = ReplicaLost(f"control channel to the leader {leader_id!r} closed", member_id=leader_id)
+            self._trouble(epoch.number, gone)
 
 
 class LocalMesh(ClusterMesh):

@@ -23,6 +23,7 @@ from expertmesh.cluster.membership import (
     Prepared,
     PrepareFailed,
     Probe,
+    Rejoin,
     Retire,
     Rollback,
     State,
@@ -43,7 +44,7 @@ def member(name):
     return Member(member_id=name, attention=name[0] in "ac", expert=name[0] in "ec", store_port=7)
 
 
-def core(num_attention=1, num_expert=2, first_key=1):
+def core(num_attention=1, num_expert=2, first_key=1, patience_s=2.0):
     keys = (f"key{i}" for i in itertools.count(first_key))
     return Membership(
         num_attention=num_attention,
@@ -52,7 +53,8 @@ def core(num_attention=1, num_expert=2, first_key=1):
         make_key=lambda: next(keys),
         prepare_timeout_s=30.0,
         commit_timeout_s=10.0,
-        probe_timeout_s=2.0,
+        probe_timeout_s=patience_s,
+        rejoin_timeout_s=max(10.0, patience_s),
         watch_interval_s=10.0,
         retry_s=1.0,
     )
@@ -90,12 +92,16 @@ def show_epoch(epoch):
 
 def show_event(event):
     match event:
+        case Join(who, _, _, True):
+            return f"Join {who.member_id} to leave"
         case Join(who, epoch, highest):
             return f"Join {who.member_id}" + (f" in epoch {epoch.number}, highest {highest}" if epoch else "")
         case PlacementRequested(_):
             return "PlacementRequested"
         case Tick():
             return "Tick"
+        case Trouble(who, number, reason, lost_id) if lost_id:
+            return f"Trouble {who} {number}: {reason}; lost {lost_id}"
         case PrepareFailed(who, number, reason) | Trouble(who, number, reason):
             return f"{type(event).__name__} {who} {number}: {reason}"
         case Prepared(who, number) | Committed(who, number):
@@ -417,7 +423,7 @@ class Wire:
 
 async def test_agents_follow_the_conductor_through_its_restart_and_leave():
     wire = Wire(asyncio.get_running_loop())
-    wire.install(core())
+    wire.install(core(patience_s=60.0))  # nobody is dead here, however slow
     meshes = {name: SmallMesh(name) for name in ("a1", "e1", "e2")}
     meshes["e1"].refuse = True
     agents = {name: MemberAgent(mesh, wire) for name, mesh in meshes.items()}
@@ -425,7 +431,7 @@ async def test_agents_follow_the_conductor_through_its_restart_and_leave():
         await asyncio.to_thread(agent.start)
     await wire.until(lambda c: c.ready)
     assert {m.epoch.number for m in meshes.values()} == {2}  # 1 was refused once
-    wire.install(core())  # a Conductor without a memory
+    wire.install(core(patience_s=60.0))  # a Conductor without a memory
     await wire.until(lambda c: c.ready)
     assert wire.host.core.epoch.number == 2
     agents["a1"].on_trouble(2, EpochError("broken"))
@@ -446,3 +452,67 @@ async def test_agents_follow_the_conductor_through_its_restart_and_leave():
     for agent in (*agents.values(), late):
         await asyncio.to_thread(agent.stop)
     wire.host.close()
+
+
+async def test_a_leave_that_overtakes_the_join_is_not_forgotten():
+    wire = Wire(asyncio.get_running_loop())
+    wire.install(core(patience_s=60.0))
+    agents = {name: MemberAgent(SmallMesh(name), wire) for name in ("a1", "e1", "e2")}
+    for agent in agents.values():
+        await asyncio.to_thread(agent.start)
+    await wire.until(lambda c: c.ready)
+    told, gate = asyncio.Event(), asyncio.Event()
+    join, tell = wire.host.join, wire.host.tell
+
+    async def slow_join(event):
+        await gate.wait()
+        await join(event)
+
+    async def seen_tell(event):
+        await tell(event)
+        if isinstance(event, Leave):
+            told.set()
+
+    wire.host.join, wire.host.tell = slow_join, seen_tell
+    wire.host.take(Lost("e2"))  # a false alarm: it comes back, and its join takes its time
+    drained = asyncio.create_task(asyncio.to_thread(agents["e2"].drain, 20.0))
+    await told.wait()
+    gate.set()
+    assert await drained
+    await wire.until(lambda c: c.ready and "e2" not in {m.member_id for m in c.epoch.members})
+    for agent in agents.values():
+        await asyncio.to_thread(agent.stop)
+    wire.host.close()
+
+
+async def test_numbers_of_a_former_conductor_acknowledge_nothing():
+    former = core()
+    for name in ("a1", "e1", "e2"):
+        former.step(Join(member(name)), 0.0)
+    for answer in (Prepared, Committed):
+        for name in ("a1", "e1", "e2"):
+            former.step(answer(name, 1), 0.0)
+    host = MembershipHost(core(patience_s=60.0))
+    await host.join(Join(member("a1"), former.epoch, 1))  # e1 and e2 are adopted
+    await host.tell(Trouble("a1", 1, "broken"))
+    assert (await host.next_commands("e2", 7, 0.0))[1] == [Rejoin("e2")]
+    for name in ("e1", "e2"):
+        await host.join(Join(member(name), former.epoch, 1))
+        await host.tell(Alive(name))
+    await host.tell(Alive("a1"))
+    for name in ("a1", "e1", "e2"):
+        commands = (await host.next_commands(name, 0, 0.0))[1]
+        assert [c.epoch.number for c in commands if isinstance(c, Prepare)] == [2]
+    host.close()
+
+
+def test_a_closed_connection_needs_no_probe_and_a_member_may_return_only_to_leave():
+    trace = Trace("closed_connection", core())
+    start(trace, ["a1", "e1", "e2"])
+    trace.say(Trouble("a1", 1, "control channel of 'e2' closed", "e2"), at=5.0)
+    agree(trace, 2, ["a1", "e1"], leader="a1")
+    assert trace.core.ready
+    trace.say(Trouble("a1", 1, "old news", "e1"))  # of an epoch that is over
+    trace.say(Join(member("e2"), leaving=True))
+    assert trace.core.ready
+    trace.finish()
