@@ -500,6 +500,32 @@ class Abort(_message.Message):
     handle: int
     def __init__(self, handle: _Optional[int] = ...) -> None: ...
 
+class JournalHead(_message.Message):
+    __slots__ = ("submit", "stop", "strip_answer", "tools", "forced_call_ids", "include_token_ids", "session_id", "session_version", "affinity", "messages_json", "digest")
+    SUBMIT_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    STRIP_ANSWER_FIELD_NUMBER: _ClassVar[int]
+    TOOLS_FIELD_NUMBER: _ClassVar[int]
+    FORCED_CALL_IDS_FIELD_NUMBER: _ClassVar[int]
+    INCLUDE_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_VERSION_FIELD_NUMBER: _ClassVar[int]
+    AFFINITY_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_JSON_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    submit: Submit
+    stop: _containers.RepeatedScalarFieldContainer[str]
+    strip_answer: bool
+    tools: bool
+    forced_call_ids: _containers.RepeatedScalarFieldContainer[int]
+    include_token_ids: bool
+    session_id: str
+    session_version: int
+    affinity: str
+    messages_json: str
+    digest: bytes
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., strip_answer: _Optional[bool] = ..., tools: _Optional[bool] = ..., forced_call_ids: _Optional[_Iterable[int]] = ..., include_token_ids: _Optional[bool] = ..., session_id: _Optional[str] = ..., session_version: _Optional[int] = ..., affinity: _Optional[str] = ..., messages_json: _Optional[str] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
 class ReplicaMessage(_message.Message):
     __slots__ = ("hello", "step", "reject", "load")
     HELLO_FIELD_NUMBER: _ClassVar[int]

@@ -66,7 +66,8 @@ class GenerationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Goes on with a resumable generation at an event offset.
+        """Goes on with a resumable generation at an event offset, at any gateway: while it runs, after its end, and after
+        the gateway that it ran at was lost. NOT_FOUND once its journal has expired.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -333,13 +333,13 @@ async def test_cancel_ends_the_stream_with_what_was_said():
         assert await asyncio.to_thread(world.engine.wait_idle)
 
 
-async def test_a_running_request_id_is_not_taken_twice_and_cannot_be_resumed():
+async def test_a_running_request_id_is_not_taken_twice_and_cannot_be_resumed_without_a_journal():
     async with gateway(say("word " * 100)) as world:
         call = await held(world, request_id="r1")
         twice = await world.refused(world.generation.Generate(pb.GenerateRequest(prompt="a", request_id="r1")))
         assert twice.code() is grpc.StatusCode.INVALID_ARGUMENT
         resumed = await world.refused(world.generation.Resume(pb.ResumeRequest(request_id="r1")))
-        assert resumed.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert resumed.code() is grpc.StatusCode.NOT_FOUND
         call.cancel()
 
 

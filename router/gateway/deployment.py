@@ -18,6 +18,7 @@ from ...telemetry import configure
 from ..status import ConductorLink, ProcessStatus, report_failure, report_forever
 from .balancer import BalancerConfig
 from .generation import GenerationConfig
+from .journal import Journal
 from .server import GatewayServer
 from .session import SessionStore
 from .tier import AttentionTier
@@ -65,6 +66,7 @@ class Gateway:
             metrics_port=network.metrics_port + (local_rank if network.metrics_port > 0 else 0),
         )
         self._store = SessionStore(config.redis_url, ttl_s=config.session_ttl_s)
+        self._journal = Journal(config.redis_url)
         self._tier = AttentionTier(
             gateway_id=self.gateway_id,
             cluster_token=network.cluster_token,
@@ -80,6 +82,7 @@ class Gateway:
             tokenizer=tokenizer,
             tier=self._tier,
             sessions=self._store,
+            journal=self._journal,
             topology=self._conductor,
             host=network.gateway_host,
             port=network.gateway_port + (local_rank if network.gateway_port else 0),  # several on one host: next ports
@@ -105,6 +108,7 @@ class Gateway:
             await self._conductor.report(replace(self._status, state="draining"))
         await self._server.drain(DRAIN_S)
         await self._tier.close()
+        await self._journal.close()
         await self._store.close()
         self._server.telemetry.shutdown()
         with contextlib.suppress(Unavailable):

@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ... import telemetry as names
@@ -33,7 +33,6 @@ CLOSING_TEXT = (
 )  # Qwen3's documentation; ends the think block when its budget is spent
 ENCODE_INLINE_CHARS = 16_384  # longer prompts are encoded in a thread
 _COMMITTED = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.TOOL_CALLS)
-ForcedCall = tuple[tuple[int, ...], State]  # how the call begins, and where the prompt leaves the model
 _log = logging.getLogger(__name__)
 
 
@@ -127,28 +126,22 @@ class Generations:
             prompt_ids=tuple(prompt_ids),
             sampling=self._sampling(request, len(prompt_ids)),
             thinking=self._budget(request, state),
-            deadline=0.0 if remaining_s is None else self.wall_clock() + remaining_s,
+            deadline=0.0 if remaining_s is None or request.resumable else self.wall_clock() + remaining_s,
             traceparent=traceparent,
         )
-        conversation = Conversation(
-            self.tokenizer,
+        plan = GenerationPlan(
+            request=engine_request,
             state=state,
             stop=stop,
-            stop_ids=engine_request.sampling.stop_token_ids,
             strip_answer=request.HasField("chat"),
             tools=bool(tools),
-        )
-        return Generation(
-            self,
-            engine_request,
-            conversation,
+            forced_call=self._forced_call(request.tool_choice),
+            include_token_ids=request.include_token_ids,
+            owner=owner,
             messages=messages,
             session=session,
-            owner=owner,
-            include_token_ids=request.include_token_ids,
-            forced_call=self._forced_call(request.tool_choice, state),
-            received_at=received_at,
         )
+        return Generation(self, plan, received_at=received_at)
 
     async def _open(self, session_id: str, owner: str) -> SessionRecord:
         if self.sessions is None:
@@ -225,12 +218,12 @@ class Generations:
             starts_inside=state is State.REASONING,
         )
 
-    def _forced_call(self, choice: pb.ToolChoice, state: State) -> ForcedCall | None:
+    def _forced_call(self, choice: pb.ToolChoice) -> tuple[int, ...]:
         if choice.mode not in (pb.ToolChoice.REQUIRED, pb.ToolChoice.NAMED):
-            return None
+            return ()
         if self.tokenizer.special_ids.tool_call is None:
             raise InvalidRequest("tool_choice", "set", "AUTO or NONE: this model's vocabulary has no tool call tokens")
-        return call_beginning(self.tokenizer, choice.name), state
+        return call_beginning(self.tokenizer, choice.name)
 
     def _sampling(self, request: pb.GenerateRequest, num_prompt_tokens: int) -> SamplingParams:
         return validation.sampling_params(
@@ -243,28 +236,40 @@ class Generations:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationPlan:
+    """A request, checked and resolved: all that a generation is made of (a stream's journal begins with it)."""
+
+    request: EngineRequest
+    state: State  # where the prompt leaves the model
+    stop: tuple[str, ...] = ()
+    strip_answer: bool = True
+    tools: bool = False
+    forced_call: tuple[int, ...] = ()  # how the call begins that must come
+    include_token_ids: bool = False
+    owner: str = ""
+    messages: list[dict[str, Any]] = field(default_factory=list)  # new in this turn
+    session: SessionRecord | None = None
+
+
+Record = Callable[[RequestOutput], Awaitable[None]]
+
+
 class Generation:
     """One request in work: `run` once."""
 
-    def __init__(
-        self,
-        shared: Generations,
-        request: EngineRequest,
-        conversation: Conversation,
-        *,
-        messages: list[dict[str, Any]],
-        session: SessionRecord | None,
-        owner: str,
-        include_token_ids: bool,
-        forced_call: ForcedCall | None,
-        received_at: float,
-    ) -> None:
-        self.request = request
-        self._shared, self._conversation, self._messages = shared, conversation, messages
-        self._session, self._owner = session, owner
-        self._include_token_ids = include_token_ids
-        self._include_all = include_token_ids or request.sampling.num_logprobs >= 0  # also deltas without text
-        self._forced_call = forced_call
+    def __init__(self, shared: Generations, plan: GenerationPlan, *, received_at: float) -> None:
+        self.plan, self.request = plan, plan.request
+        self._shared, self._messages, self._session, self._owner = shared, plan.messages, plan.session, plan.owner
+        self._conversation = Conversation(
+            shared.tokenizer,
+            state=plan.state,
+            stop=plan.stop,
+            stop_ids=plan.request.sampling.stop_token_ids,
+            strip_answer=plan.strip_answer,
+            tools=plan.tools,
+        )
+        self._include_all = plan.include_token_ids or plan.request.sampling.num_logprobs >= 0  # also without text
         self._received_at = received_at
         self._stream: OutputStream | None = None
         self._reply: dict[Section, list[str]] = {Section.REASONING: [], Section.ANSWER: []}  # for the session record
@@ -274,6 +279,7 @@ class Generation:
         self._queue_s = 0.0
         self._first_token_s: float | None = None  # after the request came
         self._first_answer_s: float | None = None
+        self._cancelled = False
 
     @property
     def request_id(self) -> str:
@@ -281,47 +287,79 @@ class Generation:
 
     def cancel(self) -> None:
         """End it now; the stream finishes with CANCELLED."""
+        self._cancelled = True
         if self._stream is not None:
             self._stream.abort()
 
-    async def run(self, writer: Writer) -> None:
-        """Submit, then write the events in order. Cancelling this coroutine aborts the work."""
-        affinity = self._session.affinity if self._session is not None else ""
-        stream = self._stream = self._submit(affinity)
-        reason = FinishReason.CANCELLED
-        conversation = self._conversation
-        try:
-            await writer.started(0, self._started())
-            async for output in stream:
-                deltas = conversation.push(output.token_ids, output.logprobs)
-                if self._first_token_s is None or self._session is not None:
-                    self._note(output)
-                ended = conversation.stopped or output.finish_reason
-                if ended:
-                    deltas += conversation.finish()
-                    reason = self._reason(output.finish_reason)
-                for delta in deltas:
-                    if delta.text or self._include_all or delta.section is Section.TOOL_CALL:
-                        await self._write(writer, delta)
-                if ended:
-                    break
-            else:  # cancelled
-                for delta in conversation.finish():
-                    if delta.text or self._include_all or delta.section is Section.TOOL_CALL:
-                        await self._write(writer, delta)
-            replica_id = stream.replica_id
-        finally:
-            stream.abort()
-        finished = await self._finished(reason, replica_id)
+    async def run(
+        self, writer: Writer, *, recorded: Sequence[RequestOutput] = (), record: Record | None = None
+    ) -> pb.Finished:
+        """Submit, then write the events in order, but the last: `finish`. Cancelling this coroutine aborts the work.
+
+        `recorded`: outputs that the engine gave before; their events are written again and the engine goes on after
+        them. `record` is awaited with each new output before its events are written."""
+        await writer.started(0, self._started())
+        replica_id = self._session.affinity if self._session is not None else ""
+        reason = FinishReason.NONE
+        for output in recorded:
+            reason = await self._take(writer, output)
+        if not reason:
+            affinity = replica_id
+            stream = self._stream = self._submit(affinity, [i for output in recorded for i in output.token_ids])
+            if self._cancelled:
+                stream.abort()
+            try:
+                async for output in stream:
+                    if record is not None:
+                        await record(output)
+                    reason = await self._take(writer, output)
+                    if reason:
+                        break
+                replica_id = stream.replica_id
+            finally:
+                stream.abort()
+        if not reason:
+            reason = FinishReason.CANCELLED
+            await self._write_all(writer, self._conversation.finish())
+        return await self._finished(reason, replica_id)
+
+    async def replay(self, writer: Writer, recorded: Sequence[RequestOutput], finished: pb.Finished) -> None:
+        """Write the events of a stream that has ended, `finished` included."""
+        await writer.started(0, self._started())
+        reason = FinishReason.NONE
+        for output in recorded:
+            reason = await self._take(writer, output)
+        if not reason:
+            await self._write_all(writer, self._conversation.finish())
+        await self.finish(writer, finished)
+
+    async def finish(self, writer: Writer, finished: pb.Finished) -> None:
         await writer.finished(self._offset + 1, finished)
 
-    def _submit(self, affinity: str) -> OutputStream:
-        tier = self._shared.tier
-        if self._forced_call is None:
-            return tier.generate(self.request, affinity=affinity)
-        beginning, state = self._forced_call
-        finder = CallFinder(state, self._shared.tokenizer)
-        return ForcedCallStream(lambda r: tier.generate(r, affinity=affinity), self.request, beginning, finder)
+    async def _take(self, writer: Writer, output: RequestOutput) -> FinishReason:
+        """One output's events; NONE = the text goes on."""
+        conversation = self._conversation
+        deltas = conversation.push(output.token_ids, output.logprobs)
+        if self._first_token_s is None or self._session is not None:
+            self._note(output)
+        ended = conversation.stopped or output.finish_reason
+        if ended:
+            deltas += conversation.finish()
+        await self._write_all(writer, deltas)
+        return self._reason(output.finish_reason) if ended else FinishReason.NONE
+
+    async def _write_all(self, writer: Writer, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            if delta.text or self._include_all or delta.section is Section.TOOL_CALL:
+                await self._write(writer, delta)
+
+    def _submit(self, affinity: str, output_ids: list[int]) -> OutputStream:
+        tier, plan = self._shared.tier, self.plan
+        request = replace(plan.request, output_ids=tuple(output_ids)) if output_ids else plan.request
+        if not plan.forced_call:
+            return tier.generate(request, affinity=affinity)
+        finder = CallFinder(plan.state, self._shared.tokenizer)
+        return ForcedCallStream(lambda r: tier.generate(r, affinity=affinity), request, plan.forced_call, finder)
 
     def _reason(self, engine: FinishReason) -> FinishReason:
         """Why the text ended, which only the gateway knows for stop strings and tool calls."""
@@ -356,7 +394,7 @@ class Generation:
             self._first_answer_s = self._shared.clock() - self._received_at
         if self._session is not None and delta.section is not Section.TOOL_CALL:
             self._reply[delta.section].append(delta.text)
-        return writer.delta(self._offset, delta, with_ids=self._include_token_ids)
+        return writer.delta(self._offset, delta, with_ids=self.plan.include_token_ids)
 
     async def _finished(self, reason: FinishReason, replica_id: str) -> pb.Finished:
         usage = pb.Usage(

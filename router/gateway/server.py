@@ -12,7 +12,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import fields
 from typing import Any, Protocol
 
@@ -28,7 +28,9 @@ from ...telemetry import Telemetry
 from ..status import ClusterState, ProcessStatus
 from .events import EventWriter
 from .generation import Generation, GenerationConfig, Generations, Sessions, Tier, record_failure
+from .journal import Journal
 from .link import TOKEN_KEY, bind, token_matches
+from .resume import Resumables
 from .rpc_errors import status_code, trailing_metadata
 from .session import SessionRecord
 from .tokenizer import Tokenizer
@@ -68,6 +70,7 @@ class GatewayServer:
         tokenizer: Tokenizer,
         tier: Tier,
         sessions: SessionSource | None = None,
+        journal: Journal | None = None,
         topology: TopologySource | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
@@ -91,6 +94,7 @@ class GatewayServer:
             clock=clock,
             wall_clock=wall_clock,
         )
+        self._resumables = None if journal is None else Resumables(self.generations, journal, self._track)
         self._sessions, self._topology, self._cluster_token = sessions, topology, cluster_token
         self._host, self._port, self._max_message_bytes = host, port, max_message_bytes
         self._facts = pb.Topology(
@@ -132,6 +136,8 @@ class GatewayServer:
         await self.stop()
 
     async def stop(self) -> None:
+        if self._resumables is not None:
+            await self._resumables.stop()
         if self._server is not None:
             await self._server.stop(0)
 
@@ -144,13 +150,19 @@ class GatewayServer:
             if self._draining:
                 raise Unavailable("this gateway is draining; dial another one", retry_after_s=DRAIN_RETRY_S)
             request = parse(pb.GenerateRequest, data)
+            if request.resumable:
+                self._journaled()
             generation = await self.generations.prepare(
                 request,
                 remaining_s=context.time_remaining(),
                 traceparent=span.traceparent or str(metadata.get("traceparent", "")),
             )
             span.set(names.ATTR_REQUEST_ID, generation.request_id)
-            await self._stream(generation, context)
+            if request.resumable:
+                stream = await self._journaled().begin(generation, request)
+                await stream.read(0, context.write)
+            else:
+                await self._stream(generation, context)
         except ExpertMeshError as error:
             record_failure(self.telemetry, error)
             span.end(error)
@@ -159,12 +171,19 @@ class GatewayServer:
             span.end()
 
     async def _stream(self, generation: Generation, context: grpc.aio.ServicerContext) -> None:
+        with self._track(generation):
+            writer = EventWriter(context.write)
+            await generation.finish(writer, await generation.run(writer))
+
+    @contextlib.contextmanager
+    def _track(self, generation: Generation) -> Iterator[None]:
+        """It runs: it can be cancelled, and a drain waits for it."""
         if generation.request_id in self._running:
             raise InvalidRequest("request_id", generation.request_id, "an id that is not running already")
         self._running[generation.request_id] = generation
         self._idle.clear()
         try:
-            await generation.run(EventWriter(context.write))
+            yield
         finally:
             del self._running[generation.request_id]
             if not self._running:
@@ -179,15 +198,18 @@ class GatewayServer:
         return pb.CancelResponse()
 
     async def _resume(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
-        """Streams are resumed from a journal, which this gateway does not keep yet."""
         request = parse(pb.ResumeRequest, data)
         check_name("request_id", request.request_id)
-        if request.request_id not in self._running:
+        if self._draining:
+            raise Unavailable("this gateway is draining; dial another one", retry_after_s=DRAIN_RETRY_S)
+        if self._resumables is None:
             raise NotFound("resumable request", request.request_id)
-        await context.abort(
-            grpc.StatusCode.FAILED_PRECONDITION,
-            f"request {request.request_id!r} runs without a stream journal and cannot be resumed",
-        )
+        await self._resumables.resume("", request.request_id).read(request.from_offset, context.write)
+
+    def _journaled(self) -> Resumables:
+        if self._resumables is None:
+            raise InvalidRequest("resumable", True, "false: this gateway keeps no stream journal")
+        return self._resumables
 
     # ---- Sessions
 

@@ -97,20 +97,13 @@ class SessionStore:
     ) -> None:
         """`max_bytes`: a session this large takes no further turn."""
         self._ttl_s, self._max_bytes, self._wall_clock = ttl_s, max_bytes, wall_clock
-        pool = redis.BlockingConnectionPool.from_url(
-            url,
-            max_connections=max_connections,
-            timeout=timeout_s,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-        )
-        self._redis: Any = redis.Redis(connection_pool=pool)
+        self._redis: Any = connect(url, max_connections=max_connections, timeout_s=timeout_s)
         self._commit = self._redis.register_script(_COMMIT)
         self._enter = self._redis.register_script(_INDEX)
 
     async def open(self, session_id: str, owner: str = "") -> SessionRecord:
         """The record that a new turn begins from, empty where there is none yet."""
-        record = await self._answer(self._read(session_id, owner))
+        record = await answered(self._read(session_id, owner))
         if record.num_bytes >= self._max_bytes:
             raise InvalidRequest(
                 "session_id", session_id, f"a session below {self._max_bytes} bytes, this one has {record.num_bytes}"
@@ -131,35 +124,35 @@ class SessionStore:
             int(self._ttl_s * 1000),
             affinity,
         ]
-        committed, version = await self._answer(self._commit(keys=[meta, turns], args=arguments))
+        committed, version = await answered(self._commit(keys=[meta, turns], args=arguments))
         if not committed:
             raise SessionConflict(session_id, expected_version=expected_version, current_version=version)
         now = self._wall_clock()
         try:
-            await self._answer(self._enter(keys=_index(owner), args=[session_id, now, now + self._ttl_s]))
+            await answered(self._enter(keys=_index(owner), args=[session_id, now, now + self._ttl_s]))
         except SessionStoreUnavailable as error:  # the turn is in; the next one enters the session again
             _log.warning("session %s is not in the index: %s", session_id, error)
         return int(version)
 
     async def get(self, session_id: str, owner: str = "") -> SessionRecord:
-        record = await self._answer(self._read(session_id, owner))
+        record = await answered(self._read(session_id, owner))
         if not record.version:
             raise NotFound("session", session_id)
         return record
 
     async def list(self, owner: str = "", *, page_size: int = 50, page_token: str = "") -> Page:
         """Sessions without turns in the order of their ids, and the token of the next page ("" = no more)."""
-        return await self._answer(self._list(owner, page_size, page_token))
+        return await answered(self._list(owner, page_size, page_token))
 
     async def delete(self, session_id: str, owner: str = "") -> None:
-        removed = await self._answer(self._redis.delete(*_keys(session_id, owner)))
+        removed = await answered(self._redis.delete(*_keys(session_id, owner)))
         for index in _index(owner):
-            await self._answer(self._redis.zrem(index, session_id))
+            await answered(self._redis.zrem(index, session_id))
         if not removed:
             raise NotFound("session", session_id)
 
     async def ping(self) -> None:
-        await self._answer(self._redis.ping())
+        await answered(self._redis.ping())
 
     async def close(self) -> None:
         await self._redis.aclose()
@@ -205,15 +198,29 @@ class SessionStore:
             expires_at=self._wall_clock() + max(ttl_ms, 0) / 1000,
         )
 
-    async def _answer(self, call: Awaitable[T]) -> T:
-        try:
-            return await call
-        except (RedisConnectionError, OSError, TimeoutError) as error:
-            raise SessionStoreUnavailable(f"the session store does not answer ({_short(error)}); try again") from error
-        except ResponseError as error:
-            raise SessionStoreUnavailable(f"the session store refuses: {_short(error)}", retry_after_s=5.0) from error
-        except RedisError as error:
-            raise SessionStoreUnavailable(f"the session store failed: {_short(error)}") from error
+
+def connect(url: str, *, max_connections: int, timeout_s: float) -> Any:
+    """A client whose callers wait for a connection rather than fail; nothing is dialled before the first call."""
+    pool = redis.BlockingConnectionPool.from_url(
+        url,
+        max_connections=max_connections,
+        timeout=timeout_s,
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+    )
+    return redis.Redis(connection_pool=pool)
+
+
+async def answered(call: Awaitable[T]) -> T:
+    """The call's answer; whatever goes wrong with Redis is SessionStoreUnavailable."""
+    try:
+        return await call
+    except (RedisConnectionError, OSError, TimeoutError) as error:
+        raise SessionStoreUnavailable(f"the session store does not answer ({_short(error)}); try again") from error
+    except ResponseError as error:
+        raise SessionStoreUnavailable(f"the session store refuses: {_short(error)}", retry_after_s=5.0) from error
+    except RedisError as error:
+        raise SessionStoreUnavailable(f"the session store failed: {_short(error)}") from error
 
 
 def _keys(session_id: str, owner: str) -> tuple[str, str]:

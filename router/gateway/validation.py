@@ -70,8 +70,6 @@ def check_input(request: pb.GenerateRequest) -> None:
         )
     if request.HasField("tool_choice") and not request.tools:
         raise InvalidRequest("tool_choice", "set", "unset without tools")
-    if request.resumable:
-        raise InvalidRequest("resumable", True, "false: this gateway keeps no stream journal")
     mode = request.thinking.mode
     if mode not in pb.ThinkingOptions.Mode.values():
         raise InvalidRequest("thinking.mode", mode, "DEFAULT (0), ON (1) or OFF (2)")

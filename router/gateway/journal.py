@@ -1,0 +1,147 @@
+"""What a resumable stream said, in Redis, so that any gateway can go on with it: the whole request, then its tokens.
+
+A journal is two keys in one hash slot, `{owner/request}`: a hash (head, fence, end) and the list of outputs as the
+engine gave them, each written before its events are sent. Events follow from outputs alone (`conversation.py` is a pure
+fold), so whoever replays the list gives the same events at the same offsets.
+
+The fence says who may write: `take` raises it, and the one before is refused from then on. So a gateway that was only
+thought to be dead stops, and a stream has one author at any time. Outputs of all requests that are ready together go
+in one pipeline: one round trip a step, whatever the number of streams. Both keys expire a short time after the last
+write."""
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import NotFound, SessionStoreUnavailable, Unavailable
+from .session import PREFIX, answered, connect
+
+MAX_BATCH = 1024  # appends in one pipeline
+_log = logging.getLogger(__name__)
+
+# KEYS meta, outputs; ARGV head, ttl ms. 1 = begun, 0 = there is one already.
+_BEGIN = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+redis.call('HSET', KEYS[1], 'head', ARGV[1], 'fence', 1)
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return 1
+"""
+
+# KEYS meta, outputs; ARGV fence, ttl ms, output, end ("" = not yet). 1 = written, 0 = fenced off, -1 = gone.
+_APPEND = """
+local fence = redis.call('HGET', KEYS[1], 'fence')
+if not fence then return -1 end
+if fence ~= ARGV[1] then return 0 end
+if ARGV[3] ~= '' then redis.call('RPUSH', KEYS[2], ARGV[3]) end
+if ARGV[4] ~= '' then redis.call('HSET', KEYS[1], 'end', ARGV[4]) end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+redis.call('PEXPIRE', KEYS[2], ARGV[2])
+return 1
+"""
+
+# KEYS meta, outputs. Head, fence, end, outputs; the fence is raised unless the stream has ended.
+_TAKE = """
+local meta = redis.call('HMGET', KEYS[1], 'head', 'fence', 'end')
+if not meta[1] then return false end
+if not meta[3] then meta[2] = redis.call('HINCRBY', KEYS[1], 'fence', 1) end
+return {meta[1], tonumber(meta[2]), meta[3] or '', redis.call('LRANGE', KEYS[2], 0, -1)}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A journal as read."""
+
+    head: bytes
+    fence: int
+    end: bytes  # empty = the stream goes on
+    outputs: list[bytes]
+
+
+class Journal:
+    """One pool of connections to Redis. Every method raises SessionStoreUnavailable where Redis does not answer."""
+
+    def __init__(self, url: str, *, ttl_s: float = 600.0, timeout_s: float = 2.0) -> None:
+        self._redis: Any = connect(url, max_connections=8, timeout_s=timeout_s)
+        self._ttl_ms = int(ttl_s * 1000)
+        self._waiting: list[tuple[list[str | int | bytes], asyncio.Future[int]]] = []
+        self._writer: asyncio.Task[None] | None = None
+
+    async def begin(self, owner: str, request_id: str, head: bytes) -> bool:
+        """Before any work. False: this owner has a journal of this name already."""
+        keys = _keys(owner, request_id)
+        return bool(await answered(self._redis.eval(_BEGIN, 2, *keys, head, self._ttl_ms)))
+
+    async def take(self, owner: str, request_id: str) -> Recorded:
+        """Read it and, unless it has ended, become its author."""
+        found = await answered(self._redis.eval(_TAKE, 2, *_keys(owner, request_id)))
+        if found is None:
+            raise NotFound("resumable request", request_id)
+        return Recorded(*found)
+
+    async def head(self, owner: str, request_id: str) -> bytes:
+        found: bytes | None = await answered(self._redis.hget(_keys(owner, request_id)[0], "head"))
+        return found or b""
+
+    async def append(self, owner: str, request_id: str, fence: int, output: bytes, end: bytes = b"") -> bool:
+        """True once it is written, False where the journal is gone. Unavailable: another gateway is the author now."""
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._waiting.append(([*_keys(owner, request_id), fence, self._ttl_ms, output, end], future))
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write(), name="journal")
+        written = await future
+        if not written:
+            raise Unavailable(f"another gateway goes on with request {request_id!r}; resume it", retry_after_s=0.0)
+        return written > 0
+
+    async def close(self) -> None:
+        if self._writer is not None:
+            self._writer.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._writer
+        await self._redis.aclose()
+        await self._redis.connection_pool.disconnect()
+
+    async def _write(self) -> None:
+        """Whatever waits, in one pipeline; what comes meanwhile goes with the next."""
+        while self._waiting:
+            batch, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
+            try:
+                async with self._redis.pipeline(transaction=False) as pipe:
+                    for arguments, _ in batch:
+                        pipe.eval(_APPEND, 2, *arguments)
+                    answers = await answered(pipe.execute())
+            except Exception as error:  # every waiter raises it, whatever it is
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for (_, future), answer in zip(batch, answers, strict=True):
+                if not future.done():
+                    future.set_result(answer)
+
+
+class JournalWriter:
+    """The author's end of one journal. Where Redis goes away meanwhile the stream goes on and is no longer written."""
+
+    __slots__ = ("_fence", "_journal", "_owner", "_request_id", "intact")
+
+    def __init__(self, journal: Journal, owner: str, request_id: str, fence: int) -> None:
+        self._journal, self._owner, self._request_id, self._fence = journal, owner, request_id, fence
+        self.intact = True  # a journal with a gap must not be written on
+
+    async def append(self, output: bytes, end: bytes = b"") -> None:
+        if not self.intact:
+            return
+        try:
+            self.intact = await self._journal.append(self._owner, self._request_id, self._fence, output, end)
+        except SessionStoreUnavailable as error:
+            self.intact = False
+            _log.warning("request %s is no longer journaled: %s", self._request_id, error)
+
+
+def _keys(owner: str, request_id: str) -> tuple[str, str]:
+    tag = f"{PREFIX}:journal:{{{owner}/{request_id}}}"
+    return f"{tag}:meta", f"{tag}:outputs"
