@@ -8,11 +8,15 @@
         print(talk.send("Where is it warm in March?").answer())
 
 `AsyncClient` is the same with `async for` and `await`. Every failure is an error of `expertmesh.errors` with its facts.
-A request moves to the next gateway of the list as long as no event came; a stream that broke after its first event is
-an error, since without a journal nobody knows what was said last. Leaving the loop, or `close()`, cancels the work."""
+A request moves to the next gateway of the list as long as no event came. A stream that broke later is resumed, at
+whichever gateway answers, if it was asked to be `resumable=True`: its events go on without a gap or a repetition. Else
+it is an error, as nobody knows what was said last. Leaving the loop, or `close()`, cancels the work (a resumable stream's
+after a grace, unless `cancel` says so)."""
 
+import asyncio
 import json
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -29,6 +33,7 @@ from .router.gateway.link import TOKEN_KEY
 from .router.gateway.rpc_errors import from_rpc
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+MAX_RESUMES = 40  # failed calls in a row, over all gateways; about half a minute
 _OPTIONS = (("grpc.max_receive_message_length", 64 << 20), ("grpc.max_reconnect_backoff_ms", 1000))
 _SAMPLING = frozenset(pb.SamplingOptions.DESCRIPTOR.fields_by_name)
 _MODES = {None: pb.ThinkingOptions.DEFAULT, "on": pb.ThinkingOptions.ON, "off": pb.ThinkingOptions.OFF}
@@ -174,10 +179,9 @@ class Stream(Iterator[Event]):
 
     def __init__(self, gateways: "Gateways", request: pb.GenerateRequest, timeout_s: float | None) -> None:
         self.finished: Finished | None = None
-        self._gateways, self._request, self._timeout_s = gateways, request, timeout_s
-        self._attempt = 0
-        self._begun = False
-        self._call: Any = self._open()
+        self._route = _Route(gateways, request)
+        self._request, self._timeout_s = request, timeout_s
+        self._call: Any = self._route.open(timeout_s)
 
     @property
     def request_id(self) -> str:
@@ -189,12 +193,13 @@ class Stream(Iterator[Event]):
                 event = decode_event(next(self._call))
             except grpc.RpcError as error:
                 found = _error_of(error)
-                if self._begun or not self._gateways.move_on(found, self._attempt):
+                pause_s = self._route.after(found)
+                if pause_s is None:
                     raise found from None
-                self._attempt += 1
-                self._call = self._open()
+                time.sleep(pause_s)
+                self._call = self._route.open(self._timeout_s)
                 continue
-            self._begun = True
+            self._route.came(event)
             if isinstance(event, Finished):
                 self.finished = event
             return event
@@ -215,9 +220,6 @@ class Stream(Iterator[Event]):
     def __del__(self) -> None:
         if hasattr(self, "_call") and self.finished is None:
             self._call.cancel()  # a loop that was left early
-
-    def _open(self) -> Any:
-        return self._gateways.stub("Generation").Generate(self._request, timeout=self._timeout_s)
 
 
 class Session:
@@ -313,10 +315,9 @@ class AsyncStream(AsyncIterator[Event]):
 
     def __init__(self, gateways: "Gateways", request: pb.GenerateRequest, timeout_s: float | None) -> None:
         self.finished: Finished | None = None
-        self._gateways, self._request, self._timeout_s = gateways, request, timeout_s
-        self._attempt = 0
-        self._begun = False
-        self._call: Any = self._open()
+        self._route = _Route(gateways, request)
+        self._request, self._timeout_s = request, timeout_s
+        self._call: Any = self._route.open(timeout_s)
 
     @property
     def request_id(self) -> str:
@@ -328,15 +329,16 @@ class AsyncStream(AsyncIterator[Event]):
                 message = await self._call.read()
             except grpc.aio.AioRpcError as error:
                 found = _error_of(error)
-                if self._begun or not self._gateways.move_on(found, self._attempt):
+                pause_s = self._route.after(found)
+                if pause_s is None:
                     raise found from None
-                self._attempt += 1
-                self._call = self._open()
+                await asyncio.sleep(pause_s)
+                self._call = self._route.open(self._timeout_s)
                 continue
             if message is grpc.aio.EOF:
                 raise StopAsyncIteration
-            self._begun = True
             event = decode_event(message)
+            self._route.came(event)
             if isinstance(event, Finished):
                 self.finished = event
             return event
@@ -352,9 +354,6 @@ class AsyncStream(AsyncIterator[Event]):
 
     async def __aexit__(self, _kind: type | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
         await self.aclose()
-
-    def _open(self) -> Any:
-        return self._gateways.stub("Generation").Generate(self._request, timeout=self._timeout_s)
 
 
 class AsyncSession:
@@ -409,6 +408,36 @@ class Gateways:
         return channels
 
 
+class _Route:
+    """Where a stream is to be had next, and from which event on. Pure but for the stubs."""
+
+    def __init__(self, gateways: Gateways, request: pb.GenerateRequest) -> None:
+        self._gateways, self._request = gateways, request
+        self._next_offset = 0  # of the first event that has not come
+        self._num_failed = 0  # calls since the last event
+
+    def open(self, timeout_s: float | None) -> Any:
+        stub = self._gateways.stub("Generation")
+        if not self._next_offset:
+            return stub.Generate(self._request, timeout=timeout_s)
+        resume = pb.ResumeRequest(request_id=self._request.request_id, from_offset=self._next_offset)
+        return stub.Resume(resume, timeout=timeout_s)
+
+    def came(self, event: Event) -> None:
+        self._next_offset, self._num_failed = event.offset + 1, 0
+
+    def after(self, error: ExpertMeshError) -> float | None:
+        """Seconds to wait before the next call, None where there is none to make."""
+        attempt, self._num_failed = self._num_failed, self._num_failed + 1
+        if not self._next_offset:
+            return 0.0 if self._gateways.move_on(error, attempt) else None
+        if not self._request.resumable or not isinstance(error, Unavailable) or attempt >= MAX_RESUMES:
+            return None
+        self._gateways.turn()
+        whole_rounds = self._num_failed // len(self._gateways.addresses)
+        return min(0.05 * whole_rounds, 1.0)  # nobody there: give one the time to come back
+
+
 # ---------------------------------------------------------------- records
 
 
@@ -422,6 +451,7 @@ def make_request(
     thinking: Literal["on", "off"] | None = None,
     thinking_budget: int | None = None,
     include_token_ids: bool = False,
+    resumable: bool = False,
     tools: Sequence[Mapping[str, Any]] = (),
     tool_choice: str | None = None,
     **sampling: Any,
@@ -442,6 +472,7 @@ def make_request(
             prompt=prompt,
             session_id=session_id,
             include_token_ids=include_token_ids,
+            resumable=resumable,
             sampling=pb.SamplingOptions(**{k: v for k, v in sampling.items() if v is not None}),
             thinking=pb.ThinkingOptions(mode=_MODES[thinking], budget_tokens=thinking_budget),
             tools=[_encode_tool(tool) for tool in tools],

@@ -12,6 +12,7 @@ import grpc
 import pytest
 from gateway_world import MAX_MODEL_LEN, TOKEN, World, chat, gateway, rest, say, text_of, tokenizer
 
+from expertmesh.client import AnswerDelta, AsyncClient
 from expertmesh.proto import expertmesh_pb2 as pb
 from expertmesh.proto import expertmesh_pb2_grpc as pb_grpc
 from expertmesh.redis_server import EmbeddedRedis
@@ -272,3 +273,24 @@ async def test_without_redis_a_resumable_stream_does_not_start_and_a_running_one
         error = await world.refused(world.generation.Generate(ask("late")))
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert text_of(await world.generate(chat=chat("hi"), tools=TOOLS)) == "the answer 👩‍👧 is"
+
+
+async def test_the_client_resumes_by_itself_when_its_gateway_is_killed(redis_url):
+    async with journal(redis_url) as two, gateway(say(REPLY), journal=two) as world:
+        script = Path(__file__).parent / "gateway_process.py"
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", str(script), world.link.address, redis_url,
+            stdout=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(script.parent)},
+        )  # fmt: skip
+        address = (await child.stdout.readline()).decode().strip()
+        world.engine.allow(4)
+        async with AsyncClient([address, world.server.address]) as client:
+            stream = client.generate("hi", tools=[{"name": "w"}], resumable=True)
+            events = [await stream.__anext__(), await stream.__anext__()]
+            child.send_signal(signal.SIGKILL)
+            await child.wait()
+            world.engine.allow(-1)
+            events += [e async for e in stream]
+        assert [e.offset for e in events] == list(range(len(events)))
+        assert "".join(e.text for e in events if isinstance(e, AnswerDelta)) == "the answer 👩‍👧 is"
+        assert events[-1].completion_tokens == NUM_TOKENS
