@@ -71,8 +71,8 @@ class Cluster:
             self._check_checkpoint()
             self._complete_config()
             self._start_ray()
-            self._start_conductor()
             self._start_serve()
+            self._start_conductor()
             self._deploy()
             self.gateways = self._wait_ready()
         except BaseException:
@@ -139,6 +139,8 @@ class Cluster:
 
     def _start_serve(self) -> None:
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
+        if set(APPLICATIONS) & set(serve.status().applications):
+            raise StartupError("a cluster runs in this Ray already: stop it, or name another Ray with --ray-address")
 
     def _deploy(self) -> None:
         self._say(f"starting {describe(self.config, self._num_experts)}")

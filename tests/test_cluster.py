@@ -103,11 +103,51 @@ def test_every_layout_says_what_one_process_says(
         assert [token_ids(s) for s in streams] == [tokens[:MAX_TOKENS] for tokens in expected]
 
 
+def broken_copy(source: Path, folder: Path, keep_bytes: int) -> Path:
+    shutil.copytree(source, folder)
+    weights = folder / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.truncate(weights.stat().st_size - keep_bytes)
+    return folder
+
+
+def test_a_truncated_checkpoint_ends_the_start_with_file_and_remedy(tiny_checkpoint: Path, tmp_path: Path):
+    broken = broken_copy(tiny_checkpoint, tmp_path / "broken", 4096)
+    started = time.monotonic()
+    with pytest.raises(StartupError, match=r"CheckpointError: .*download the file again .*model\.safetensors"):
+        Cluster(config_of(broken)).start()
+    assert time.monotonic() - started < 150.0
+
+
+def test_a_start_that_takes_too_long_ends_at_its_bound(tiny_checkpoint: Path):
+    with pytest.raises(StartupError, match=r"not ready after 0 s: .*raise startup_timeout_s"):
+        Cluster(config_of(tiny_checkpoint, num_shards=1, timeout_s=0.1)).start()
+
+
+def test_a_folder_that_is_no_checkpoint_fails_before_anything_starts(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="the file is missing"), contextlib.closing(_Stopped(tmp_path)) as made:
+        made.cluster.start()
+
+
+class _Stopped:
+    def __init__(self, folder: Path) -> None:
+        self.cluster = Cluster(config_of(folder))
+
+    def close(self) -> None:
+        assert self.cluster.conductor is None
+
+
 def test_two_replicas_and_four_shards_say_what_one_process_says(large: Cluster, expected: list[list[int]]):
     with client_of(large) as client:
         streams = [greedy(client, prompt, MAX_TOKENS) for prompt in PROMPTS]
         assert [token_ids(s) for s in streams] == [tokens[:MAX_TOKENS] for tokens in expected]
     assert eventually(lambda: all_idle(large))
+
+
+def test_a_second_cluster_in_the_same_ray_is_refused_and_harms_nobody(large: Cluster, tiny_checkpoint: Path):
+    with pytest.raises(StartupError, match="a cluster runs in this Ray already"):
+        Cluster(config_of(tiny_checkpoint)).start()
+    assert large.state().ready
 
 
 def test_tokens_do_not_change_while_placements_do(large: Cluster, expected: list[list[int]]):
@@ -210,37 +250,3 @@ def test_topology_names_every_member(large: Cluster):
     assert sum(m.num_physical_experts for m in topology.members) == 64 * 2
     with Client(large.gateways, cluster_token="guessed") as stranger, pytest.raises(Unauthenticated):
         stranger.topology()
-
-
-def broken_copy(source: Path, folder: Path, keep_bytes: int) -> Path:
-    shutil.copytree(source, folder)
-    weights = folder / "model.safetensors"
-    with weights.open("r+b") as file:
-        file.truncate(weights.stat().st_size - keep_bytes)
-    return folder
-
-
-def test_a_truncated_checkpoint_ends_the_start_with_file_and_remedy(tiny_checkpoint: Path, tmp_path: Path):
-    broken = broken_copy(tiny_checkpoint, tmp_path / "broken", 4096)
-    started = time.monotonic()
-    with pytest.raises(StartupError, match=r"CheckpointError: .*download the file again .*model\.safetensors"):
-        Cluster(config_of(broken)).start()
-    assert time.monotonic() - started < 150.0
-
-
-def test_a_start_that_takes_too_long_ends_at_its_bound(tiny_checkpoint: Path):
-    with pytest.raises(StartupError, match=r"not ready after 0 s: .*raise startup_timeout_s"):
-        Cluster(config_of(tiny_checkpoint, timeout_s=0.1)).start()
-
-
-def test_a_folder_that_is_no_checkpoint_fails_before_anything_starts(tmp_path: Path):
-    with pytest.raises(CheckpointError, match="the file is missing"), contextlib.closing(_Stopped(tmp_path)) as made:
-        made.cluster.start()
-
-
-class _Stopped:
-    def __init__(self, folder: Path) -> None:
-        self.cluster = Cluster(config_of(folder))
-
-    def close(self) -> None:
-        assert self.cluster.conductor is None
