@@ -15,6 +15,8 @@ from dataclasses import replace
 import ray
 
 from ..config import ClusterConfig
+from ..experts.eplb import EplbConfig
+from ..experts.placing import eplb_place
 from ..model_config import ModelConfig
 from ..router.epoch import Epoch
 from ..router.placement import Placement
@@ -30,7 +32,6 @@ from .membership import (
     PrepareFailed,
     Rejoin,
     State,
-    uniform_place,
 )
 from .membership_host import MembershipHost
 
@@ -198,7 +199,13 @@ def membership_of(config: ClusterConfig) -> tuple[Membership, int]:
     core = Membership(
         num_attention=config.num_attention_replicas,
         num_expert=num_expert,
-        place=uniform_place(model.num_layers, model.num_experts, config.num_redundant_experts, model.moe_layer_ids),
+        place=eplb_place(
+            model.num_layers,
+            model.num_experts,
+            EplbConfig(num_redundant=config.num_redundant_experts),
+            loads=lambda: None,  # even, as long as nobody reports which expert was asked for how often
+            moe_layers=tuple(model.moe_layer_ids),
+        ),
         make_key=lambda: secrets.token_hex(16),
         prepare_timeout_s=max(config.startup_timeout_s, config.exchange.epoch_timeout_s),
         commit_timeout_s=config.exchange.epoch_timeout_s,
