@@ -10,8 +10,8 @@
 `AsyncClient` is the same with `async for` and `await`. Every failure is an error of `expertmesh.errors` with its facts.
 A request moves to the next gateway of the list as long as no event came. A stream that broke later is resumed, at
 whichever gateway answers, if it was asked to be `resumable=True`: its events go on without a gap or a repetition. Else
-it is an error, as nobody knows what was said last. Leaving the loop, or `close()`, cancels the work (a resumable stream's
-after a grace, unless `cancel` says so)."""
+it is an error, as nobody knows what was said last. Leaving the loop, or `close()`, cancels the work; that of a
+resumable stream goes on for a grace, unless `cancel` ends it."""
 
 import asyncio
 import json
@@ -37,6 +37,11 @@ MAX_RESUMES = 40  # failed calls in a row, over all gateways; about half a minut
 _OPTIONS = (("grpc.max_receive_message_length", 64 << 20), ("grpc.max_reconnect_backoff_ms", 1000))
 _SAMPLING = frozenset(pb.SamplingOptions.DESCRIPTOR.fields_by_name)
 _MODES = {None: pb.ThinkingOptions.DEFAULT, "on": pb.ThinkingOptions.ON, "off": pb.ThinkingOptions.OFF}
+_HISTORY = {
+    None: pb.HISTORY_POLICY_UNSPECIFIED,
+    "drop": pb.HISTORY_POLICY_DROP_THINKING,
+    "keep": pb.HISTORY_POLICY_KEEP_THINKING,
+}
 _CHOICES = {"auto": pb.ToolChoice.AUTO, "none": pb.ToolChoice.NONE, "required": pb.ToolChoice.REQUIRED}
 
 Messages = str | Sequence[Mapping[str, Any]]
@@ -145,6 +150,16 @@ class Client:
 
     def delete_session(self, session_id: str) -> None:
         self.call("Sessions", "Delete", pb.DeleteSessionRequest(session_id=session_id))
+
+    def fork_session(self, session_id: str, new_session_id: str, *, at_version: int = 0) -> pb.Session:
+        """A new session that begins with the first `at_version` turns (0 = all) of another one."""
+        request = pb.ForkSessionRequest(session_id=session_id, new_session_id=new_session_id, at_version=at_version)
+        found: pb.Session = self.call("Sessions", "Fork", request)
+        return found
+
+    def export_session(self, session_id: str) -> pb.SessionExport:
+        found: pb.SessionExport = self.call("Sessions", "Export", pb.ExportSessionRequest(session_id=session_id))
+        return found
 
     def topology(self, *, timeout_s: float = 5.0) -> pb.Topology:
         found: pb.Topology = self.call("Cluster", "GetTopology", pb.GetTopologyRequest(), timeout_s=timeout_s)
@@ -282,6 +297,15 @@ class AsyncClient:
 
     async def delete_session(self, session_id: str) -> None:
         await self.call("Sessions", "Delete", pb.DeleteSessionRequest(session_id=session_id))
+
+    async def fork_session(self, session_id: str, new_session_id: str, *, at_version: int = 0) -> pb.Session:
+        request = pb.ForkSessionRequest(session_id=session_id, new_session_id=new_session_id, at_version=at_version)
+        found: pb.Session = await self.call("Sessions", "Fork", request)
+        return found
+
+    async def export_session(self, session_id: str) -> pb.SessionExport:
+        found: pb.SessionExport = await self.call("Sessions", "Export", pb.ExportSessionRequest(session_id=session_id))
+        return found
 
     async def topology(self, *, timeout_s: float = 5.0) -> pb.Topology:
         found: pb.Topology = await self.call("Cluster", "GetTopology", pb.GetTopologyRequest(), timeout_s=timeout_s)
@@ -452,18 +476,21 @@ def make_request(
     thinking_budget: int | None = None,
     include_token_ids: bool = False,
     resumable: bool = False,
+    history: Literal["drop", "keep"] | None = None,
     tools: Sequence[Mapping[str, Any]] = (),
     tool_choice: str | None = None,
     **sampling: Any,
 ) -> pb.GenerateRequest:
     """A request from plain values: `messages`, or else `prompt` (no template) or `token_ids`. `thinking` None leaves
-    the mode to session and model. `tool_choice`: auto, none, required, or a tool's name. `sampling`: any field of
-    SamplingOptions, such as temperature, max_tokens, stop."""
+    the mode to session and model. `tool_choice`: auto, none, required, or a tool's name. `history`: whether
+    a session's later prompts keep old thinking. `sampling`: any field of SamplingOptions, such as temperature."""
     unknown = sorted(set(sampling) - _SAMPLING)
     if unknown:
         raise InvalidRequest(unknown[0], sampling[unknown[0]], f"an option of generate or one of {sorted(_SAMPLING)}")
     if thinking not in _MODES:
         raise InvalidRequest("thinking", thinking, "'on', 'off' or None")
+    if history not in _HISTORY:
+        raise InvalidRequest("history", history, "'drop', 'keep' or None")
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = [sampling["stop"]]
     try:
@@ -473,6 +500,7 @@ def make_request(
             session_id=session_id,
             include_token_ids=include_token_ids,
             resumable=resumable,
+            history_policy=_HISTORY[history],
             sampling=pb.SamplingOptions(**{k: v for k, v in sampling.items() if v is not None}),
             thinking=pb.ThinkingOptions(mode=_MODES[thinking], budget_tokens=thinking_budget),
             tools=[_encode_tool(tool) for tool in tools],

@@ -7,6 +7,12 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class HistoryPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    HISTORY_POLICY_UNSPECIFIED: _ClassVar[HistoryPolicy]
+    HISTORY_POLICY_DROP_THINKING: _ClassVar[HistoryPolicy]
+    HISTORY_POLICY_KEEP_THINKING: _ClassVar[HistoryPolicy]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -15,6 +21,9 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_TOOL_CALLS: _ClassVar[FinishReason]
     FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
     FINISH_REASON_ERROR: _ClassVar[FinishReason]
+HISTORY_POLICY_UNSPECIFIED: HistoryPolicy
+HISTORY_POLICY_DROP_THINKING: HistoryPolicy
+HISTORY_POLICY_KEEP_THINKING: HistoryPolicy
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -23,7 +32,7 @@ FINISH_REASON_CANCELLED: FinishReason
 FINISH_REASON_ERROR: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "chat", "prompt", "token_ids", "session_id", "sampling", "thinking", "resumable", "include_token_ids", "tools", "tool_choice")
+    __slots__ = ("request_id", "chat", "prompt", "token_ids", "session_id", "sampling", "thinking", "resumable", "include_token_ids", "tools", "tool_choice", "history_policy")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +44,7 @@ class GenerateRequest(_message.Message):
     INCLUDE_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TOOLS_FIELD_NUMBER: _ClassVar[int]
     TOOL_CHOICE_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_POLICY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     chat: Chat
     prompt: str
@@ -46,7 +56,8 @@ class GenerateRequest(_message.Message):
     include_token_ids: bool
     tools: _containers.RepeatedCompositeFieldContainer[Tool]
     tool_choice: ToolChoice
-    def __init__(self, request_id: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., prompt: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., session_id: _Optional[str] = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ..., thinking: _Optional[_Union[ThinkingOptions, _Mapping]] = ..., resumable: _Optional[bool] = ..., include_token_ids: _Optional[bool] = ..., tools: _Optional[_Iterable[_Union[Tool, _Mapping]]] = ..., tool_choice: _Optional[_Union[ToolChoice, _Mapping]] = ...) -> None: ...
+    history_policy: HistoryPolicy
+    def __init__(self, request_id: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., prompt: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., session_id: _Optional[str] = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ..., thinking: _Optional[_Union[ThinkingOptions, _Mapping]] = ..., resumable: _Optional[bool] = ..., include_token_ids: _Optional[bool] = ..., tools: _Optional[_Iterable[_Union[Tool, _Mapping]]] = ..., tool_choice: _Optional[_Union[ToolChoice, _Mapping]] = ..., history_policy: _Optional[_Union[HistoryPolicy, str]] = ...) -> None: ...
 
 class ToolChoice(_message.Message):
     __slots__ = ("mode", "name")
@@ -288,6 +299,40 @@ class CancelResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ForkSessionRequest(_message.Message):
+    __slots__ = ("session_id", "new_session_id", "at_version")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    NEW_SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    AT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    new_session_id: str
+    at_version: int
+    def __init__(self, session_id: _Optional[str] = ..., new_session_id: _Optional[str] = ..., at_version: _Optional[int] = ...) -> None: ...
+
+class ExportSessionRequest(_message.Message):
+    __slots__ = ("session_id",)
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+
+class SessionExport(_message.Message):
+    __slots__ = ("session", "turn_ids")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    TURN_IDS_FIELD_NUMBER: _ClassVar[int]
+    session: Session
+    turn_ids: _containers.RepeatedCompositeFieldContainer[TurnIds]
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., turn_ids: _Optional[_Iterable[_Union[TurnIds, _Mapping]]] = ...) -> None: ...
+
+class TurnIds(_message.Message):
+    __slots__ = ("input_ids", "output_ids", "seed")
+    INPUT_IDS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_IDS_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    input_ids: _containers.RepeatedScalarFieldContainer[int]
+    output_ids: _containers.RepeatedScalarFieldContainer[int]
+    seed: int
+    def __init__(self, input_ids: _Optional[_Iterable[int]] = ..., output_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ...) -> None: ...
+
 class GetSessionRequest(_message.Message):
     __slots__ = ("session_id",)
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -321,18 +366,22 @@ class DeleteSessionResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("session_id", "version", "turns", "created_at", "expires_at")
+    __slots__ = ("session_id", "version", "turns", "created_at", "expires_at", "thinking", "history_policy")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TURNS_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_FIELD_NUMBER: _ClassVar[int]
+    THINKING_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_POLICY_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     version: int
     turns: _containers.RepeatedCompositeFieldContainer[Turn]
     created_at: float
     expires_at: float
-    def __init__(self, session_id: _Optional[str] = ..., version: _Optional[int] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., created_at: _Optional[float] = ..., expires_at: _Optional[float] = ...) -> None: ...
+    thinking: ThinkingOptions
+    history_policy: HistoryPolicy
+    def __init__(self, session_id: _Optional[str] = ..., version: _Optional[int] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., created_at: _Optional[float] = ..., expires_at: _Optional[float] = ..., thinking: _Optional[_Union[ThinkingOptions, _Mapping]] = ..., history_policy: _Optional[_Union[HistoryPolicy, str]] = ...) -> None: ...
 
 class Turn(_message.Message):
     __slots__ = ("messages", "usage", "request_id", "finished_at")
@@ -501,7 +550,7 @@ class Abort(_message.Message):
     def __init__(self, handle: _Optional[int] = ...) -> None: ...
 
 class JournalHead(_message.Message):
-    __slots__ = ("submit", "stop", "strip_answer", "tools", "forced_call_ids", "include_token_ids", "session_id", "session_version", "affinity", "messages_json", "digest")
+    __slots__ = ("submit", "stop", "strip_answer", "tools", "forced_call_ids", "include_token_ids", "session_id", "session_version", "affinity", "messages_json", "digest", "settings_json", "num_spliced_ids")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     STRIP_ANSWER_FIELD_NUMBER: _ClassVar[int]
@@ -513,6 +562,8 @@ class JournalHead(_message.Message):
     AFFINITY_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_JSON_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_JSON_FIELD_NUMBER: _ClassVar[int]
+    NUM_SPLICED_IDS_FIELD_NUMBER: _ClassVar[int]
     submit: Submit
     stop: _containers.RepeatedScalarFieldContainer[str]
     strip_answer: bool
@@ -524,7 +575,9 @@ class JournalHead(_message.Message):
     affinity: str
     messages_json: str
     digest: bytes
-    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., strip_answer: _Optional[bool] = ..., tools: _Optional[bool] = ..., forced_call_ids: _Optional[_Iterable[int]] = ..., include_token_ids: _Optional[bool] = ..., session_id: _Optional[str] = ..., session_version: _Optional[int] = ..., affinity: _Optional[str] = ..., messages_json: _Optional[str] = ..., digest: _Optional[bytes] = ...) -> None: ...
+    settings_json: str
+    num_spliced_ids: int
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., strip_answer: _Optional[bool] = ..., tools: _Optional[bool] = ..., forced_call_ids: _Optional[_Iterable[int]] = ..., include_token_ids: _Optional[bool] = ..., session_id: _Optional[str] = ..., session_version: _Optional[int] = ..., affinity: _Optional[str] = ..., messages_json: _Optional[str] = ..., digest: _Optional[bytes] = ..., settings_json: _Optional[str] = ..., num_spliced_ids: _Optional[int] = ...) -> None: ...
 
 class ReplicaMessage(_message.Message):
     __slots__ = ("hello", "step", "reject", "load")

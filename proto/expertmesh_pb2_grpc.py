@@ -219,6 +219,16 @@ class SessionsStub:
                 request_serializer=expertmesh_dot_proto_dot_expertmesh__pb2.DeleteSessionRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_proto_dot_expertmesh__pb2.DeleteSessionResponse.FromString,
                 _registered_method=True)
+        self.Fork = channel.unary_unary(
+                '/expertmesh.v1.Sessions/Fork',
+                request_serializer=expertmesh_dot_proto_dot_expertmesh__pb2.ForkSessionRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_proto_dot_expertmesh__pb2.Session.FromString,
+                _registered_method=True)
+        self.Export = channel.unary_unary(
+                '/expertmesh.v1.Sessions/Export',
+                request_serializer=expertmesh_dot_proto_dot_expertmesh__pb2.ExportSessionRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_proto_dot_expertmesh__pb2.SessionExport.FromString,
+                _registered_method=True)
 
 
 class SessionsServicer:
@@ -244,6 +254,20 @@ class SessionsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Fork(self, request, context):
+        """A new session that begins with the turns of another one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Export(self, request, context):
+        """Everything of a session: turns with their token ids, and its settings.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SessionsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -261,6 +285,16 @@ def add_SessionsServicer_to_server(servicer, server):
                     servicer.Delete,
                     request_deserializer=expertmesh_dot_proto_dot_expertmesh__pb2.DeleteSessionRequest.FromString,
                     response_serializer=expertmesh_dot_proto_dot_expertmesh__pb2.DeleteSessionResponse.SerializeToString,
+            ),
+            'Fork': grpc.unary_unary_rpc_method_handler(
+                    servicer.Fork,
+                    request_deserializer=expertmesh_dot_proto_dot_expertmesh__pb2.ForkSessionRequest.FromString,
+                    response_serializer=expertmesh_dot_proto_dot_expertmesh__pb2.Session.SerializeToString,
+            ),
+            'Export': grpc.unary_unary_rpc_method_handler(
+                    servicer.Export,
+                    request_deserializer=expertmesh_dot_proto_dot_expertmesh__pb2.ExportSessionRequest.FromString,
+                    response_serializer=expertmesh_dot_proto_dot_expertmesh__pb2.SessionExport.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -346,6 +380,60 @@ class Sessions:
             '/expertmesh.v1.Sessions/Delete',
             expertmesh_dot_proto_dot_expertmesh__pb2.DeleteSessionRequest.SerializeToString,
             expertmesh_dot_proto_dot_expertmesh__pb2.DeleteSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fork(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Sessions/Fork',
+            expertmesh_dot_proto_dot_expertmesh__pb2.ForkSessionRequest.SerializeToString,
+            expertmesh_dot_proto_dot_expertmesh__pb2.Session.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Export(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Sessions/Export',
+            expertmesh_dot_proto_dot_expertmesh__pb2.ExportSessionRequest.SerializeToString,
+            expertmesh_dot_proto_dot_expertmesh__pb2.SessionExport.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,6 +7,7 @@ The gRPC server writes the events as messages; any other front door writes the s
 that came while the client was slow are one event, so a slow reader costs less, not more."""
 
 import asyncio
+import hashlib
 import json
 import logging
 import secrets
@@ -24,6 +25,7 @@ from . import validation
 from .chat import ChatTemplate, Family
 from .conversation import Conversation, Delta, Section, State, prompt_state
 from .forced_call import CallFinder, ForcedCallStream, call_beginning
+from .pending import PendingCommit, PendingCommits
 from .session import SessionRecord, TurnRecord
 from .tokenizer import Tokenizer
 
@@ -103,11 +105,13 @@ class Generations:
         self.clock, self.wall_clock, self._new_seed = clock, wall_clock, new_seed
         self.template = ChatTemplate.of(tokenizer)
         self.vocab_size = min(config.vocab_size, tokenizer.vocab_size)
+        self.pending = None if sessions is None else PendingCommits(sessions)
+        self._turn_end_ids = self._find_turn_end()
         self._closing_ids = tuple(tokenizer.encode(config.closing_text))
 
     async def prepare(
         self, request: pb.GenerateRequest, *, owner: str = "", remaining_s: float | None = None, traceparent: str = ""
-    ) -> "Generation":
+    ) -> "Generation | CommittedTurn":
         """Check the request and make everything the engine needs; no work has started when this returns."""
         received_at = self.clock()
         validation.check_input(request)
@@ -119,13 +123,20 @@ class Generations:
             if request.session_id:
                 session = await self._open(request.session_id, owner)
         tools = validation.tool_definitions(request.tools, request.tool_choice)
-        prompt_ids = await self._prompt_ids(request, messages, session, tools)
+        thinking, settings = request.thinking, dict[str, Any]()
+        if session is not None:
+            for index, turn in enumerate(session.turns):
+                if request.request_id and turn.request_id == request.request_id:
+                    return CommittedTurn(self, session, index, messages)
+            thinking, settings = turn_settings(request, session, tools)
+        spliced = self._splice(session, settings)
+        prompt_ids = await self._prompt_ids(request, messages, session, tools, thinking, spliced)
         state = prompt_state(prompt_ids, self.tokenizer.special_ids)
         engine_request = EngineRequest(
             request_id=request.request_id or secrets.token_hex(12),
             prompt_ids=tuple(prompt_ids),
             sampling=self._sampling(request, len(prompt_ids)),
-            thinking=self._budget(request, state),
+            thinking=self._budget(thinking, state),
             deadline=0.0 if remaining_s is None or request.resumable else self.wall_clock() + remaining_s,
             traceparent=traceparent,
         )
@@ -140,13 +151,41 @@ class Generations:
             owner=owner,
             messages=messages,
             session=session,
+            settings=settings,
+            num_spliced=len(spliced),
         )
         return Generation(self, plan, received_at=received_at)
 
     async def _open(self, session_id: str, owner: str) -> SessionRecord:
         if self.sessions is None:
             raise SessionStoreUnavailable("this gateway has no session store; send the whole chat instead")
+        assert self.pending is not None
+        self.pending.check(session_id, owner)
         return await self.sessions.open(session_id, owner)
+
+    def _splice(self, session: SessionRecord | None, settings: dict[str, Any]) -> list[int]:
+        """With KEEP_THINKING, the ids of the conversation so far as they were: prompt and output of every turn."""
+        if session is None or settings.get("history_policy") != pb.HISTORY_POLICY_KEEP_THINKING:
+            return []
+        ids: list[int] = []
+        for turn in session.turns:
+            if not turn.input_ids or not turn.num_spliced:
+                ids = []  # not kept, or its prompt held all that was before
+            if not turn.input_ids:
+                continue
+            output = list(turn.output_ids)
+            while output and output[-1] in self.tokenizer.special_ids.eos:
+                output.pop()
+            ids += [*turn.input_ids, *output, *self._turn_end_ids]
+        return ids
+
+    def _find_turn_end(self) -> tuple[int, ...]:
+        """What the template puts behind an assistant's message."""
+        if self.template is None:
+            return ()
+        probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
+        text = self.template.render(probe, add_generation_prompt=False).rpartition("ANSWER")[2]
+        return tuple(self.tokenizer.encode(text))
 
     async def _prompt_ids(
         self,
@@ -154,6 +193,8 @@ class Generations:
         messages: list[dict[str, Any]],
         session: SessionRecord | None,
         tools: list[dict[str, Any]],
+        thinking: pb.ThinkingOptions,
+        spliced: list[int],
     ) -> Sequence[int]:
         if request.HasField("token_ids"):
             validation.check_token_ids("token_ids.ids", request.token_ids.ids, self.vocab_size)
@@ -161,7 +202,10 @@ class Generations:
             field = "token_ids"
         else:
             field = "chat" if messages else "prompt"
-            text = self._render(request, messages, session, tools) if messages else request.prompt
+            text = request.prompt
+            if messages:
+                history = session.messages if session is not None and not spliced else []
+                text = self._render([*history, *messages], [] if spliced else tools, thinking)
             if len(text) <= ENCODE_INLINE_CHARS:
                 ids = self.tokenizer.encode(text, add_special_tokens=not messages)
             else:
@@ -170,6 +214,7 @@ class Generations:
                 raise InvalidRequest(field, "no tokens", "text that encodes to at least one token")
             if max(ids) >= self.vocab_size:
                 raise InvalidRequest(field, max(ids), f"text in the model's vocabulary of {self.vocab_size} ids")
+            ids = [*spliced, *ids] if spliced else ids
         if len(ids) >= self.config.max_model_len:
             raise InvalidRequest(
                 field,
@@ -178,21 +223,11 @@ class Generations:
             )
         return ids
 
-    def _render(
-        self,
-        request: pb.GenerateRequest,
-        messages: list[dict[str, Any]],
-        session: SessionRecord | None,
-        tools: list[dict[str, Any]],
-    ) -> str:
+    def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], thinking: pb.ThinkingOptions) -> str:
         if self.template is None:
             raise InvalidRequest("chat", "set", "prompt or token_ids: this model has no chat template")
-        history = session.messages if session is not None else []
-        return self.template.render(
-            [*history, *messages],
-            tools=tools,
-            enable_thinking=self._enable_thinking(request.thinking, self.template.family),
-        )
+        enable = self._enable_thinking(thinking, self.template.family)
+        return self.template.render(messages, tools=tools, enable_thinking=enable)
 
     def _enable_thinking(self, options: pb.ThinkingOptions, family: Family) -> bool | None:
         off = options.mode == pb.ThinkingOptions.OFF
@@ -204,10 +239,10 @@ class Generations:
             return False
         return True if options.mode == pb.ThinkingOptions.ON else None
 
-    def _budget(self, request: pb.GenerateRequest, state: State) -> ThinkingBudget | None:
-        if not request.thinking.HasField("budget_tokens") or state is State.CLOSED:
+    def _budget(self, thinking: pb.ThinkingOptions, state: State) -> ThinkingBudget | None:
+        if not thinking.HasField("budget_tokens") or state is State.CLOSED:
             return None
-        budget, special = request.thinking.budget_tokens, self.tokenizer.special_ids
+        budget, special = thinking.budget_tokens, self.tokenizer.special_ids
         if special.think is None or special.end_think is None:
             raise InvalidRequest("thinking.budget_tokens", budget, "unset: this model's vocabulary has no think tokens")
         return ThinkingBudget(
@@ -250,6 +285,32 @@ class GenerationPlan:
     owner: str = ""
     messages: list[dict[str, Any]] = field(default_factory=list)  # new in this turn
     session: SessionRecord | None = None
+    settings: dict[str, Any] = field(default_factory=dict)  # of the session from this turn on
+    num_spliced: int = 0  # prompt ids taken from earlier turns
+
+
+def turn_settings(
+    request: pb.GenerateRequest, session: SessionRecord, tools: list[dict[str, Any]]
+) -> tuple[pb.ThinkingOptions, dict[str, Any]]:
+    """What is in force for this turn and from it on: the session's settings, and what the request sets anew."""
+    settings, thinking = dict(session.settings), request.thinking
+    if thinking.mode:
+        settings["thinking_mode"] = thinking.mode
+        if thinking.mode == pb.ThinkingOptions.ON and settings.get("budget_tokens") == 0:
+            del settings["budget_tokens"]
+    if thinking.HasField("budget_tokens"):
+        settings["budget_tokens"] = thinking.budget_tokens
+    if request.history_policy:
+        settings["history_policy"] = request.history_policy
+    if tools and settings.get("history_policy") == pb.HISTORY_POLICY_KEEP_THINKING:
+        digest = hashlib.sha256(json.dumps(tools).encode()).hexdigest()[:16]
+        if session.turns and settings.setdefault("tools", digest) != digest:
+            raise InvalidRequest(
+                "tools", "changed", "the tools that the session began with: KEEP_THINKING splices them"
+            )
+        settings["tools"] = digest
+    mode, budget = settings.get("thinking_mode", 0), settings.get("budget_tokens")
+    return pb.ThinkingOptions(mode=mode, budget_tokens=budget), settings
 
 
 Record = Callable[[RequestOutput], Awaitable[None]]
@@ -433,13 +494,21 @@ class Generation:
             usage={field.name: value for field, value in usage.ListFields()},
             request_id=self.request_id,
             finished_at=self._shared.wall_clock(),
+            finish_reason=int(reason),
+            seed=self.request.sampling.seed,
+            settings=self.plan.settings,
         )
+        if self.plan.settings.get("history_policy") == pb.HISTORY_POLICY_KEEP_THINKING:
+            spliced = self.plan.num_spliced
+            turn = replace(turn, input_ids=list(self.request.prompt_ids[spliced:]), num_spliced=spliced)
         try:
             version = await sessions.commit(
                 session.session_id, session.version, turn, owner=self._owner, affinity=replica_id
             )
         except SessionStoreUnavailable as error:
-            _log.warning("turn %s of session %s is not committed: %s", self.request_id, session.session_id, error)
+            _log.warning("turn %s of session %s is committed later: %s", self.request_id, session.session_id, error)
+            assert self._shared.pending is not None
+            self._shared.pending.add(PendingCommit(session.session_id, session.version, turn, self._owner, replica_id))
             return False, session.version
         return True, version
 
@@ -469,6 +538,53 @@ class Generation:
             telemetry.record(names.METRIC_TTFA, timings.time_to_first_answer_token_s)
         for kind in ("prompt", "cached", "completion", "reasoning"):
             telemetry.record(names.METRIC_TOKENS, getattr(usage, f"{kind}_tokens"), kind=kind)
+
+
+class CommittedTurn:
+    """A turn asked for again that is in the session record already: the same reply, no work."""
+
+    def __init__(self, shared: Generations, session: SessionRecord, index: int, messages: list[dict[str, Any]]) -> None:
+        self._shared, self._session, self._index = shared, session, index
+        self._turn = session.turns[index]
+        self.request_id = self._turn.request_id
+        if self._turn.messages[:-1] != messages:
+            raise InvalidRequest("request_id", self.request_id, "an id that no other turn of the session has")
+        self._offset = 0
+
+    def cancel(self) -> None:
+        """There is nothing to end."""
+
+    async def run(self, writer: Writer) -> pb.Finished:
+        turn, reply = self._turn, self._turn.messages[-1]
+        usage = pb.Usage(**turn.usage)
+        started = pb.Started(
+            request_id=self.request_id,
+            session_id=self._session.session_id,
+            model=self._shared.config.model,
+            prompt_tokens=usage.prompt_tokens,
+            seed=turn.seed,
+        )
+        await writer.started(0, started)
+        deltas = [
+            Delta(Section.REASONING, reply.get("reasoning_content", "")),
+            Delta(Section.ANSWER, reply["content"]),
+        ]
+        for index, call in enumerate(reply.get("tool_calls", ())):
+            text = json.dumps(call["arguments"], ensure_ascii=False)
+            deltas.append(Delta(Section.TOOL_CALL, text, index=index, name=call["name"]))
+        for delta in deltas:
+            if delta.text:
+                self._offset += 1
+                await writer.delta(self._offset, delta, with_ids=False)
+        return pb.Finished(
+            reason=turn.finish_reason,  # type: ignore[arg-type]
+            usage=usage,
+            committed=True,
+            session_version=self._index + 1,
+        )
+
+    async def finish(self, writer: Writer, finished: pb.Finished) -> None:
+        await writer.finished(self._offset + 1, finished)
 
 
 def record_failure(telemetry: Telemetry, error: ExpertMeshError) -> None:

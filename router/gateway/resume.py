@@ -150,6 +150,8 @@ def encode_head(plan: GenerationPlan, digest: bytes) -> pb.JournalHead:
         include_token_ids=plan.include_token_ids,
         messages_json=json.dumps(plan.messages, ensure_ascii=False),
         digest=digest,
+        settings_json=json.dumps(plan.settings),
+        num_spliced_ids=plan.num_spliced,
     )
     if plan.session is not None:
         head.session_id, head.session_version = plan.session.session_id, plan.session.version
@@ -173,6 +175,8 @@ def decode_head(head: pb.JournalHead, owner: str, generations: Generations) -> G
         owner=owner,
         messages=json.loads(head.messages_json),
         session=session,
+        settings=json.loads(head.settings_json or "{}"),
+        num_spliced=head.num_spliced_ids,
     )
 
 

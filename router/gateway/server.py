@@ -27,7 +27,7 @@ from ...proto import expertmesh_pb2 as pb
 from ...telemetry import Telemetry
 from ..status import ClusterState, ProcessStatus
 from .events import EventWriter
-from .generation import Generation, GenerationConfig, Generations, Sessions, Tier, record_failure
+from .generation import CommittedTurn, Generation, GenerationConfig, Generations, Sessions, Tier, record_failure
 from .journal import Journal
 from .link import TOKEN_KEY, bind, token_matches
 from .resume import Resumables
@@ -52,6 +52,10 @@ class SessionSource(Sessions, Protocol):
     ) -> tuple[list[SessionRecord], str]: ...
 
     async def delete(self, session_id: str, owner: str = "") -> None: ...
+
+    async def fork(
+        self, session_id: str, new_session_id: str, owner: str = "", *, at_version: int = 0
+    ) -> SessionRecord: ...
 
 
 class TopologySource(Protocol):
@@ -103,7 +107,7 @@ class GatewayServer:
             num_logical_experts=num_logical_experts,
             num_moe_layers=num_moe_layers,
         )
-        self._running: dict[str, Generation] = {}
+        self._running: dict[str, Generation | CommittedTurn] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -138,6 +142,8 @@ class GatewayServer:
     async def stop(self) -> None:
         if self._resumables is not None:
             await self._resumables.stop()
+        if self.generations.pending is not None:
+            await self.generations.pending.close()
         if self._server is not None:
             await self._server.stop(0)
 
@@ -158,7 +164,7 @@ class GatewayServer:
                 traceparent=span.traceparent or str(metadata.get("traceparent", "")),
             )
             span.set(names.ATTR_REQUEST_ID, generation.request_id)
-            if request.resumable:
+            if request.resumable and isinstance(generation, Generation):
                 stream = await self._journaled().begin(generation, request)
                 await stream.read(0, context.write)
             else:
@@ -170,13 +176,13 @@ class GatewayServer:
         finally:
             span.end()
 
-    async def _stream(self, generation: Generation, context: grpc.aio.ServicerContext) -> None:
+    async def _stream(self, generation: Generation | CommittedTurn, context: grpc.aio.ServicerContext) -> None:
         with self._track(generation):
             writer = EventWriter(context.write)
             await generation.finish(writer, await generation.run(writer))
 
     @contextlib.contextmanager
-    def _track(self, generation: Generation) -> Iterator[None]:
+    def _track(self, generation: Generation | CommittedTurn) -> Iterator[None]:
         """It runs: it can be cancelled, and a drain waits for it."""
         if generation.request_id in self._running:
             raise InvalidRequest("request_id", generation.request_id, "an id that is not running already")
@@ -232,6 +238,21 @@ class GatewayServer:
         await self._store().delete(check_name("session_id", request.session_id))
         return pb.DeleteSessionResponse()
 
+    async def _fork_session(self, request: pb.ForkSessionRequest, _context: grpc.aio.ServicerContext) -> pb.Session:
+        record = await self._store().fork(
+            check_name("session_id", request.session_id),
+            check_name("new_session_id", request.new_session_id),
+            at_version=request.at_version,
+        )
+        return encode_session(record)
+
+    async def _export_session(
+        self, request: pb.ExportSessionRequest, _context: grpc.aio.ServicerContext
+    ) -> pb.SessionExport:
+        record = await self._store().get(check_name("session_id", request.session_id))
+        ids = [pb.TurnIds(input_ids=t.input_ids, output_ids=t.output_ids, seed=t.seed) for t in record.turns]
+        return pb.SessionExport(session=encode_session(record), turn_ids=ids)
+
     def _store(self) -> SessionSource:
         if self._sessions is None:
             raise SessionStoreUnavailable("this gateway has no session store")
@@ -267,6 +288,8 @@ class GatewayServer:
                 "Get": _unary(self._get_session, pb.GetSessionRequest),
                 "List": _unary(self._list_sessions, pb.ListSessionsRequest),
                 "Delete": _unary(self._delete_session, pb.DeleteSessionRequest),
+                "Fork": _unary(self._fork_session, pb.ForkSessionRequest),
+                "Export": _unary(self._export_session, pb.ExportSessionRequest),
             },
             "Cluster": {"GetTopology": _unary(self._get_topology, pb.GetTopologyRequest)},
         }
@@ -340,6 +363,11 @@ def encode_session(record: SessionRecord) -> pb.Session:
         created_at=record.created_at,
         expires_at=record.expires_at,
     )
+    if settings := record.settings:
+        session.thinking.mode = settings.get("thinking_mode", 0)
+        if (budget := settings.get("budget_tokens")) is not None:
+            session.thinking.budget_tokens = budget
+        session.history_policy = settings.get("history_policy", 0)
     for turn in record.turns:
         session.turns.add(
             messages=[_encode_message(m) for m in turn.messages],

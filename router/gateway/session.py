@@ -41,6 +41,22 @@ redis.call('PEXPIRE', KEYS[2], ARGV[5])
 return {1, version}
 """
 
+# KEYS meta, turns of the new session; ARGV version, now, ttl ms, affinity, last request id, turns...
+# 1 = made, 0 = there is one of this name.
+_FORK = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+local size = 0
+for i = 6, #ARGV do
+  redis.call('RPUSH', KEYS[2], ARGV[i])
+  size = size + #ARGV[i]
+end
+redis.call('HSET', KEYS[1], 'version', ARGV[1], 'created_at', ARGV[2], 'num_bytes', size,
+           'affinity', ARGV[4], 'last_request_id', ARGV[5])
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+redis.call('PEXPIRE', KEYS[2], ARGV[3])
+return 1
+"""
+
 # KEYS index by id, index by expiry (one slot, another than the session's); ARGV session id, now, expires at.
 # Puts the session in and takes up to 100 expired ones out, so the index stays as large as what lives.
 _INDEX = """
@@ -62,6 +78,11 @@ class TurnRecord:
     usage: dict[str, int] = field(default_factory=dict)
     request_id: str = ""
     finished_at: float = 0.0  # unix seconds
+    finish_reason: int = 0
+    seed: int = 0
+    input_ids: list[int] = field(default_factory=list)  # of the prompt behind `num_spliced` ones, with KEEP_THINKING
+    num_spliced: int = 0  # prompt ids that came from earlier turns; 0 = the prompt was rendered whole
+    settings: dict[str, Any] = field(default_factory=dict)  # of the session from this turn on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +101,11 @@ class SessionRecord:
     def messages(self) -> list[dict[str, Any]]:
         """The transcript as the chat template takes it."""
         return [message for turn in self.turns for message in turn.messages]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """`thinking_mode`, `budget_tokens`, `history_policy`, `tools`: those of the last turn."""
+        return self.turns[-1].settings if self.turns else {}
 
 
 class SessionStore:
@@ -115,7 +141,7 @@ class SessionStore:
     ) -> int:
         """Append the turn if nobody else did since `expected_version`; the new version."""
         meta, turns = _keys(session_id, owner)
-        data = json.dumps(asdict(turn), ensure_ascii=False, separators=(",", ":"))
+        data = _dump(turn)
         arguments: list[str | int | float] = [
             expected_version,
             turn.request_id,
@@ -150,6 +176,34 @@ class SessionStore:
             await answered(self._redis.zrem(index, session_id))
         if not removed:
             raise NotFound("session", session_id)
+
+    async def fork(
+        self, session_id: str, new_session_id: str, owner: str = "", *, at_version: int = 0
+    ) -> SessionRecord:
+        """Copy the first `at_version` turns (0 = all) into a new session."""
+        record = await self.get(session_id, owner)
+        version = at_version or record.version
+        if version > record.version:
+            raise InvalidRequest("at_version", at_version, f"0..{record.version}, the turns of {session_id!r}")
+        turns = record.turns[:version]
+        now = self._wall_clock()
+        made = await answered(
+            self._redis.eval(
+                _FORK,
+                2,
+                *_keys(new_session_id, owner),
+                version,
+                now,
+                int(self._ttl_s * 1000),
+                record.affinity,
+                turns[-1].request_id,
+                *(_dump(turn) for turn in turns),
+            )
+        )
+        if not made:
+            raise InvalidRequest("new_session_id", new_session_id, "an id that no session has")
+        await answered(self._enter(keys=_index(owner), args=[new_session_id, now, now + self._ttl_s]))
+        return await self.get(new_session_id, owner)
 
     async def ping(self) -> None:
         await answered(self._redis.ping())
@@ -221,6 +275,10 @@ async def answered(call: Awaitable[T]) -> T:
         raise SessionStoreUnavailable(f"the session store refuses: {_short(error)}", retry_after_s=5.0) from error
     except RedisError as error:
         raise SessionStoreUnavailable(f"the session store failed: {_short(error)}") from error
+
+
+def _dump(turn: TurnRecord) -> str:
+    return json.dumps(asdict(turn), ensure_ascii=False, separators=(",", ":"))
 
 
 def _keys(session_id: str, owner: str) -> tuple[str, str]:

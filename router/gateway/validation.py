@@ -70,6 +70,11 @@ def check_input(request: pb.GenerateRequest) -> None:
         )
     if request.HasField("tool_choice") and not request.tools:
         raise InvalidRequest("tool_choice", "set", "unset without tools")
+    if request.history_policy:
+        if request.history_policy not in pb.HistoryPolicy.values():
+            raise InvalidRequest("history_policy", request.history_policy, "DROP_THINKING (1) or KEEP_THINKING (2)")
+        if not request.session_id:
+            raise InvalidRequest("history_policy", request.history_policy, "unset without session_id")
     mode = request.thinking.mode
     if mode not in pb.ThinkingOptions.Mode.values():
         raise InvalidRequest("thinking.mode", mode, "DEFAULT (0), ON (1) or OFF (2)")
