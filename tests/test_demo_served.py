@@ -26,8 +26,8 @@ BUDGET = 12
 
 @pytest.fixture(scope="module")
 def served(ray_runtime: None) -> Iterator[Served]:
-    with Cluster(demo_config(num_shards=2)) as cluster:
-        yield Served(cluster.gateways)
+    with Cluster(demo_config(num_shards=2)) as cluster, Served(cluster.gateways) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

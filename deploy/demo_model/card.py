@@ -1,13 +1,14 @@
 """Turn the figures of `evaluate.py` into the model card's tables and the budget curve.
 
-`python -P -m expertmesh.deploy.demo_model.card evaluation.json expert_loads.json README.md curve.svg` replaces what
-stands between the markers in the card; nothing in it is typed by hand."""
+`python -P -m expertmesh.deploy.demo_model.card FOLDER` reads the figures there (`evaluation.json`, `expert_loads.json`,
+`served_evaluation.json`, `served_equals_offline.json`), writes `curve.svg` and replaces what stands between the markers
+in `README.md`; nothing in it is typed by hand."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,37 @@ def budget_table(evaluation: dict[str, Any]) -> str:
     ]
     for task in [*(task for task in curve[0]["accuracy"] if task != "all"), "all"]:
         rows.append(f"| {task} | " + " | ".join(_percent(point["accuracy"][task]) for point in curve) + " |")
+    return "\n".join(rows)
+
+
+def served_section(served: dict[str, Any]) -> str:
+    """What a cluster got right, and how it was run."""
+    run, points = served["run"], served["budget_curve"]
+    budgets = "| budget | " + " | ".join(_budget(point["budget"]) for point in points) + " |"
+    shares = "| right | " + " | ".join(_percent(point["accuracy"]["all"]) for point in points) + " |"
+    lines = [
+        f"{served['num_items']} conversations ({served['num_turns']} scored turns) in each mode, "
+        f"{run['curve_items_per_task'] * (len(points[0]['accuracy']) - 1)} for each budget: {run['num_requests']:,} "
+        f"requests, {run['num_tokens']:,} generated tokens in {run['seconds']:.0f} s, up to {run['streams']} streams "
+        f"at a time, {run['attention']} attention replica, {run['shards']} expert shards, {run['device']}.",
+        "",
+        accuracy_table(served),
+        "",
+        budgets,
+        "|---" * (len(points) + 1) + "|",
+        shares,
+    ]
+    return "\n".join(lines)
+
+
+def identity_table(identity: dict[str, Any]) -> str:
+    """Conversations that are by the token what transformers makes of them."""
+    rows = ["| shards | conversations | identical | parted at a tie | different | tokens |", "|---" * 6 + "|"]
+    for row in identity["rows"]:
+        cells = (row["shards"], row["of"], row["identical"], row["tied"], row["different"], f"{row['tokens']:,}")
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
+    least = identity["reference_margin_min"]
+    rows += ["", f"The smallest lead of a best logit over the second was {least:.2g} ({identity['device']})."]
     return "\n".join(rows)
 
 
@@ -98,18 +130,23 @@ def _budget(value: int | None) -> str:
 
 
 def main() -> None:
-    evaluation, loads = (json.loads(Path(path).read_text(encoding="utf-8")) for path in sys.argv[1:3])
-    card, svg = Path(sys.argv[3]), Path(sys.argv[4])
-    text = card.read_text(encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    evaluation, loads, served, identity = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("evaluation", "expert_loads", "served_evaluation", "served_equals_offline")
+    )
+    text = (folder / "README.md").read_text(encoding="utf-8")
     parts = {
         "accuracy": accuracy_table(evaluation), "budget": budget_table(evaluation), "loads": loads_table(loads),
-        "histogram": histogram(loads),
+        "histogram": histogram(loads), "served": served_section(served), "identity": identity_table(identity),
     }  # fmt: skip
     for name, table in parts.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         text = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{table}\n{end}", text, flags=re.DOTALL)  # noqa: B023
-    card.write_text(text, encoding="utf-8")
-    svg.write_text(budget_svg(evaluation), encoding="utf-8")
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / "curve.svg").write_text(budget_svg(evaluation), encoding="utf-8")
 
 
 if __name__ == "__main__":

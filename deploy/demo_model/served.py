@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...client import AnswerDelta, AsyncClient, Finished, ReasoningDelta, Started, ToolCallDelta
 from ...config import CacheConfig, ClusterConfig, NetworkConfig
@@ -19,6 +19,7 @@ from .evaluate import MAX_NEW_TOKENS, Reply, Request
 from .tasks import Json
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
+T = TypeVar("T")
 TIMEOUT_S = 300.0  # of one reply, the wait for its turn in the engine included
 
 
@@ -33,35 +34,54 @@ class Answer:
 
 
 class Served:
-    """Ask the gateways, `concurrency` streams at a time in each call. Greedy, so that any run says the same.
+    """Ask the gateways, `concurrency` streams at a time. Greedy, so that any run says the same.
 
-    May be called from several threads."""
+    May be called from several threads: one event loop of its own carries all streams."""
 
     def __init__(self, addresses: Sequence[str], *, concurrency: int = 32) -> None:
-        self.addresses, self.concurrency = list(addresses), concurrency
         self.num_requests = self.num_tokens = 0
-        self._lock = threading.Lock()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="served", daemon=True)
+        self._thread.start()
+        self._client = self._wait(_connect(addresses))
+        self._turn = asyncio.Semaphore(concurrency)
 
     def __call__(self, requests: Sequence[Request]) -> list[Reply]:
         return [answer.reply for answer in self.answers(requests)]
 
     def answers(self, requests: Sequence[Request], *, with_ids: bool = False) -> list[Answer]:
-        answers = asyncio.run(self._ask_all(requests, with_ids))
-        with self._lock:
-            self.num_requests += len(answers)
-            self.num_tokens += sum(answer.reply.num_tokens for answer in answers)
-        return answers
+        return self._wait(self._ask_all(requests, with_ids))
+
+    def close(self) -> None:
+        self._wait(self._client.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _ask_all(self, requests: Sequence[Request], with_ids: bool) -> list[Answer]:
-        turn = asyncio.Semaphore(self.concurrency)
-
-        async def ask_in_turn(client: AsyncClient, request: Request) -> Answer:
-            async with turn:
-                return await ask(client, request, with_ids=with_ids)
-
-        async with AsyncClient(self.addresses) as client, asyncio.TaskGroup() as group:
-            tasks = [group.create_task(ask_in_turn(client, request)) for request in requests]
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._ask_in_turn(request, with_ids)) for request in requests]
         return [task.result() for task in tasks]
+
+    async def _ask_in_turn(self, request: Request, with_ids: bool) -> Answer:
+        async with self._turn:
+            answer = await ask(self._client, request, with_ids=with_ids)
+        self.num_requests += 1
+        self.num_tokens += answer.reply.num_tokens
+        return answer
+
+
+async def _connect(addresses: Sequence[str]) -> AsyncClient:
+    return AsyncClient(addresses)
 
 
 async def ask(client: AsyncClient, request: Request, *, with_ids: bool = False) -> Answer:
@@ -76,7 +96,8 @@ async def ask(client: AsyncClient, request: Request, *, with_ids: bool = False) 
         max_tokens=MAX_NEW_TOKENS,
         timeout_s=TIMEOUT_S,
     )
-    reasoning, text, ids = "", _Text(), []
+    reasoning, text = "", _Text()
+    ids: list[int] = []
     num_prompt_tokens = num_tokens = 0
     async for event in stream:
         match event:

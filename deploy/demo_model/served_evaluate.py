@@ -18,11 +18,12 @@ from typing import Any
 
 from ...cluster.app import Cluster
 from .card import accuracy_table, budget_svg, budget_table
-from .evaluate import ARITHMETIC, ITEMS_PER_TASK, report
+from .evaluate import ARITHMETIC, BUDGETS, ITEMS_PER_TASK, MODES, report
 from .served import Served, demo_config
 
 FOLDER = Path(__file__).parent
 MIN_ITEMS = 500  # fewer are a sample, not the evaluation
+NUM_JOBS = len(MODES) + 1 + len(BUDGETS)  # all at a time, so that the cluster's batch is full to the end
 Goal = tuple[str, float, float]  # what, measured, at least
 
 
@@ -53,10 +54,7 @@ def main() -> int:
     parser.add_argument("--curve-items-per-task", type=int, default=0, metavar="N", help="default: as many")
     parser.add_argument("--shards", type=int, default=2, metavar="M")
     parser.add_argument("--attention", type=int, default=1, metavar="N")
-    parser.add_argument(
-        "--concurrency", type=int, default=32, metavar="N", help="streams open at a time, in each mode or budget"
-    )
-    parser.add_argument("--parallel", type=int, default=4, metavar="N", help="modes and budgets played at a time")
+    parser.add_argument("--concurrency", type=int, default=192, metavar="N", help="streams open at a time")
     parser.add_argument("--out", type=Path, default=Path("served_evaluation.json"))
     parser.add_argument("--svg", type=Path, default=Path("demo-model-curve.svg"))
     parser.add_argument("--write", action="store_true", help="replace the figures of the model card and the docs")
@@ -64,16 +62,19 @@ def main() -> int:
     if options.write:
         options.out, options.svg = FOLDER / "served_evaluation.json", FOLDER.parents[1] / "docs/demo-model-curve.svg"
 
-    with Cluster(demo_config(options.shards, num_attention=options.attention), progress=say) as cluster:
-        served = Served(cluster.gateways, concurrency=options.concurrency)
+    config = demo_config(options.shards, num_attention=options.attention)
+    with Cluster(config, progress=say) as cluster, Served(cluster.gateways, concurrency=options.concurrency) as served:
         started = time.monotonic()
-        result = report(served, options.items_per_task, curve_items_per_task=options.curve_items_per_task, progress=say)
+        result = report(
+            served, options.items_per_task, curve_items_per_task=options.curve_items_per_task,
+            parallel=NUM_JOBS, progress=say,
+        )  # fmt: skip
         seconds = time.monotonic() - started
     result["run"] = {
         "device": f"cpu, {os.cpu_count()} cores, float32",
         "attention": options.attention,
         "shards": options.shards,
-        "streams": options.concurrency * options.parallel,
+        "streams": options.concurrency,
         "curve_items_per_task": options.curve_items_per_task or options.items_per_task,
         "num_requests": served.num_requests,
         "num_tokens": served.num_tokens,
