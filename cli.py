@@ -9,15 +9,14 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import ClusterConfig, environment_overrides, from_mapping, override
 from .errors import ConfigError, ExpertMeshError, InvalidRequest
 
-if TYPE_CHECKING:
-    pass
+DEMO_MODEL = Path(__file__).resolve().parent / "deploy" / "demo_model" / "checkpoint"  # what `serve` starts on
 
 if TYPE_CHECKING:
     import threading
@@ -108,7 +107,10 @@ def serve_config(arguments: argparse.Namespace, environ: dict[str, str] | os._En
         "dtype": arguments.dtype,
     }
     named = {path: str(value) for path, value in flags.items() if value is not None}
-    return override(config, named | dict(map(_assignment, arguments.set)))
+    config = override(config, named | dict(map(_assignment, arguments.set)))
+    if not config.model:
+        config = replace(config, model=str(DEMO_MODEL), served_model_name=config.served_model_name or "demo-moe")
+    return config
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -245,7 +247,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.description = "Start a cluster and serve until Ctrl-C. Ready when it prints the gateways' addresses."
-    parser.add_argument("--model", metavar="DIR", help="checkpoint folder in Hugging Face layout")
+    parser.add_argument(
+        "--model", metavar="DIR", help="checkpoint folder in Hugging Face layout (default: the demo model)"
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON of ClusterConfig fields")
     parser.add_argument("--layout", choices=("disaggregated", "colocated"))
     parser.add_argument("--attention", type=int, metavar="N", help="attention replicas (default 1)")

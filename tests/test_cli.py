@@ -40,7 +40,6 @@ def test_a_json_file_is_read_too(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["serve"], "configuration model: got ''"),
         (["serve", "--set", "nonsense"], "section.field=value"),
         (["serve", "--set", "scheduler.max_num_seq=3"], "a field of ClusterConfig"),
         (["serve", "--set", "scheduler.max_num_seqs=three"], "a int"),
@@ -145,3 +144,9 @@ def test_status_shows_members_and_numbers():
     assert lines[4].split()[-5:] == ["99", "0", "%", "2.5", "MB"]
     values = json.loads(json.dumps(topology_as_dict(topology, {"h:1": "SERVING"})))
     assert (values["epoch"], values["members"][1]["num_rows"], values["health"]) == (2, 99, {"h:1": "SERVING"})
+
+
+def test_serve_without_a_model_starts_on_the_demo_model():
+    config = config_of()
+    assert (Path(config.model) / "model.safetensors").is_file()
+    assert config.served_model_name == "demo-moe"
