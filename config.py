@@ -55,6 +55,7 @@ class NetworkConfig:
     gateway_host: str = "127.0.0.1"
     gateway_port: int = 50051
     metrics_port: int = -1  # Prometheus; -1 = off, 0 = chosen by the system
+    api_keys_file: str = ""  # lines `OWNER SHA256_OF_KEY`; empty = clients need no key
     cluster_token: str = ""  # required by link and cluster RPCs; empty = a random one made by `serve`
     max_message_bytes: int = 64 << 20
 
@@ -87,6 +88,25 @@ class TelemetryConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AutoscalingConfig:
+    """Of the expert tier; `num_expert_shards` is where it starts."""
+
+    max_expert_shards: int = 0  # 0 = off: the number stays as configured
+    min_expert_shards: int = 1
+    target_busy: float = 0.6  # part of the time that a shard should compute rows
+    upscale_delay_s: float = 2.0  # for so long the load must be too high
+    downscale_delay_s: float = 30.0
+    cooldown_s: float = 10.0  # between two changes
+
+    def __post_init__(self) -> None:
+        if self.max_expert_shards and not 1 <= self.min_expert_shards <= self.max_expert_shards:
+            expected = f"1 to max_expert_shards ({self.max_expert_shards})"
+            raise ConfigError("autoscaling.min_expert_shards", self.min_expert_shards, expected)
+        if not 0 < self.target_busy < 1:
+            raise ConfigError("autoscaling.target_busy", self.target_busy, "between 0 and 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
     """A whole cluster: what `expertmesh serve` starts."""
 
@@ -103,11 +123,13 @@ class ClusterConfig:
     max_model_len: int = 0  # 0 = the checkpoint's
     redis_url: str = ""  # empty = an embedded server
     session_ttl_s: float = 24 * 3600.0
+    thinking_closing_text: str = ""  # forced when a thinking budget is spent; empty = Qwen3's early-stop sentence
     startup_timeout_s: float = 300.0
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     def __post_init__(self) -> None:
@@ -116,6 +138,12 @@ class ClusterConfig:
                 raise ConfigError(name, getattr(self, name), "at least 1")
         if self.num_redundant_experts < 0:
             raise ConfigError("num_redundant_experts", self.num_redundant_experts, "0 or more")
+        scaling = self.autoscaling
+        if scaling.max_expert_shards and not (
+            scaling.min_expert_shards <= self.num_expert_shards <= scaling.max_expert_shards
+        ):
+            expected = f"{scaling.min_expert_shards} to {scaling.max_expert_shards}, the bounds of autoscaling"
+            raise ConfigError("num_expert_shards", self.num_expert_shards, expected)
 
     @property
     def num_expert_ranks(self) -> int:
@@ -135,6 +163,7 @@ _SECTIONS: dict[str, type] = {
     "scheduler": SchedulerConfig,
     "network": NetworkConfig,
     "exchange": ExchangeConfig,
+    "autoscaling": AutoscalingConfig,
     "telemetry": TelemetryConfig,
 }
 

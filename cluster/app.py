@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve.api import RunTarget, run_many
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from ..config import ClusterConfig
 from ..errors import ConfigError, StartupError, Unavailable
@@ -26,6 +27,7 @@ from ..model_config import ModelConfig
 from ..redis_server import EmbeddedRedis, resolve_url
 from ..router.gateway.deployment import Gateway
 from ..router.status import ClusterState
+from .autoscale import ServePolicy
 from .conductor import start_conductor
 from .conductor_client import ConductorClient
 from .member_agent import MemberAgent
@@ -34,6 +36,7 @@ from .replica import AttentionReplica
 OBJECT_STORE_BYTES = 80 << 20  # nothing of ours travels through Ray's object store
 REPLICA_NUM_CPUS = 0.01  # Serve replicas share the cores; Ray's count must not stop a laptop from starting them
 POLL_S = 0.2
+AUTOSCALING_PUSH_S = 1.0  # how often a replica's busy fraction reaches the policy
 APPLICATIONS = ("experts", "attention", "gateway")  # in the order of the route, from its end
 
 Progress = Callable[[str], None]
@@ -223,6 +226,7 @@ def start_ray(address: str = "") -> None:
         # A local Ray listens on this machine for this user only; `ray up` clusters set token authentication themselves.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", str(AUTOSCALING_PUSH_S))
     local: dict[str, Any] = {
         "num_cpus": max(2, os.cpu_count() or 2),
         "include_dashboard": False,
@@ -248,8 +252,8 @@ def _applications(config: ClusterConfig, conductor: ConductorClient, num_experts
     common: dict[str, Any] = {
         "graceful_shutdown_wait_loop_s": 0.1,
         "graceful_shutdown_timeout_s": 60.0,
-        "health_check_period_s": 10.0,  # death is noticed on the data plane; a busy replica must not be killed
-        "health_check_timeout_s": 30.0,
+        "health_check_period_s": 2.0,  # death is noticed on the data plane; this is how soon a replacement starts
+        "health_check_timeout_s": 30.0,  # a busy replica must not be killed
         "ray_actor_options": {"num_cpus": REPLICA_NUM_CPUS, "num_gpus": 0},
         "max_constructor_retry_count": 3,
     }
@@ -257,13 +261,38 @@ def _applications(config: ClusterConfig, conductor: ConductorClient, num_experts
     text = config.to_json()
     made: dict[str, serve.Application] = {}
     if config.layout == "disaggregated" and num_experts:
-        shards = serve.deployment(num_replicas=config.num_expert_shards, **compute)(ExpertShard)
+        shards = serve.deployment(**_number_of_shards(config), **compute)(ExpertShard)
         made["experts"] = shards.bind(text, conductor, MemberAgent)
     replicas = serve.deployment(num_replicas=config.num_attention_replicas, **compute)(AttentionReplica)
     made["attention"] = replicas.bind(text, conductor, MemberAgent)
     gateways = serve.deployment(num_replicas=config.num_gateways, **common)(Gateway)
     made["gateway"] = gateways.bind(text, conductor)
     return made
+
+
+def _number_of_shards(config: ClusterConfig) -> dict[str, Any]:
+    """Fixed, or Serve's to change by `ServePolicy`. Serve picks the victim of a scale-down; its `__del__` drains."""
+    scaling = config.autoscaling
+    if not scaling.max_expert_shards:
+        return {"num_replicas": config.num_expert_shards}
+    bounds = {
+        "min_shards": scaling.min_expert_shards,
+        "max_shards": scaling.max_expert_shards,
+        "target_busy": scaling.target_busy,
+        "upscale_delay_s": scaling.upscale_delay_s,
+        "downscale_delay_s": scaling.downscale_delay_s,
+        "cooldown_s": scaling.cooldown_s,
+    }
+    autoscaling = AutoscalingConfig(
+        min_replicas=scaling.min_expert_shards,
+        initial_replicas=config.num_expert_shards,
+        max_replicas=scaling.max_expert_shards,
+        upscale_delay_s=0.0,  # the policy has its own; Serve's would be added and would forget what was said once
+        downscale_delay_s=0.0,
+        look_back_period_s=2 * AUTOSCALING_PUSH_S,
+        policy=AutoscalingPolicy(policy_function=ServePolicy, policy_kwargs=bounds),
+    )
+    return {"autoscaling_config": autoscaling}
 
 
 def _log_folder() -> str:

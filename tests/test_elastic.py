@@ -1,0 +1,184 @@
+"""Whole clusters in real Ray processes that lose members, get new ones and change their size under running streams:
+no stream ends, and every token is the one that a single process says."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from solo_engine import solo_tokens
+from test_cluster import all_idle, client_of, config_of, eventually, greedy, state_or_none
+
+from expertmesh.client import AnswerDelta, Client, ReasoningDelta
+from expertmesh.cluster import app
+from expertmesh.cluster.app import Cluster
+from expertmesh.config import AutoscalingConfig
+from expertmesh.router.status import ProcessStatus
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_runtime")]
+
+PROMPTS = [[1, 2, 3], list(range(1000, 1050)), [7]]
+NUM_TOKENS = 300
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_checkpoint: Path) -> list[list[int]]:
+    return solo_tokens(tiny_checkpoint, PROMPTS, NUM_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def redundant(tiny_checkpoint: Path, ray_runtime: None) -> Iterator[Cluster]:
+    """Two attention replicas, three shards, two copies of every expert; each test leaves it whole. The last tests of
+    this file share it: a Ray runs one cluster at a time."""
+    config = config_of(tiny_checkpoint, num_attention=2, num_shards=3)
+    with Cluster(replace(config, num_redundant_experts=64)) as cluster:
+        yield cluster
+
+
+class Listener:
+    """Reads one stream in a thread and notes when each token came."""
+
+    def __init__(self, client: Client, prompt: list[int]) -> None:
+        self._stream = greedy(client, prompt, NUM_TOKENS)
+        self.token_ids: list[int] = []
+        self.came_at: list[float] = []
+        self.error: Exception | None = None
+        self.begun = threading.Event()
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        try:
+            for event in self._stream:
+                if isinstance(event, AnswerDelta | ReasoningDelta):
+                    self.token_ids += event.token_ids
+                    self.came_at += [time.monotonic()] * len(event.token_ids)
+                    self.begun.set()
+        except Exception as error:  # shown by the test's thread
+            self.error = error
+        self.begun.set()
+
+    def finish(self) -> list[int]:
+        self._thread.join(timeout=60.0)
+        assert not self._thread.is_alive(), f"{len(self.token_ids)} tokens, then nothing"
+        if self.error is not None:
+            raise self.error
+        return self.token_ids
+
+    def pause_after(self, moment: float) -> float:
+        """The longest wait for a token that ended after `moment`."""
+        gaps = [b - a for a, b in zip(self.came_at, self.came_at[1:], strict=False) if b > moment]
+        return max(gaps, default=0.0)
+
+
+def listeners(client: Client) -> list[Listener]:
+    begun = [Listener(client, prompt) for prompt in PROMPTS]
+    for listener in begun:
+        assert listener.begun.wait(60.0)
+    return begun
+
+
+def serving(cluster: Cluster, role: str) -> list[ProcessStatus]:
+    """Members of a role that are in the epoch in force."""
+    state = state_or_none(cluster)
+    if state is None or not state.ready:
+        return []
+    return [p for p in state.processes if p.role == role and p.name in state.ranks and p.epoch == state.epoch]
+
+
+def kill_under_streams(cluster: Cluster, role: str, expected: list[list[int]]) -> float:
+    """SIGKILL one member of the role while streams run; the longest pause that a client saw."""
+    count = len(serving(cluster, role))
+    victim = serving(cluster, role)[0]
+    with client_of(cluster) as client:
+        running = listeners(client)
+        killed_at = time.monotonic()
+        os.kill(victim.pid, signal.SIGKILL)
+        assert [listener.finish() for listener in running] == expected
+        pause_s = max(listener.pause_after(killed_at) for listener in running)
+    print(f"\nSIGKILL of {victim.name}: pause {pause_s:.3f} s")
+    assert eventually(lambda: len(serving(cluster, role)) == count, 60.0), "no replacement joined"
+    assert victim.name not in {p.name for p in serving(cluster, role)}
+    assert eventually(lambda: all_idle(cluster))
+    return pause_s
+
+
+@contextlib.contextmanager
+def under_load(client: Client, expected: list[list[int]]) -> Iterator[None]:
+    """One stream of each prompt after the other, all compared; the last ones end after the block."""
+    enough = threading.Event()
+    failures: list[str] = []
+    pauses_s: list[float] = []
+
+    def repeat(prompt: list[int], want: list[int]) -> None:
+        while not enough.is_set() and not failures:
+            listener = Listener(client, prompt)
+            try:
+                if listener.finish() != want:
+                    failures.append(f"{prompt}: other tokens")
+            except Exception as error:
+                failures.append(f"{prompt}: {error!r}")
+            pauses_s.append(listener.pause_after(0.0))
+
+    threads = [threading.Thread(target=repeat, args=pair) for pair in zip(PROMPTS, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        enough.set()
+        for thread in threads:
+            thread.join(timeout=60.0)
+    assert not failures
+    print(f"\n{len(pauses_s)} streams, the longest pause {max(pauses_s):.3f} s")
+
+
+def test_streams_wait_for_the_only_shards_replacement(tiny_checkpoint: Path, expected: list[list[int]]):
+    with Cluster(config_of(tiny_checkpoint, num_shards=1)) as cluster:
+        kill_under_streams(cluster, "expert", expected)
+
+
+def test_shards_come_and_go_under_running_streams(
+    tiny_checkpoint: Path, tmp_path: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    """Serve starts and drains shards as a policy says; here the policy is told by the test."""
+    wish = tmp_path / "shards"
+    wish.write_text("2")
+
+    class Told:
+        def __init__(self, **_policy: object) -> None:
+            self.path = str(wish)
+
+        def __call__(self, _context: object) -> tuple[int, dict[str, object]]:
+            with open(self.path) as file:
+                return int(file.read()), {}
+
+    Told.__module__ = "__main__"  # so that it travels by value: Serve's controller does not import tests
+    monkeypatch.setattr(sys.modules["__main__"], "Told", Told, raising=False)
+    monkeypatch.setattr(app, "ServePolicy", Told)
+    scaling = AutoscalingConfig(min_expert_shards=2, max_expert_shards=3)
+    with Cluster(replace(config_of(tiny_checkpoint, num_shards=2), autoscaling=scaling)) as cluster:
+        with client_of(cluster) as client, under_load(client, expected):
+            for count in (3, 2):
+                wish.write_text(str(count))
+                began_at = time.monotonic()
+                assert eventually(lambda count=count: len(serving(cluster, "expert")) == count, 60.0)
+                print(f"\n{count} shards after {time.monotonic() - began_at:.1f} s")
+        assert eventually(lambda: all_idle(cluster))
+        assert len(cluster.state().ranks) == 3
+
+
+def test_a_killed_shard_changes_no_token_where_copies_live(redundant: Cluster, expected: list[list[int]]):
+    assert eventually(lambda: len(serving(redundant, "expert")) == 3)
+    kill_under_streams(redundant, "expert", expected)
+
+
+def test_a_killed_attention_replica_changes_no_token(redundant: Cluster, expected: list[list[int]]):
+    assert eventually(lambda: len(serving(redundant, "attention")) == 2)
+    kill_under_streams(redundant, "attention", expected)
