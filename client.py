@@ -110,8 +110,10 @@ Event = Started | ReasoningDelta | AnswerDelta | ToolCallDelta | Finished
 class Client:
     """Blocking client over one or more gateways. Thread-safe."""
 
-    def __init__(self, addresses: str | Sequence[str] = DEFAULT_ADDRESS, *, cluster_token: str = "") -> None:
-        self.gateways = Gateways(addresses, grpc.insecure_channel, cluster_token)
+    def __init__(
+        self, addresses: str | Sequence[str] = DEFAULT_ADDRESS, *, api_key: str = "", cluster_token: str = ""
+    ) -> None:
+        self.gateways = Gateways(addresses, grpc.insecure_channel, cluster_token, api_key)
 
     def generate(self, messages: Messages = "", **options: Any) -> "Stream":
         """Start one generation; iterate for events. `messages`: a user's text, or a list of {"role", "content", ...};
@@ -259,8 +261,10 @@ class Session:
 class AsyncClient:
     """The same over grpc.aio; use it inside one event loop."""
 
-    def __init__(self, addresses: str | Sequence[str] = DEFAULT_ADDRESS, *, cluster_token: str = "") -> None:
-        self.gateways = Gateways(addresses, grpc.aio.insecure_channel, cluster_token)
+    def __init__(
+        self, addresses: str | Sequence[str] = DEFAULT_ADDRESS, *, api_key: str = "", cluster_token: str = ""
+    ) -> None:
+        self.gateways = Gateways(addresses, grpc.aio.insecure_channel, cluster_token, api_key)
 
     def generate(self, messages: Messages = "", **options: Any) -> "AsyncStream":
         """As `Client.generate`; iterate with `async for`."""
@@ -400,11 +404,13 @@ class AsyncSession:
 class Gateways:
     """The list of gateways, a channel to each that was used, and which one is in favour. For both kinds of client."""
 
-    def __init__(self, addresses: str | Sequence[str], connect: Callable[..., Any], cluster_token: str) -> None:
+    def __init__(
+        self, addresses: str | Sequence[str], connect: Callable[..., Any], cluster_token: str, api_key: str
+    ) -> None:
         self.addresses = [addresses] if isinstance(addresses, str) else list(addresses)
         if not self.addresses:
             raise InvalidRequest("addresses", addresses, "at least one host:port of a gateway")
-        self._connect, self._cluster_token = connect, cluster_token
+        self._connect, self._cluster_token, self._api_key = connect, cluster_token, api_key
         self._channels: dict[str, Any] = {}
         self._favourite = 0  # the gateway that answered last
 
@@ -415,7 +421,9 @@ class Gateways:
         return getattr(pb_grpc, f"{service}Stub")(self._channels[address])
 
     def metadata(self, service: str) -> tuple[tuple[str, str], ...]:
-        return ((TOKEN_KEY, self._cluster_token),) if self._cluster_token and service == "Cluster" else ()
+        if service == "Cluster":
+            return ((TOKEN_KEY, self._cluster_token),) if self._cluster_token else ()
+        return (("authorization", f"Bearer {self._api_key}"),) if self._api_key else ()
 
     def move_on(self, error: ExpertMeshError, attempt: int) -> bool:
         """Turn to the next gateway; False where all were tried or the next would say the same."""
@@ -442,10 +450,11 @@ class _Route:
 
     def open(self, timeout_s: float | None) -> Any:
         stub = self._gateways.stub("Generation")
+        metadata = self._gateways.metadata("Generation")
         if not self._next_offset:
-            return stub.Generate(self._request, timeout=timeout_s)
+            return stub.Generate(self._request, timeout=timeout_s, metadata=metadata)
         resume = pb.ResumeRequest(request_id=self._request.request_id, from_offset=self._next_offset)
-        return stub.Resume(resume, timeout=timeout_s)
+        return stub.Resume(resume, timeout=timeout_s, metadata=metadata)
 
     def came(self, event: Event) -> None:
         self._next_offset, self._num_failed = event.offset + 1, 0

@@ -16,8 +16,9 @@ from ...errors import NoReplica, Unavailable
 from ...model_config import ModelConfig
 from ...telemetry import configure
 from ..status import ConductorLink, ProcessStatus, report_failure, report_forever
+from .api_keys import ApiKeys
 from .balancer import BalancerConfig
-from .generation import GenerationConfig
+from .generation import CLOSING_TEXT, GenerationConfig
 from .journal import Journal
 from .server import GatewayServer
 from .session import SessionStore
@@ -78,11 +79,13 @@ class Gateway:
                 model=config.served_model_name,
                 max_model_len=config.max_model_len or model.max_position_embeddings,
                 vocab_size=model.vocab_size,
+                closing_text=config.thinking_closing_text or CLOSING_TEXT,
             ),
             tokenizer=tokenizer,
             tier=self._tier,
             sessions=self._store,
             journal=self._journal,
+            api_keys=ApiKeys.from_file(network.api_keys_file),
             topology=self._conductor,
             host=network.gateway_host,
             port=network.gateway_port + (local_rank if network.gateway_port else 0),  # several on one host: next ports

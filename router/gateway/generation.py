@@ -22,6 +22,7 @@ from ...proto import expertmesh_pb2 as pb
 from ...request import EngineRequest, FinishReason, RequestOutput, SamplingParams, ThinkingBudget
 from ...telemetry import Telemetry
 from . import validation
+from .api_keys import prefix_salt
 from .chat import ChatTemplate, Family
 from .conversation import Conversation, Delta, Section, State, prompt_state
 from .forced_call import CallFinder, ForcedCallStream, call_beginning
@@ -127,7 +128,7 @@ class Generations:
         if session is not None:
             for index, turn in enumerate(session.turns):
                 if request.request_id and turn.request_id == request.request_id:
-                    return CommittedTurn(self, session, index, messages)
+                    return CommittedTurn(self, session, index, messages, owner)
             thinking, settings = turn_settings(request, session, tools)
         spliced = self._splice(session, settings)
         prompt_ids = await self._prompt_ids(request, messages, session, tools, thinking, spliced)
@@ -138,6 +139,7 @@ class Generations:
             sampling=self._sampling(request, len(prompt_ids)),
             thinking=self._budget(thinking, state),
             deadline=0.0 if remaining_s is None or request.resumable else self.wall_clock() + remaining_s,
+            prefix_salt=prefix_salt(owner),
             traceparent=traceparent,
         )
         plan = GenerationPlan(
@@ -320,8 +322,8 @@ class Generation:
     """One request in work: `run` once."""
 
     def __init__(self, shared: Generations, plan: GenerationPlan, *, received_at: float) -> None:
-        self.plan, self.request = plan, plan.request
-        self._shared, self._messages, self._session, self._owner = shared, plan.messages, plan.session, plan.owner
+        self.plan, self.request, self.owner = plan, plan.request, plan.owner
+        self._shared, self._messages, self._session = shared, plan.messages, plan.session
         self._conversation = Conversation(
             shared.tokenizer,
             state=plan.state,
@@ -359,17 +361,16 @@ class Generation:
 
         `recorded`: outputs that the engine gave before; their events are written again and the engine goes on after
         them. `record` is awaited with each new output before its events are written."""
-        await writer.started(0, self._started())
         replica_id = self._session.affinity if self._session is not None else ""
         reason = FinishReason.NONE
-        for output in recorded:
-            reason = await self._take(writer, output)
-        if not reason:
-            affinity = replica_id
-            stream = self._stream = self._submit(affinity, [i for output in recorded for i in output.token_ids])
-            if self._cancelled:
-                stream.abort()
-            try:
+        stream = None if recorded else self._submit(replica_id, [])  # a refusal comes before any event
+        try:
+            await writer.started(0, self._started())
+            for output in recorded:
+                reason = await self._take(writer, output)
+            if stream is None and not reason:
+                stream = self._submit(replica_id, [i for output in recorded for i in output.token_ids])
+            if stream is not None:
                 async for output in stream:
                     if record is not None:
                         await record(output)
@@ -377,7 +378,8 @@ class Generation:
                     if reason:
                         break
                 replica_id = stream.replica_id
-            finally:
+        finally:
+            if stream is not None:
                 stream.abort()
         if not reason:
             reason = FinishReason.CANCELLED
@@ -417,10 +419,16 @@ class Generation:
     def _submit(self, affinity: str, output_ids: list[int]) -> OutputStream:
         tier, plan = self._shared.tier, self.plan
         request = replace(plan.request, output_ids=tuple(output_ids)) if output_ids else plan.request
-        if not plan.forced_call:
-            return tier.generate(request, affinity=affinity)
-        finder = CallFinder(plan.state, self._shared.tokenizer)
-        return ForcedCallStream(lambda r: tier.generate(r, affinity=affinity), request, plan.forced_call, finder)
+        stream: OutputStream
+        if plan.forced_call:
+            finder = CallFinder(plan.state, self._shared.tokenizer)
+            stream = ForcedCallStream(lambda r: tier.generate(r, affinity=affinity), request, plan.forced_call, finder)
+        else:
+            stream = tier.generate(request, affinity=affinity)
+        self._stream = stream
+        if self._cancelled:
+            stream.abort()
+        return stream
 
     def _reason(self, engine: FinishReason) -> FinishReason:
         """Why the text ended, which only the gateway knows for stop strings and tool calls."""
@@ -503,12 +511,12 @@ class Generation:
             turn = replace(turn, input_ids=list(self.request.prompt_ids[spliced:]), num_spliced=spliced)
         try:
             version = await sessions.commit(
-                session.session_id, session.version, turn, owner=self._owner, affinity=replica_id
+                session.session_id, session.version, turn, owner=self.owner, affinity=replica_id
             )
         except SessionStoreUnavailable as error:
             _log.warning("turn %s of session %s is committed later: %s", self.request_id, session.session_id, error)
             assert self._shared.pending is not None
-            self._shared.pending.add(PendingCommit(session.session_id, session.version, turn, self._owner, replica_id))
+            self._shared.pending.add(PendingCommit(session.session_id, session.version, turn, self.owner, replica_id))
             return False, session.version
         return True, version
 
@@ -543,8 +551,10 @@ class Generation:
 class CommittedTurn:
     """A turn asked for again that is in the session record already: the same reply, no work."""
 
-    def __init__(self, shared: Generations, session: SessionRecord, index: int, messages: list[dict[str, Any]]) -> None:
-        self._shared, self._session, self._index = shared, session, index
+    def __init__(
+        self, shared: Generations, session: SessionRecord, index: int, messages: list[dict[str, Any]], owner: str
+    ) -> None:
+        self._shared, self._session, self._index, self.owner = shared, session, index, owner
         self._turn = session.turns[index]
         self.request_id = self._turn.request_id
         if self._turn.messages[:-1] != messages:

@@ -26,6 +26,7 @@ from ...errors import ExpertMeshError, InvalidRequest, NotFound, SessionStoreUna
 from ...proto import expertmesh_pb2 as pb
 from ...telemetry import Telemetry
 from ..status import ClusterState, ProcessStatus
+from .api_keys import ApiKeys
 from .events import EventWriter
 from .generation import CommittedTurn, Generation, GenerationConfig, Generations, Sessions, Tier, record_failure
 from .journal import Journal
@@ -75,6 +76,7 @@ class GatewayServer:
         tier: Tier,
         sessions: SessionSource | None = None,
         journal: Journal | None = None,
+        api_keys: ApiKeys | None = None,
         topology: TopologySource | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
@@ -107,7 +109,8 @@ class GatewayServer:
             num_logical_experts=num_logical_experts,
             num_moe_layers=num_moe_layers,
         )
-        self._running: dict[str, Generation | CommittedTurn] = {}
+        self._api_keys = api_keys or ApiKeys()
+        self._running: dict[tuple[str, str], Generation | CommittedTurn] = {}  # by owner and request id
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -155,11 +158,13 @@ class GatewayServer:
         try:
             if self._draining:
                 raise Unavailable("this gateway is draining; dial another one", retry_after_s=DRAIN_RETRY_S)
+            owner = self._owner(context)
             request = parse(pb.GenerateRequest, data)
             if request.resumable:
                 self._journaled()
             generation = await self.generations.prepare(
                 request,
+                owner=owner,
                 remaining_s=context.time_remaining(),
                 traceparent=span.traceparent or str(metadata.get("traceparent", "")),
             )
@@ -184,33 +189,38 @@ class GatewayServer:
     @contextlib.contextmanager
     def _track(self, generation: Generation | CommittedTurn) -> Iterator[None]:
         """It runs: it can be cancelled, and a drain waits for it."""
-        if generation.request_id in self._running:
+        key = (generation.owner, generation.request_id)
+        if key in self._running:
             raise InvalidRequest("request_id", generation.request_id, "an id that is not running already")
-        self._running[generation.request_id] = generation
+        self._running[key] = generation
         self._idle.clear()
         try:
             yield
         finally:
-            del self._running[generation.request_id]
+            del self._running[key]
             if not self._running:
                 self._idle.set()
 
-    async def _cancel(self, request: pb.CancelRequest, _context: grpc.aio.ServicerContext) -> pb.CancelResponse:
+    async def _cancel(self, request: pb.CancelRequest, context: grpc.aio.ServicerContext) -> pb.CancelResponse:
         check_name("request_id", request.request_id)
-        generation = self._running.get(request.request_id)
+        generation = self._running.get((self._owner(context), request.request_id))
         if generation is None:
             raise NotFound("running request", request.request_id)
         generation.cancel()
         return pb.CancelResponse()
 
     async def _resume(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+        owner = self._owner(context)
         request = parse(pb.ResumeRequest, data)
         check_name("request_id", request.request_id)
         if self._draining:
             raise Unavailable("this gateway is draining; dial another one", retry_after_s=DRAIN_RETRY_S)
         if self._resumables is None:
             raise NotFound("resumable request", request.request_id)
-        await self._resumables.resume("", request.request_id).read(request.from_offset, context.write)
+        await self._resumables.resume(owner, request.request_id).read(request.from_offset, context.write)
+
+    def _owner(self, context: grpc.aio.ServicerContext) -> str:
+        return self._api_keys.owner(context.invocation_metadata() or ())
 
     def _journaled(self) -> Resumables:
         if self._resumables is None:
@@ -219,37 +229,42 @@ class GatewayServer:
 
     # ---- Sessions
 
-    async def _get_session(self, request: pb.GetSessionRequest, _context: grpc.aio.ServicerContext) -> pb.Session:
-        return encode_session(await self._store().get(check_name("session_id", request.session_id)))
+    async def _get_session(self, request: pb.GetSessionRequest, context: grpc.aio.ServicerContext) -> pb.Session:
+        return encode_session(
+            await self._store().get(check_name("session_id", request.session_id), self._owner(context))
+        )
 
     async def _list_sessions(
-        self, request: pb.ListSessionsRequest, _context: grpc.aio.ServicerContext
+        self, request: pb.ListSessionsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListSessionsResponse:
         if request.page_size > MAX_PAGE:
             raise InvalidRequest("page_size", request.page_size, f"0..{MAX_PAGE}")
         if request.page_token:
             check_name("page_token", request.page_token)
-        found, token = await self._store().list(page_size=request.page_size or 50, page_token=request.page_token)
+        found, token = await self._store().list(
+            self._owner(context), page_size=request.page_size or 50, page_token=request.page_token
+        )
         return pb.ListSessionsResponse(sessions=[encode_session(s) for s in found], next_page_token=token)
 
     async def _delete_session(
-        self, request: pb.DeleteSessionRequest, _context: grpc.aio.ServicerContext
+        self, request: pb.DeleteSessionRequest, context: grpc.aio.ServicerContext
     ) -> pb.DeleteSessionResponse:
-        await self._store().delete(check_name("session_id", request.session_id))
+        await self._store().delete(check_name("session_id", request.session_id), self._owner(context))
         return pb.DeleteSessionResponse()
 
-    async def _fork_session(self, request: pb.ForkSessionRequest, _context: grpc.aio.ServicerContext) -> pb.Session:
+    async def _fork_session(self, request: pb.ForkSessionRequest, context: grpc.aio.ServicerContext) -> pb.Session:
         record = await self._store().fork(
             check_name("session_id", request.session_id),
             check_name("new_session_id", request.new_session_id),
+            self._owner(context),
             at_version=request.at_version,
         )
         return encode_session(record)
 
     async def _export_session(
-        self, request: pb.ExportSessionRequest, _context: grpc.aio.ServicerContext
+        self, request: pb.ExportSessionRequest, context: grpc.aio.ServicerContext
     ) -> pb.SessionExport:
-        record = await self._store().get(check_name("session_id", request.session_id))
+        record = await self._store().get(check_name("session_id", request.session_id), self._owner(context))
         ids = [pb.TurnIds(input_ids=t.input_ids, output_ids=t.output_ids, seed=t.seed) for t in record.turns]
         return pb.SessionExport(session=encode_session(record), turn_ids=ids)
 
