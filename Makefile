@@ -40,7 +40,7 @@ test: $(VENV)/.test
 
 # On a GPU host with torch, CuPy and pytest of its own: no set-up, the checkout is used in place.
 test-gpu: | .link/expertmesh
-	PYTHONPATH=.link python3 -P -m pytest -m gpu
+	PYTHONPATH=.link python3 -P -m pytest -m gpu tests/*_gpu.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
