@@ -358,8 +358,10 @@ class Membership:
         return number in {e.number for e in (self.epoch, self._transition and self._transition.epoch) if e}
 
     def _lost_in_epoch(self, member_id: str, reason: str) -> list[Command]:
+        """The cause is known: the probe of an earlier trouble is not waited for, the transition's own follows."""
         if not self._broken:
             self.last_failure = reason
+        self._silent.clear()
         return self._give_up({member_id}, "its connection closed")
 
     def _probe(self, member_ids: Iterable[str], until: float) -> list[Command]:

@@ -509,6 +509,7 @@ async def test_numbers_of_a_former_conductor_acknowledge_nothing():
 def test_a_closed_connection_needs_no_probe_and_a_member_may_return_only_to_leave():
     trace = Trace("closed_connection", core())
     start(trace, ["a1", "e1", "e2"])
+    trace.say(Trouble("e1", 1, "rank 2 is gone"), at=5.0)
     trace.say(Trouble("a1", 1, "control channel of 'e2' closed", "e2"), at=5.0)
     agree(trace, 2, ["a1", "e1"], leader="a1")
     assert trace.core.ready
