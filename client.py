@@ -128,13 +128,14 @@ class Client:
     def cancel(self, request_id: str) -> None:
         """End a running request, whichever gateway of the list has it."""
         for attempt in range(len(self.gateways.addresses)):
+            failed = self.gateways.favourite
             try:
                 self.call("Generation", "Cancel", pb.CancelRequest(request_id=request_id))
                 return
             except NotFound:
                 if attempt + 1 == len(self.gateways.addresses):
                     raise
-                self.gateways.turn()
+                self.gateways.turn(failed)
 
     def get_session(self, session_id: str) -> pb.Session:
         found: pb.Session = self.call("Sessions", "Get", pb.GetSessionRequest(session_id=session_id))
@@ -181,12 +182,13 @@ class Client:
         """One unary call at the first gateway that can be reached."""
         attempt = 0
         while True:
+            failed = self.gateways.favourite
             try:
                 metadata = self.gateways.metadata(service)
                 return getattr(self.gateways.stub(service), method)(request, timeout=timeout_s, metadata=metadata)
             except grpc.RpcError as error:
                 found = _error_of(error)
-                if not self.gateways.move_on(found, attempt):
+                if not self.gateways.move_on(found, attempt, failed):
                     raise found from None
                 attempt += 1
 
@@ -277,13 +279,14 @@ class AsyncClient:
     async def cancel(self, request_id: str) -> None:
         """End a running request, whichever gateway of the list has it."""
         for attempt in range(len(self.gateways.addresses)):
+            failed = self.gateways.favourite
             try:
                 await self.call("Generation", "Cancel", pb.CancelRequest(request_id=request_id))
                 return
             except NotFound:
                 if attempt + 1 == len(self.gateways.addresses):
                     raise
-                self.gateways.turn()
+                self.gateways.turn(failed)
 
     async def get_session(self, session_id: str) -> pb.Session:
         found: pb.Session = await self.call("Sessions", "Get", pb.GetSessionRequest(session_id=session_id))
@@ -328,12 +331,13 @@ class AsyncClient:
     async def call(self, service: str, method: str, request: Any, *, timeout_s: float | None = 30.0) -> Any:
         attempt = 0
         while True:
+            failed = self.gateways.favourite
             try:
                 metadata = self.gateways.metadata(service)
                 return await getattr(self.gateways.stub(service), method)(request, timeout=timeout_s, metadata=metadata)
             except grpc.aio.AioRpcError as error:
                 found = _error_of(error)
-                if not self.gateways.move_on(found, attempt):
+                if not self.gateways.move_on(found, attempt, failed):
                     raise found from None
                 attempt += 1
 
@@ -425,15 +429,22 @@ class Gateways:
             return ((TOKEN_KEY, self._cluster_token),) if self._cluster_token else ()
         return (("authorization", f"Bearer {self._api_key}"),) if self._api_key else ()
 
-    def move_on(self, error: ExpertMeshError, attempt: int) -> bool:
-        """Turn to the next gateway; False where all were tried or the next would say the same."""
+    def move_on(self, error: ExpertMeshError, attempt: int, failed: int) -> bool:
+        """Turn from the gateway that failed; False where all were tried or the next would say the same."""
         if not isinstance(error, Unavailable) or attempt + 1 >= len(self.addresses):
             return False
-        self.turn()
+        self.turn(failed)
         return True
 
-    def turn(self) -> None:
-        self._favourite = (self._favourite + 1) % len(self.addresses)
+    @property
+    def favourite(self) -> int:
+        """Index of the gateway that the next call goes to."""
+        return self._favourite
+
+    def turn(self, failed: int) -> None:
+        """To the next one, unless another call has turned from `failed` already."""
+        if self._favourite == failed:
+            self._favourite = (failed + 1) % len(self.addresses)
 
     def take_channels(self) -> list[Any]:
         channels, self._channels = list(self._channels.values()), {}
@@ -447,8 +458,10 @@ class _Route:
         self._gateways, self._request = gateways, request
         self._next_offset = 0  # of the first event that has not come
         self._num_failed = 0  # calls since the last event
+        self._gateway = 0  # that the present call went to
 
     def open(self, timeout_s: float | None) -> Any:
+        self._gateway = self._gateways.favourite
         stub = self._gateways.stub("Generation")
         metadata = self._gateways.metadata("Generation")
         if not self._next_offset:
@@ -463,10 +476,10 @@ class _Route:
         """Seconds to wait before the next call, None where there is none to make."""
         attempt, self._num_failed = self._num_failed, self._num_failed + 1
         if not self._next_offset:
-            return 0.0 if self._gateways.move_on(error, attempt) else None
+            return 0.0 if self._gateways.move_on(error, attempt, self._gateway) else None
         if not self._request.resumable or not isinstance(error, Unavailable) or attempt >= MAX_RESUMES:
             return None
-        self._gateways.turn()
+        self._gateways.turn(self._gateway)
         whole_rounds = self._num_failed // len(self._gateways.addresses)
         return min(0.05 * whole_rounds, 1.0)  # nobody there: give one the time to come back
 

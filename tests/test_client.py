@@ -114,6 +114,12 @@ async def test_a_dead_gateway_is_passed_over(dead_address):
             assert await client.generate("hi").answer() == "x"
 
 
+async def test_many_streams_turn_from_a_dead_gateway_together(dead_address):
+    async with gateway(say("x")) as world, AsyncClient([dead_address, world.server.address]) as client:
+        answers = await asyncio.gather(*(client.generate("hi").answer() for _ in range(21)))
+        assert answers == ["x"] * 21
+
+
 async def test_a_draining_gateway_is_passed_over():
     async with gateway(say("a")) as leaving, gateway(say("b")) as staying:
         leaving.server._draining = True
