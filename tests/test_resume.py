@@ -294,3 +294,16 @@ async def test_the_client_resumes_by_itself_when_its_gateway_is_killed(redis_url
         assert [e.offset for e in events] == list(range(len(events)))
         assert "".join(e.text for e in events if isinstance(e, AnswerDelta)) == "the answer 👩‍👧 is"
         assert events[-1].completion_tokens == NUM_TOKENS
+
+
+async def test_a_drain_waits_for_resumable_streams_and_their_readers(redis_url):
+    async with journal(redis_url) as one, gateway(say(REPLY), journal=one) as world:
+        world.engine.allow(3)
+        call = world.generation.Generate(ask("drained"))
+        events = [await call.read(), await call.read()]
+        drain = asyncio.create_task(world.server.drain(10))
+        await until(lambda: world.server._draining)
+        world.engine.allow(-1)
+        events += await rest(call)
+        await drain
+        assert events[-1].finished.usage.completion_tokens == NUM_TOKENS

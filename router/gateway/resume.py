@@ -33,9 +33,9 @@ class Resumables:
 
     def __init__(self, generations: Generations, journal: Journal, track: Track, *, grace_s: float = GRACE_S) -> None:
         self._generations, self._journal, self._track, self._grace_s = generations, journal, track, grace_s
-        self._running: dict[tuple[str, str], _Stream] = {}  # by owner and request id
+        self._running: dict[tuple[str, str], ResumableStream] = {}  # by owner and request id
 
-    async def begin(self, generation: Generation, request: pb.GenerateRequest) -> "_Stream":
+    async def begin(self, generation: Generation, request: pb.GenerateRequest) -> "ResumableStream":
         """Start it. The same request again (a client that heard nothing) joins the stream that there is."""
         owner, request_id = generation.plan.owner, generation.request_id
         digest = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
@@ -47,7 +47,7 @@ class Resumables:
             return self.resume(owner, request_id)
         return self._start((owner, request_id), generation)
 
-    def resume(self, owner: str, request_id: str) -> "_Stream":
+    def resume(self, owner: str, request_id: str) -> "ResumableStream":
         """The stream, from wherever it is; reading it says NotFound where there is none."""
         key = (owner, request_id)
         return self._running.get(key) or self._start(key, None)
@@ -59,12 +59,12 @@ class Resumables:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _start(self, key: tuple[str, str], generation: Generation | None) -> "_Stream":
-        stream = self._running[key] = _Stream(generation, self._grace_s)
+    def _start(self, key: tuple[str, str], generation: Generation | None) -> "ResumableStream":
+        stream = self._running[key] = ResumableStream(generation, self._grace_s)
         stream.task = asyncio.create_task(self._run(key, stream), name=f"stream {key[1]}")
         return stream
 
-    async def _run(self, key: tuple[str, str], stream: "_Stream") -> None:
+    async def _run(self, key: tuple[str, str], stream: "ResumableStream") -> None:
         error: BaseException | None = None
         try:
             if stream.generation is None:
@@ -81,7 +81,7 @@ class Resumables:
             stream.close()
             stream.recording.end(error)
 
-    async def _take_over(self, key: tuple[str, str], stream: "_Stream") -> None:
+    async def _take_over(self, key: tuple[str, str], stream: "ResumableStream") -> None:
         recorded = await self._journal.take(*key)
         head = pb.JournalHead.FromString(recorded.head)
         plan = decode_head(head, key[0], self._generations)
@@ -94,7 +94,9 @@ class Resumables:
         stream.generation = generation
         await self._work(key, stream, recorded.fence, outputs)
 
-    async def _work(self, key: tuple[str, str], stream: "_Stream", fence: int, outputs: list[RequestOutput]) -> None:
+    async def _work(
+        self, key: tuple[str, str], stream: "ResumableStream", fence: int, outputs: list[RequestOutput]
+    ) -> None:
         generation = stream.generation
         assert generation is not None
         writer, journal = EventWriter(stream.recording.write), JournalWriter(self._journal, *key, fence)
@@ -110,7 +112,7 @@ class Resumables:
         await generation.finish(writer, finished)
 
 
-class _Stream:
+class ResumableStream:
     """One stream in work, and the grace that it has when nobody reads."""
 
     def __init__(self, generation: Generation | None, grace_s: float) -> None:

@@ -31,7 +31,7 @@ from .events import EventWriter
 from .generation import CommittedTurn, Generation, GenerationConfig, Generations, Sessions, Tier, record_failure
 from .journal import Journal
 from .link import TOKEN_KEY, bind, token_matches
-from .resume import Resumables
+from .resume import Resumables, ResumableStream
 from .rpc_errors import status_code, trailing_metadata
 from .session import SessionRecord
 from .tokenizer import Tokenizer
@@ -111,6 +111,7 @@ class GatewayServer:
         )
         self._api_keys = api_keys or ApiKeys()
         self._running: dict[tuple[str, str], Generation | CommittedTurn] = {}  # by owner and request id
+        self._num_readers = 0  # of resumable streams
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -171,7 +172,7 @@ class GatewayServer:
             span.set(names.ATTR_REQUEST_ID, generation.request_id)
             if request.resumable and isinstance(generation, Generation):
                 stream = await self._journaled().begin(generation, request)
-                await stream.read(0, context.write)
+                await self._read(stream, 0, context)
             else:
                 await self._stream(generation, context)
         except ExpertMeshError as error:
@@ -198,8 +199,21 @@ class GatewayServer:
             yield
         finally:
             del self._running[key]
-            if not self._running:
-                self._idle.set()
+            self._check_idle()
+
+    async def _read(self, stream: ResumableStream, offset: int, context: grpc.aio.ServicerContext) -> None:
+        """A drain waits for readers too: the last events of a stream follow its work."""
+        self._num_readers += 1
+        self._idle.clear()
+        try:
+            await stream.read(offset, context.write)
+        finally:
+            self._num_readers -= 1
+            self._check_idle()
+
+    def _check_idle(self) -> None:
+        if not self._running and not self._num_readers:
+            self._idle.set()
 
     async def _cancel(self, request: pb.CancelRequest, context: grpc.aio.ServicerContext) -> pb.CancelResponse:
         check_name("request_id", request.request_id)
@@ -217,7 +231,8 @@ class GatewayServer:
             raise Unavailable("this gateway is draining; dial another one", retry_after_s=DRAIN_RETRY_S)
         if self._resumables is None:
             raise NotFound("resumable request", request.request_id)
-        await self._resumables.resume(owner, request.request_id).read(request.from_offset, context.write)
+        stream = self._resumables.resume(owner, request.request_id)
+        await self._read(stream, request.from_offset, context)
 
     def _owner(self, context: grpc.aio.ServicerContext) -> str:
         return self._api_keys.owner(context.invocation_metadata() or ())
