@@ -18,13 +18,14 @@ from test_cluster import all_idle, client_of, config_of, eventually, greedy, sta
 from expertmesh.client import AnswerDelta, Client, ReasoningDelta
 from expertmesh.cluster import app
 from expertmesh.cluster.app import Cluster
-from expertmesh.config import AutoscalingConfig
+from expertmesh.config import AutoscalingConfig, ExchangeConfig
 from expertmesh.router.status import ProcessStatus
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_runtime")]
 
 PROMPTS = [[1, 2, 3], list(range(1000, 1050)), [7]]
 NUM_TOKENS = 300
+HANG_S = 3.0  # after so long a silent peer breaks the epoch
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,8 @@ def redundant(tiny_checkpoint: Path, ray_runtime: None) -> Iterator[Cluster]:
     """Two attention replicas, three shards, two copies of every expert; each test leaves it whole. The last tests of
     this file share it: a Ray runs one cluster at a time."""
     config = config_of(tiny_checkpoint, num_attention=2, num_shards=3)
-    with Cluster(replace(config, num_redundant_experts=64)) as cluster:
+    exchange = ExchangeConfig(timeout_base_s=HANG_S, timeout_per_row_s=0.0)
+    with Cluster(replace(config, num_redundant_experts=64, exchange=exchange)) as cluster:
         yield cluster
 
 
@@ -174,6 +176,17 @@ def test_shards_come_and_go_under_running_streams(
         assert len(cluster.state().ranks) == 3
 
 
+def test_a_busy_tier_grows_by_itself_and_shrinks_when_idle(tiny_checkpoint: Path, expected: list[list[int]]):
+    scaling = AutoscalingConfig(
+        max_expert_shards=2, target_busy=0.02, upscale_delay_s=0.5, downscale_delay_s=1.0, cooldown_s=1.0
+    )
+    with Cluster(replace(config_of(tiny_checkpoint, num_shards=1), autoscaling=scaling)) as cluster:
+        with client_of(cluster) as client, under_load(client, expected):
+            assert eventually(lambda: len(serving(cluster, "expert")) == 2, 60.0)
+        assert eventually(lambda: len(serving(cluster, "expert")) == 1, 60.0)
+        assert eventually(lambda: all_idle(cluster))
+
+
 def test_a_killed_shard_changes_no_token_where_copies_live(redundant: Cluster, expected: list[list[int]]):
     assert eventually(lambda: len(serving(redundant, "expert")) == 3)
     kill_under_streams(redundant, "expert", expected)
@@ -182,3 +195,21 @@ def test_a_killed_shard_changes_no_token_where_copies_live(redundant: Cluster, e
 def test_a_killed_attention_replica_changes_no_token(redundant: Cluster, expected: list[list[int]]):
     assert eventually(lambda: len(serving(redundant, "attention")) == 2)
     kill_under_streams(redundant, "attention", expected)
+
+
+def test_a_shard_that_hangs_changes_no_token_and_comes_back(redundant: Cluster, expected: list[list[int]]):
+    """SIGSTOP: no connection closes, so the exchange's deadline and then a probe find it."""
+    assert eventually(lambda: len(serving(redundant, "expert")) == 3)
+    victim = serving(redundant, "expert")[0]
+    with client_of(redundant) as client:
+        running = listeners(client)
+        stopped_at = time.monotonic()
+        os.kill(victim.pid, signal.SIGSTOP)
+        try:
+            assert [listener.finish() for listener in running] == expected
+        finally:
+            os.kill(victim.pid, signal.SIGCONT)
+        pause_s = max(listener.pause_after(stopped_at) for listener in running)
+    print(f"\nSIGSTOP of {victim.name}: pause {pause_s:.3f} s")
+    assert eventually(lambda: victim.name in {p.name for p in serving(redundant, "expert")}, 60.0)
+    assert eventually(lambda: all_idle(redundant))
