@@ -91,7 +91,7 @@ def judge(result: dict[str, Any]) -> int:
     missed = []
     for what, measured, least in goals(result):
         met = measured >= least - 1e-9
-        print(f"{'met   ' if met else 'MISSED'} {what}: {measured:.1%}, goal >= {least:.0%}")
+        print(f"{'met   ' if met else 'MISSED'} {what}: {measured + 0.0:.1%}, goal >= {least:.0%}")
         if not met:
             missed.append(what)
     if result["num_items"] < MIN_ITEMS:
