@@ -177,13 +177,11 @@ def compare_cluster(
     num_shards: int, items: Sequence[Item], expected: Sequence[Transcript], concurrency: int
 ) -> dict[str, Any]:
     with Cluster(demo_config(num_shards)) as cluster, Served(cluster.gateways, concurrency=concurrency) as served:
-        started = time.monotonic()
 
         def ask_all(requests: Sequence[Request]) -> list[Answer]:
             return served.answers(requests, with_ids=True)
 
         found = [transcript for mode in MODES for transcript in transcribe(ask_all, items, mode)]
-        seconds = time.monotonic() - started
     comparison = compare(expected, found)
     for difference in comparison.different:
         say(f"DIFFERENT at {num_shards} shards: {difference}")
@@ -194,7 +192,6 @@ def compare_cluster(
         "tied": comparison.num_tied,
         "different": len(comparison.different),
         "tokens": comparison.num_tokens,
-        "seconds": round(seconds, 1),
     }
     say(json.dumps(row))
     return row
