@@ -86,6 +86,7 @@ class Leader:
         self._running: set[str] = set()  # members that have not finished the step in flight
         self._step_id = 0
         self._issued_at = 0.0
+        self._issued_in = 0  # epoch of the last step
         self._step_s = 0.0  # duration of the last step, what the grace is a share of
         self._grace_ends: float | None = None
 
@@ -119,7 +120,8 @@ class Leader:
             return
         self._running.discard(done.member_id)
         if done.failed:  # an owner of experts says so too
-            self._failed = True
+            # A step that was issued in the epoch before may fail when this one is in force already: it broke that one.
+            self._failed = self._epoch is None or self._epoch.number == self._issued_in
             self._running.clear()
         if not self._running:
             self._step_s = now - self._issued_at
@@ -150,7 +152,7 @@ class Leader:
 
     def _issue(self, epoch: Epoch, now: float) -> IssueHeader:
         self._step_id += 1
-        self._issued_at, self._grace_ends = now, None
+        self._issued_at, self._issued_in, self._grace_ends = now, epoch.number, None
         num_tokens = self._allocate(epoch)
         named = {epoch.members[rank].member_id for rank, n in enumerate(num_tokens) if n}
         answered = [self._bids.pop(member_id) for member_id in sorted(named)]

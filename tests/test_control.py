@@ -180,6 +180,16 @@ def test_a_failed_step_ends_the_epoch():
     trace.finish()
 
 
+def test_a_step_that_fails_after_its_epoch_was_replaced_does_not_break_the_next():
+    leader = Leader(max_prefill_tokens=100)
+    leader.step(EpochInstalled(epoch(["a1", "e1", "e2"])), 0.0)
+    leader.step(BidPlaced("a1", 1, 0, 0), 1.0)
+    leader.step(EpochInstalled(epoch(["a1", "e1"], number=2), 1), 2.0)  # e2's death was heard of first
+    leader.step(StepDone("a1", 1, failed=True), 3.0)
+    (issued,) = leader.step(BidPlaced("a1", 1, 0, 1), 4.0)
+    assert issued.header.epoch == 2
+
+
 def test_a_new_epoch_is_named_when_the_step_in_flight_is_over():
     trace = Trace("epoch")
     trace.say(EpochInstalled(epoch(["a1", "e1", "e2"])), at=0)
