@@ -54,7 +54,7 @@ class LocalExpertMLP:
         if placement.version in self._resident:
             return
         wanted = {
-            layer_id: tuple(placement.local_slots(layer_id, ep_rank).tolist())
+            layer_id: _held(placement.local_slots(layer_id, ep_rank).tolist())
             for layer_id in self.checkpoint.config.moe_layer_ids
         }
         total = sum(
@@ -112,6 +112,14 @@ class LocalExpertMLP:
         return load_layer(
             self.checkpoint, layer_id, ids, dtype=self.dtype, device=self.device, resident=resident, meter=meter
         )
+
+
+def _held(ids: list[int]) -> tuple[int, ...]:
+    """Without the empty slots at the end: fewer shards mean wider tables, and what is resident already serves them."""
+    used = len(ids)
+    while used > 1 and ids[used - 1] < 0:
+        used -= 1
+    return tuple(ids[:used])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -171,6 +171,18 @@ def test_new_placement_is_prepared_beside_the_old_and_shares_what_stays(checkpoi
     assert not torch.equal(experts.forward(2, rows, ids), before)
 
 
+def test_a_wider_table_with_the_same_experts_copies_nothing(checkpoint):
+    """A death widens the table of those that stay; no expert may be copied while the streams wait."""
+    experts = LocalExpertMLP(checkpoint)
+    narrow = uniform(checkpoint.config.num_layers, NUM_EXPERTS, 1, moe_layers=checkpoint.config.moe_layer_ids)
+    experts.set_placement(narrow, 0)
+    before = experts.resident_bytes
+    table = torch.nn.functional.pad(narrow.physical_to_logical, (0, 5), value=-1)
+    experts.set_placement(Placement(2, NUM_EXPERTS, 1, table), 0)
+    assert experts.resident_bytes == before
+    experts.use_placement(2)
+
+
 def test_unprepared_placement_is_refused(checkpoint):
     experts = shard(checkpoint, uniform(3, NUM_EXPERTS, 2, moe_layers=(0, 2)), 1)
     with pytest.raises(EpochError, match="not resident"):
