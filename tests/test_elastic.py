@@ -96,7 +96,9 @@ def serving(cluster: Cluster, role: str) -> list[ProcessStatus]:
 
 def kill_under_streams(cluster: Cluster, role: str, expected: list[list[int]]) -> float:
     """SIGKILL one member of the role while streams run; the longest pause that a client saw."""
-    count = len(serving(cluster, role))
+    config = cluster.config
+    count = config.num_expert_shards if role == "expert" else config.num_attention_replicas
+    assert eventually(lambda: len(serving(cluster, role)) == count), "a member's first report in the epoch is missing"
     victim = serving(cluster, role)[0]
     with client_of(cluster) as client:
         running = listeners(client)
