@@ -44,21 +44,21 @@ class InProcessStep:
     def moe(self, layer_id: int, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         plan = plan_dispatch(topk_ids, self.placement, layer_id)
         returned, first = [], 0
-        for shard, count in zip(self.shards, plan.send_counts):
+        for ep_rank, (shard, count) in enumerate(zip(self.shards, plan.send_counts)):
             rows = x[torch.from_numpy(plan.row_to_token[first : first + count])]
             slot_ids = torch.from_numpy(np.ascontiguousarray(plan.row_slot_ids[first : first + count]))
-            returned.append(self._forward(shard, layer_id, rows, slot_ids))
+            returned.append(self._forward(shard, layer_id, ep_rank, rows, slot_ids))
             first += count
         return weighted_sum(torch.cat(returned), plan, topk_weights)
 
     def _forward(
-        self, shard: LocalExpertMLP, layer_id: int, rows: torch.Tensor, slot_ids: torch.Tensor
+        self, shard: LocalExpertMLP, layer_id: int, ep_rank: int, rows: torch.Tensor, slot_ids: torch.Tensor
     ) -> torch.Tensor:
         if not self.num_other_rows:
             return shard.forward(layer_id, rows, slot_ids)
         other = torch.randn(self.num_other_rows, rows.shape[1])
-        shape = (self.num_other_rows, slot_ids.shape[1])
-        their_ids = torch.randint(0, self.placement.slots_per_rank, shape, dtype=torch.int32)
+        held = (self.placement.local_slots(layer_id, ep_rank) >= 0).nonzero().flatten().to(torch.int32)
+        their_ids = held[torch.randint(0, len(held), (self.num_other_rows, slot_ids.shape[1]))]
         out = shard.forward(layer_id, torch.cat([other, rows]), torch.cat([their_ids, slot_ids]))
         return out[their_ids.numel() :]
 
