@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import threading
 
     from .client import Client
+    from .router.gateway.tls import ClientTls
 
 TOKEN_VARIABLE = "EXPERTMESH_NETWORK__CLUSTER_TOKEN"
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -165,7 +166,8 @@ def status(arguments: argparse.Namespace) -> int:
 
     with _client(arguments) as client:
         topology = client.topology()
-    health = {address: console.gateway_health(address) for address in topology.gateways}
+    tls = _client_tls(arguments)
+    health = {address: console.gateway_health(address, tls=tls) for address in topology.gateways}
     if arguments.json:
         print(json.dumps(console.topology_as_dict(topology, health)))
     else:
@@ -189,7 +191,15 @@ def _client(arguments: argparse.Namespace) -> "Client":
 
     addresses = [a.strip() for a in arguments.address.split(",") if a.strip()]
     token = getattr(arguments, "token", "") or os.environ.get(TOKEN_VARIABLE, "")
-    return Client(addresses, cluster_token=token)
+    return Client(addresses, cluster_token=token, tls=_client_tls(arguments))
+
+
+def _client_tls(arguments: argparse.Namespace) -> "ClientTls | None":
+    if not (arguments.tls or arguments.tls_ca or arguments.tls_cert or arguments.tls_key):
+        return None
+    from .router.gateway.tls import ClientTls
+
+    return ClientTls(ca_file=arguments.tls_ca, cert_file=arguments.tls_cert, key_file=arguments.tls_key)
 
 
 # ---------------------------------------------------------------- make-checkpoint
@@ -324,6 +334,10 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help=f"gateways, comma-separated ({DEFAULT_ADDRESS})"
     )
+    parser.add_argument("--tls", action="store_true", help="the gateways speak TLS and have public certificates")
+    parser.add_argument("--tls-ca", metavar="FILE", default="", help="the CA (PEM) of the gateways' certificates")
+    parser.add_argument("--tls-cert", metavar="FILE", default="", help="own certificate, where gateways ask for one")
+    parser.add_argument("--tls-key", metavar="FILE", default="", help="its key")
 
 
 def _progress(line: str) -> None:

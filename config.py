@@ -58,8 +58,14 @@ class NetworkConfig:
     api_keys_file: str = ""  # lines `OWNER SHA256_OF_KEY`; empty = clients need no key
     cluster_token: str = ""  # required by link and cluster RPCs; empty = a random one made by `serve`
     max_message_bytes: int = 64 << 20
+    max_request_bytes: int = 16 << 20  # of one client request
+    tls_cert_file: str = ""  # PEM chain of the gateways; empty = no TLS for clients
+    tls_key_file: str = ""
+    tls_client_ca_file: str = ""  # clients must then show a certificate signed by it (mTLS)
 
     def __post_init__(self) -> None:
+        if self.max_request_bytes < 1:
+            raise ConfigError("network.max_request_bytes", self.max_request_bytes, "a positive count")
         if not 0 <= self.gateway_port < 65536:
             raise ConfigError("network.gateway_port", self.gateway_port, "0..65535")
 

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from .client import AnswerDelta, Client, Event, Finished, ReasoningDelta, Session, Stream, ToolCallDelta
 from .errors import ExpertMeshError
 from .proto import expertmesh_pb2 as pb
+from .router.gateway.tls import ClientTls
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 HELP = "/new starts another conversation, /exit or Ctrl-D leaves, /think and /no_think act inside a message"
@@ -189,12 +190,13 @@ def _member_row(m: pb.MemberStatus) -> tuple[str, ...]:
     return m.member_id, m.state, rank, str(m.pid), m.node, *attention, *expert
 
 
-def gateway_health(address: str, timeout_s: float = 3.0) -> str:
+def gateway_health(address: str, timeout_s: float = 3.0, *, tls: ClientTls | None = None) -> str:
     """grpc.health.v1's word on one gateway: SERVING, NOT_SERVING, or why there is none."""
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-    with grpc.insecure_channel(address) as channel:
+    connect = tls.connector(grpc.secure_channel) if tls else grpc.insecure_channel
+    with connect(address) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except grpc.RpcError as error:

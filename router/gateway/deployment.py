@@ -23,6 +23,7 @@ from .journal import Journal
 from .server import GatewayServer
 from .session import SessionStore
 from .tier import AttentionTier
+from .tls import server_credentials
 from .tokenizer import Tokenizer
 
 WATCH_S = 20.0  # length of a long poll for the topology
@@ -91,6 +92,8 @@ class Gateway:
             port=network.gateway_port + (local_rank if network.gateway_port else 0),  # several on one host: next ports
             cluster_token=network.cluster_token,
             max_message_bytes=network.max_message_bytes,
+            max_request_bytes=network.max_request_bytes,
+            credentials=server_credentials(network.tls_cert_file, network.tls_key_file, network.tls_client_ca_file),
             layout=config.layout,
             num_logical_experts=model.num_experts,
             num_moe_layers=len(model.moe_layer_ids),

@@ -497,10 +497,11 @@ class RequestStream(AsyncIterator[RequestOutput]):
             self._waiter.set_result(None)
 
 
-def bind(server: grpc.aio.Server, host: str, port: int) -> int:
-    """Listen on one interface; the port in force. A taken port is a StartupError."""
+def bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None = None) -> int:
+    """Listen on one interface, with TLS where there are credentials; the port in force. A taken port: StartupError."""
+    address = f"{host}:{port}"
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        bound = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except RuntimeError as error:
         raise StartupError(f"cannot listen on {host}:{port}: {error}; choose a free port or an own address") from None
     return int(bound)

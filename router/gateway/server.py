@@ -30,6 +30,7 @@ from .api_keys import ApiKeys
 from .events import EventWriter
 from .generation import CommittedTurn, Generation, GenerationConfig, Generations, Sessions, Tier, record_failure
 from .journal import Journal
+from .limits import MAX_METADATA_BYTES, check_limits
 from .link import TOKEN_KEY, bind, token_matches
 from .resume import Resumables, ResumableStream
 from .rpc_errors import status_code, trailing_metadata
@@ -39,6 +40,7 @@ from .validation import check_name, parse
 
 DRAIN_RETRY_S = 1.0
 MAX_PAGE = 500
+MAX_STREAMS = 4096  # at once on one connection; a client's next calls wait in the client
 _SERVICES = ("Generation", "Sessions", "Cluster")
 _log = logging.getLogger(__name__)
 
@@ -82,6 +84,8 @@ class GatewayServer:
         port: int = 0,
         cluster_token: str = "",
         max_message_bytes: int = 64 << 20,
+        max_request_bytes: int = 16 << 20,
+        credentials: grpc.ServerCredentials | None = None,
         layout: str = "",
         num_logical_experts: int = 0,
         num_moe_layers: int = 0,
@@ -102,7 +106,8 @@ class GatewayServer:
         )
         self._resumables = None if journal is None else Resumables(self.generations, journal, self._track)
         self._sessions, self._topology, self._cluster_token = sessions, topology, cluster_token
-        self._host, self._port, self._max_message_bytes = host, port, max_message_bytes
+        self._host, self._port, self._credentials = host, port, credentials
+        self._options = _server_options(max_message_bytes, max_request_bytes)
         self._facts = pb.Topology(
             model=config.model,
             layout=layout,
@@ -124,12 +129,12 @@ class GatewayServer:
 
     async def start(self) -> str:
         """Bind and serve; returns host:port."""
-        self._server = grpc.aio.server(options=_server_options(self._max_message_bytes))
+        self._server = grpc.aio.server(options=self._options)
         self._server.add_generic_rpc_handlers(self._handlers())
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         full_names = [f"{pb.DESCRIPTOR.package}.{name}" for name in _SERVICES]
         reflection.enable_server_reflection((*full_names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        self.address = f"{self._host}:{bind(self._server, self._host, self._port)}"
+        self.address = f"{self._host}:{bind(self._server, self._host, self._port, self._credentials)}"
         await self._server.start()
         for name in ("", *full_names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -161,6 +166,7 @@ class GatewayServer:
                 raise Unavailable("this gateway is draining; dial another one", retry_after_s=DRAIN_RETRY_S)
             owner = self._owner(context)
             request = parse(pb.GenerateRequest, data)
+            check_limits(request)
             if request.resumable:
                 self._journaled()
             generation = await self.generations.prepare(
@@ -365,11 +371,13 @@ class _as_status(contextlib.AbstractAsyncContextManager[None]):
             await self._context.abort(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}")
 
 
-def _server_options(max_message_bytes: int) -> list[tuple[str, int]]:
+def _server_options(max_message_bytes: int, max_request_bytes: int) -> list[tuple[str, int]]:
     return [
         ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_metadata_size", 16 << 10),
+        ("grpc.max_receive_message_length", max_request_bytes),
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),  # between the two gRPC refuses by chance
+        ("grpc.max_concurrent_streams", MAX_STREAMS),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
