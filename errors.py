@@ -40,6 +40,17 @@ class ExpertMeshError(Exception):
         self.message = message
         self.retry_after_s = retry_after_s
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Whatever a subclass's `__init__` takes: it crosses processes with its text and its facts."""
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(kind: type[ExpertMeshError], arguments: tuple[Any, ...], facts: dict[str, Any]) -> ExpertMeshError:
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    error.__dict__.update(facts)
+    return error
+
 
 class InvalidRequest(ExpertMeshError):
     """A user's mistake in one field of a request."""

@@ -29,13 +29,14 @@ from ..router.gateway.deployment import Gateway
 from ..router.status import ClusterState
 from .autoscale import ServePolicy
 from .conductor import start_conductor
-from .conductor_client import ConductorClient
+from .conductor_client import ConductorClient, PolicyLink
 from .member_agent import MemberAgent
 from .replica import AttentionReplica
 
 OBJECT_STORE_BYTES = 80 << 20  # nothing of ours travels through Ray's object store
 REPLICA_NUM_CPUS = 0.01  # Serve replicas share the cores; Ray's count must not stop a laptop from starting them
 POLL_S = 0.2
+MOST_SHARDS = 256  # Serve wants a bound
 AUTOSCALING_PUSH_S = 1.0  # how often a replica's busy fraction reaches the policy
 APPLICATIONS = ("experts", "attention", "gateway")  # in the order of the route, from its end
 
@@ -261,7 +262,7 @@ def _applications(config: ClusterConfig, conductor: ConductorClient, num_experts
     text = config.to_json()
     made: dict[str, serve.Application] = {}
     if config.layout == "disaggregated" and num_experts:
-        shards = serve.deployment(**_number_of_shards(config), **compute)(ExpertShard)
+        shards = serve.deployment(**_number_of_shards(config, conductor), **compute)(ExpertShard)
         made["experts"] = shards.bind(text, conductor, MemberAgent)
     replicas = serve.deployment(num_replicas=config.num_attention_replicas, **compute)(AttentionReplica)
     made["attention"] = replicas.bind(text, conductor, MemberAgent)
@@ -270,27 +271,29 @@ def _applications(config: ClusterConfig, conductor: ConductorClient, num_experts
     return made
 
 
-def _number_of_shards(config: ClusterConfig) -> dict[str, Any]:
-    """Fixed, or Serve's to change by `ServePolicy`. Serve picks the victim of a scale-down; its `__del__` drains."""
+def _number_of_shards(config: ClusterConfig, conductor: ConductorClient) -> dict[str, Any]:
+    """Serve's to change by `ServePolicy`, within bounds, or fixed until an operator asks for another number. Serve picks
+    the victim of a scale-down; its `__del__` drains."""
     scaling = config.autoscaling
-    if not scaling.max_expert_shards:
-        return {"num_replicas": config.num_expert_shards}
-    bounds = {
-        "min_shards": scaling.min_expert_shards,
-        "max_shards": scaling.max_expert_shards,
-        "target_busy": scaling.target_busy,
-        "upscale_delay_s": scaling.upscale_delay_s,
-        "downscale_delay_s": scaling.downscale_delay_s,
-        "cooldown_s": scaling.cooldown_s,
-    }
+    policy: dict[str, Any] = {"link": PolicyLink(conductor.name), "num_shards": config.num_expert_shards}
+    if scaling.max_expert_shards:
+        policy |= {
+            "num_shards": 0,
+            "min_shards": scaling.min_expert_shards,
+            "max_shards": scaling.max_expert_shards,
+            "target_busy": scaling.target_busy,
+            "upscale_delay_s": scaling.upscale_delay_s,
+            "downscale_delay_s": scaling.downscale_delay_s,
+            "cooldown_s": scaling.cooldown_s,
+        }
     autoscaling = AutoscalingConfig(
-        min_replicas=scaling.min_expert_shards,
+        min_replicas=1,  # the policy has its own bounds, which an operator may change
         initial_replicas=config.num_expert_shards,
-        max_replicas=scaling.max_expert_shards,
+        max_replicas=max(MOST_SHARDS, scaling.max_expert_shards, config.num_expert_shards),
         upscale_delay_s=0.0,  # the policy has its own; Serve's would be added and would forget what was said once
         downscale_delay_s=0.0,
         look_back_period_s=2 * AUTOSCALING_PUSH_S,
-        policy=AutoscalingPolicy(policy_function=ServePolicy, policy_kwargs=bounds),
+        policy=AutoscalingPolicy(policy_function=ServePolicy, policy_kwargs=policy),
     )
     return {"autoscaling_config": autoscaling}
 

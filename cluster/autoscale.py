@@ -15,11 +15,12 @@ neither Ray nor torch. Idea: the target tracking of Kubernetes' horizontal autos
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import ConfigError
+from ..router.status import ScaleWish
 
 _log = logging.getLogger(__name__)
 
@@ -240,31 +241,54 @@ def attention_pressure(
     return max(used, num_running / max_num_seqs) + num_waiting / max_num_seqs
 
 
+class PolicyLink(Protocol):
+    """Who is told of decisions and knows what an operator asked for (`conductor_client.PolicyLink`)."""
+
+    def wish(self) -> ScaleWish | None: ...
+
+    def decided(self, told: dict[str, Any]) -> None: ...
+
+
 class ServePolicy:
     """Serve calls it every control-loop turn with its AutoscalingContext and keeps the returned dictionary.
 
     `metric` is a name in the replicas' `record_autoscaling_stats`. `fits` and `predicted_gain` are read from metrics of
-    those names where the replicas report them. `on_decision` (picklable) is told of every change of mind, for status
-    and telemetry, and of rebalances, which the Conductor carries out."""
+    those names where the replicas report them. `link` (picklable) is told of every change of mind, for status and
+    telemetry, and of rebalances, which the Conductor carries out; what an operator asks for through it comes first.
+    `num_shards` > 0: that number as long as nobody asks for another."""
 
     def __init__(
-        self,
-        metric: str = "busy_fraction",
-        on_decision: Callable[[dict[str, Any]], None] | None = None,
-        **policy: Any,
+        self, metric: str = "busy_fraction", link: PolicyLink | None = None, num_shards: int = 0, **policy: Any
     ) -> None:
-        self._metric, self._on_decision, self._policy = metric, on_decision, ScalePolicy(**policy)
+        self._metric, self._link, self._num_shards, self._policy = metric, link, num_shards, ScalePolicy(**policy)
 
     def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
         before = dict(ctx.policy_state or {})
+        asked = self._asked(before)
+        num_shards = asked["num_shards"] if asked else self._num_shards
+        if num_shards:
+            return num_shards, {**before, "asked": asked}
         known = {f.name: before[f.name] for f in fields(ScaleState) if f.name in before}
-        decision = decide(ScaleState(**known), self._window(ctx), float(ctx.current_time or 0.0), self._policy)
+        decision = decide(ScaleState(**known), self._window(ctx), float(ctx.current_time or 0.0), self._bounds(asked))
         told = {"num_shards": decision.num_shards, "reason": decision.reason, "rebalance": decision.rebalance}
         if decision.rebalance or decision.num_shards != before.get("wanted", ctx.target_num_replicas):
             _log.info("%s: %s", ctx.deployment_name, decision.reason)
-            if self._on_decision is not None:
-                self._on_decision(told)
-        return decision.num_shards, {**asdict(decision.state), **told}
+            if self._link is not None:
+                self._link.decided(told)
+        return decision.num_shards, {**asdict(decision.state), **told, "asked": asked}
+
+    def _asked(self, before: Mapping[str, Any]) -> dict[str, int] | None:
+        """The operator's last wish: what the link knows, or what Serve kept if the Conductor has forgotten it."""
+        kept: dict[str, int] | None = before.get("asked")
+        wish = self._link.wish() if self._link is not None else None
+        return asdict(wish) if wish is not None and wish.number > (kept or {}).get("number", 0) else kept
+
+    def _bounds(self, asked: Mapping[str, int] | None) -> ScalePolicy:
+        if not asked:
+            return self._policy
+        least = asked["min_shards"] or self._policy.min_shards
+        most = max(asked["max_shards"] or self._policy.max_shards, least)
+        return replace(self._policy, min_shards=least, max_shards=most)
 
     def _window(self, ctx: Any) -> LoadWindow:
         metrics: Mapping[str, Mapping[Any, float]] = ctx.aggregated_metrics or {}

@@ -7,25 +7,30 @@ no step needs the Conductor."""
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import time
+from collections import deque
 from dataclasses import replace
+from typing import Any
 
 import ray
 
 from ..config import ClusterConfig
+from ..errors import EpochError, InvalidRequest
 from ..experts.eplb import EplbConfig
 from ..experts.placing import eplb_place
 from ..model_config import ModelConfig
 from ..router.epoch import Epoch
 from ..router.placement import Placement
-from ..router.status import ClusterState, ProcessStatus
+from ..router.status import ClusterState, Decision, ExpertRows, ProcessStatus, ScaleWish
 from .conductor_client import NAMESPACE
 from .membership import (
     Command,
     Event,
     Join,
+    Leave,
     Lost,
     Membership,
     PlacementRequested,
@@ -34,11 +39,14 @@ from .membership import (
     State,
 )
 from .membership_host import MembershipHost
+from .rebalance import LoadBook, Rebalancer, Wish, answer
 
 LOST_AFTER_S = 60.0  # a member that polls no more for so long is taken out of the next epoch
 CLOSING_PAUSE_S = 0.5
 MAX_FAILURES = 20
+MAX_DECISIONS = 50
 _HOPELESS = ("CheckpointError", "ConfigError", "StartupError", "KernelError")  # trying again cannot help
+_log = logging.getLogger(__name__)
 
 
 class Conductor:
@@ -46,13 +54,20 @@ class Conductor:
 
     def __init__(self, config_text: str) -> None:
         self._config = ClusterConfig.from_json(config_text)
-        self._core, self._num_expert = membership_of(self._config)
+        model = ModelConfig.from_folder(self._config.model)
+        self._eplb = EplbConfig(num_redundant=self._config.num_redundant_experts)
+        self._book = LoadBook(model.num_layers, model.num_experts)
+        self._rebalancer = Rebalancer(self._config.rebalance, self._eplb, self._book)
+        self._placing: asyncio.Task[None] | None = None
+        self._core, self._num_expert = membership_of(self._config, model, self._eplb, self._book)
         self._host = MembershipHost(self._core, on_change=self._on_change)
         self._polled_at: dict[str, float] = {}
         self._closing = asyncio.Event()
         self._reports: dict[str, ProcessStatus] = {}
         self._reported_at: dict[str, float] = {}
         self._failures: list[str] = []
+        self._decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
+        self._scale_wish: ScaleWish | None = None
         self._seen: tuple[Epoch | None, bool] = (None, False)
         self._version = time.time_ns()  # a restarted Conductor does not repeat versions that watchers have seen
         self._changed = asyncio.Event()  # replaced at each change: whoever waits holds the old one
@@ -88,6 +103,90 @@ class Conductor:
     async def place(self, placement: Placement) -> None:
         """Serve by this table of experts from the next epoch on; same members, another version."""
         self._host.take(PlacementRequested(placement))
+
+    async def rebalance(self, reason: str) -> str:
+        """Place the experts anew now, by the loads seen so far; what came of it, in one line."""
+        epoch = self._core.epoch
+        wish = self._rebalancer.look(epoch, time.monotonic(), asked=reason) if epoch else None
+        if epoch is None or wish is None:
+            return "nothing to place: there are no two shards that serve in one epoch"
+        return await self._place_anew(epoch, wish)
+
+    async def drain(self, member_id: str) -> str:
+        """Take one expert shard out in good order; its experts are served elsewhere first. InvalidRequest names who
+        can be drained."""
+        shards = [i for i, m in self._core.members.items() if m.expert and not m.attention]
+        living = [i for i in shards if self._core.states.get(i) is not State.DEAD]
+        if member_id not in living:
+            raise InvalidRequest("member_id", member_id, f"one of the expert shards {', '.join(living) or '(none)'}")
+        self._host.take(Leave(member_id))
+        self._note(f"{member_id} drains: asked for")
+        return f"{member_id} leaves; Serve starts a shard in its place"
+
+    # ---- the number of shards (`autoscale.ServePolicy` asks and tells)
+
+    async def scale(self, wish: ScaleWish) -> str:
+        """From the next look of Serve's policy on: a fixed number of shards, or other bounds."""
+        if not self._num_expert or self._config.layout == "colocated":
+            raise InvalidRequest("layout", self._config.layout, "a cluster with a tier of expert shards")
+        self._scale_wish = replace(wish, number=time.time_ns())
+        self._note(f"{wish}: asked for")
+        return str(wish)
+
+    async def scale_wish(self) -> ScaleWish | None:
+        return self._scale_wish
+
+    async def decided(self, told: dict[str, Any]) -> None:
+        """The policy changed its mind."""
+        self._note(str(told["reason"]))
+        epoch = self._core.epoch
+        wish = self._rebalancer.look(epoch, time.monotonic(), asked="asked by the policy") if epoch else None
+        if told.get("rebalance") and epoch is not None and wish is not None:
+            self._begin(epoch, wish)
+
+    def _note(self, text: str) -> None:
+        _log.info("%s", text)
+        self._decisions.append(Decision(at=time.time(), text=text))
+
+    # ---- placing by load
+
+    async def report_rows(self, rows: ExpertRows) -> None:
+        """What an expert owner was asked for; may begin a rebalance."""
+        self._book.take(rows)
+        epoch = self._core.epoch
+        if epoch is None or not self._core.ready or self._placing is not None:
+            return
+        wish = self._rebalancer.look(epoch, time.monotonic())
+        if wish is not None:
+            self._begin(epoch, wish)
+
+    def _begin(self, epoch: Epoch, wish: Wish) -> None:
+        if self._placing is None:
+            self._placing = asyncio.create_task(self._place_quietly(epoch, wish))
+
+    async def _place_quietly(self, epoch: Epoch, wish: Wish) -> None:
+        try:
+            await self._place_anew(epoch, wish)
+        except EpochError as error:
+            self._note(f"{wish.reason}: no placement: {error}")
+        finally:
+            self._placing = None
+
+    async def _place_anew(self, epoch: Epoch, wish: Wish) -> str:
+        self._rebalancer.changed(time.monotonic())  # the next look is an interval away, whatever comes of this one
+        version = epoch.placement_version + 1  # for the plan only: the epoch that brings it in gives the real one
+        plan = await asyncio.to_thread(answer, wish, epoch, self._config.rebalance, self._eplb, version)
+        if not plan.moves or plan.predicted_gain < wish.min_gain:
+            return f"{wish.reason}: no other placement is worth its copies ({plan.predicted_gain:.2f} x predicted)"
+        if self._core.epoch is None or self._core.epoch.placement_version != epoch.placement_version:
+            return f"{wish.reason}: the members changed meanwhile"
+        text = (
+            f"{wish.reason}: {len(plan.moves)} copies, max / mean to {plan.after.max_over_mean:.2f}, "
+            f"{plan.predicted_gain:.2f} x predicted"
+        )
+        self._note(text)
+        self._host.take(PlacementRequested(plan.placement))
+        return text
 
     async def epoch(self) -> Epoch | None:
         """The epoch in force."""
@@ -148,6 +247,7 @@ class Conductor:
             ready=self._core.ready and num_gateways >= self._config.num_gateways,
             summary=self._summary(processes, num_gateways),
             conductor_pid=os.getpid(),
+            decisions=tuple(self._decisions),
         )
 
     async def watch(self, version: int, timeout_s: float) -> ClusterState:
@@ -162,6 +262,9 @@ class Conductor:
         """After every event of the core: wake the watchers where the epoch or readiness is another."""
         seen = (self._core.epoch, self._core.ready)
         if seen != self._seen:
+            if seen[0] is not None and seen[0] is not self._seen[0]:
+                self._rebalancer.changed(time.monotonic())
+                self._book.learn(seen[0])
             self._seen = seen
             self._notify()
 
@@ -192,9 +295,10 @@ class Conductor:
         return ", ".join(parts)
 
 
-def membership_of(config: ClusterConfig) -> tuple[Membership, int]:
+def membership_of(
+    config: ClusterConfig, model: ModelConfig, eplb: EplbConfig, book: LoadBook
+) -> tuple[Membership, int]:
     """The core for this configuration, and how many expert owners its first epoch waits for."""
-    model = ModelConfig.from_folder(config.model)
     num_expert = config.num_expert_ranks if model.num_experts else 0
     core = Membership(
         num_attention=config.num_attention_replicas,
@@ -202,8 +306,8 @@ def membership_of(config: ClusterConfig) -> tuple[Membership, int]:
         place=eplb_place(
             model.num_layers,
             model.num_experts,
-            EplbConfig(num_redundant=config.num_redundant_experts),
-            loads=lambda: None,  # even, as long as nobody reports which expert was asked for how often
+            eplb,
+            loads=lambda: book.history,
             moe_layers=tuple(model.moe_layer_ids),
         ),
         make_key=lambda: secrets.token_hex(16),

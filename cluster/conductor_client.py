@@ -4,12 +4,13 @@ It imports neither torch nor the membership core, so that a gateway, which gets 
 
 import asyncio
 import contextlib
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from ..errors import Unavailable
-from ..router.status import ClusterState, ProcessStatus
+from ..errors import ExpertMeshError, Unavailable
+from ..router.status import ClusterState, ExpertRows, ProcessStatus, ScaleWish
 
 if TYPE_CHECKING:
     from ..router.epoch import Epoch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 NAMESPACE = "expertmesh"
 WATCH_S = 20.0  # a long poll's length: an idle watcher costs one call in this time
 CALL_TIMEOUT_S = 10.0
+PLAN_S = 60.0  # a placement of a large model is seconds of work
+ASK_S = 1.0  # how often Serve's policy looks for an operator's wish
 # ValueError: no actor of this name (any more).
 _NO_ANSWER = (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, ValueError, TimeoutError)
 
@@ -52,6 +55,9 @@ class ConductorClient:
     async def report(self, status: ProcessStatus) -> None:
         await self._call("report", status)
 
+    async def report_rows(self, rows: ExpertRows) -> None:
+        await self._call("report_rows", rows)
+
     async def forget(self, name: str) -> None:
         await self._call("forget", name)
 
@@ -63,6 +69,17 @@ class ConductorClient:
 
     async def watch(self, version: int, timeout_s: float = WATCH_S) -> ClusterState:
         return await self._call("watch", version, timeout_s, wait_s=timeout_s)
+
+    # As a gateway, for an operator (`router.gateway.operations.Operator`).
+
+    async def scale(self, wish: ScaleWish) -> str:
+        return str(await self._call("scale", wish))
+
+    async def drain(self, member_id: str) -> str:
+        return str(await self._call("drain", member_id))
+
+    async def rebalance(self, reason: str) -> str:
+        return str(await self._call("rebalance", reason, wait_s=PLAN_S))
 
     # From a thread without an event loop.
 
@@ -90,6 +107,8 @@ class ConductorClient:
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S + wait_s):
                 return await self._submit(method, arguments)
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, ExpertMeshError) else error) from None
         except _NO_ANSWER as error:
             self._actor = None
             raise Unavailable(f"the conductor does not answer {method}: {error}") from error
@@ -108,3 +127,35 @@ class ConductorClient:
         if self._actor is None:
             self._actor = ray.get_actor(self.name, namespace=NAMESPACE)  # ValueError: no such actor
         return self._actor
+
+
+class PolicyLink:
+    """The Conductor as `autoscale.ServePolicy` sees it, from Serve's controller: calls are sent, never waited for."""
+
+    def __init__(self, name: str) -> None:
+        self._client = ConductorClient(name)
+        self._asked: Any = None
+        self._asked_at = 0.0
+        self._wish: ScaleWish | None = None
+
+    def __reduce__(self) -> tuple[type["PolicyLink"], tuple[str]]:
+        return PolicyLink, (self._client.name,)
+
+    def wish(self) -> ScaleWish | None:
+        """The operator's last wish as far as it is known here; None = none since the Conductor started."""
+        if self._asked is None and monotonic() - self._asked_at >= ASK_S:
+            self._asked_at, self._asked = monotonic(), self._send("scale_wish")
+        if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
+            answered, self._asked = self._asked, None
+            with contextlib.suppress(ray.exceptions.RayError):
+                self._wish = ray.get(answered) or self._wish
+        return self._wish
+
+    def decided(self, told: dict[str, Any]) -> None:
+        self._send("decided", told)
+
+    def _send(self, method: str, *arguments: Any) -> Any:
+        try:
+            return self._client._submit(method, arguments)
+        except _NO_ANSWER:
+            return None

@@ -31,7 +31,7 @@ from ..experts.worker import (
 from ..request import EngineLoad
 from ..router.gateway.link import LinkServer
 from ..router.mesh import ClusterMesh, MeshOptions
-from ..router.status import ConductorLink, ProcessStatus, report_failure, report_forever
+from ..router.status import ConductorLink, ProcessStatus, report_failure, report_forever, report_rows_forever
 from ..telemetry import (
     ATTR_EPOCH,
     ATTR_NUM_TOKENS,
@@ -66,6 +66,7 @@ class AttentionReplica:
         self.member_id, self._conductor = replica_name(self._role), conductor
         self._detail, self._draining = "", False
         self._engine: Engine | None = None
+        self._row_reporter: asyncio.Task[None] | None = None  # of one that owns experts
         settle_on_cpu()
         self._reporter = asyncio.create_task(report_forever(conductor, self._status))
         try:
@@ -74,6 +75,8 @@ class AttentionReplica:
             self._reporter.cancel()
             await report_failure(conductor, self.member_id, error)
             raise
+        if self._load is not None:
+            self._row_reporter = asyncio.create_task(report_rows_forever(conductor, self._load.rows))
 
     async def _build(self, config: ClusterConfig, make_agent: MakeAgent) -> Engine:
         checkpoint = await asyncio.to_thread(Checkpoint, config.model)
@@ -140,6 +143,8 @@ class AttentionReplica:
         """Drain: finish what runs (Serve's own time-out bounds it), then leave."""
         self._draining = True
         self._reporter.cancel()
+        if self._row_reporter is not None:
+            self._row_reporter.cancel()
         if self._engine is None:
             return
         self._link.drain()

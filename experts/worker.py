@@ -27,7 +27,15 @@ from ..router.epoch import StepHeader
 from ..router.exchange import RowShape
 from ..router.group import use_batch_scheduling
 from ..router.mesh import ClusterMesh, MeshOptions
-from ..router.status import ConductorLink, ProcessStatus, describe_error, report_failure, report_forever
+from ..router.status import (
+    ConductorLink,
+    ExpertRows,
+    ProcessStatus,
+    describe_error,
+    report_failure,
+    report_forever,
+    report_rows_forever,
+)
 from ..telemetry import (
     ATTR_EPOCH,
     ATTR_STEP_ID,
@@ -52,6 +60,9 @@ class Agent(Protocol):
     """Follows the Conductor's commands for one mesh (`cluster/member_agent.py`)."""
 
     def start(self) -> None: ...
+
+    @property
+    def retired(self) -> bool: ...
 
     def drain(self, timeout_s: float) -> bool: ...
 
@@ -80,7 +91,10 @@ class ExpertShard:
         except Exception as error:
             await report_failure(conductor, self.member_id, error)
             raise
-        self._reporter = asyncio.create_task(report_forever(conductor, self._status))
+        self._reporters = [
+            asyncio.create_task(report_forever(conductor, self._status)),
+            asyncio.create_task(report_rows_forever(conductor, self._load.rows)),
+        ]
 
     async def _build(self, config: ClusterConfig, make_agent: MakeAgent) -> "StepServer":
         checkpoint = await asyncio.to_thread(Checkpoint, config.model)
@@ -117,6 +131,8 @@ class ExpertShard:
     def check_health(self) -> None:
         if self._server is not None and self._server.failure is not None:
             raise self._server.failure
+        if self._server is not None and self._agent.retired and not self._draining:
+            raise ReplicaLost("this shard was drained and serves nothing: another one starts in its place")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve's autoscaling policy reads: part of the time spent computing rows, and rows so far."""
@@ -126,7 +142,8 @@ class ExpertShard:
         if self._server is None:
             return
         self._draining = True
-        self._reporter.cancel()
+        for reporter in self._reporters:
+            reporter.cancel()
         await asyncio.to_thread(self._agent.drain, LEAVE_S)
         await asyncio.to_thread(self._agent.stop)
         await asyncio.to_thread(self._server.stop)
@@ -213,6 +230,11 @@ class ExpertLoad:
         self._mesh, self._experts = mesh, experts
         self._version, self._rows, self._rows_before = 0, 0, 0
         self._read_at = monotonic()
+
+    def rows(self) -> ExpertRows | None:
+        """What was asked of each slot, for the placement by load."""
+        version, rows = self._mesh.load()
+        return ExpertRows(name=self._mesh.member.member_id, placement_version=version, rows=rows) if version else None
 
     def read(self, busy_s: float) -> dict[str, Any]:
         """Fields of ProcessStatus; `busy_s` = computing time since the last call."""

@@ -8,9 +8,13 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import ExpertMeshError, Unavailable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,38 @@ class ProcessStatus:
         return self.role in ("expert", "colocated")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExpertRows:
+    """Rows that a member has computed in each of its slots since this placement came into force."""
+
+    name: str
+    placement_version: int
+    rows: "npt.NDArray[np.int64]"  # [num_layers, slots_per_rank]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What the cluster decided about itself, and why: a number of shards, or a placement."""
+
+    at: float  # seconds since 1970
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleWish:
+    """What an operator asked the expert tier to be: so many shards, or automatic within bounds."""
+
+    num_shards: int = 0  # 0 = automatic
+    min_shards: int = 0  # bounds of the automatic number; 0 = as configured
+    max_shards: int = 0
+    number: int = 0  # a later wish has a higher one
+
+    def __str__(self) -> str:
+        if self.num_shards:
+            return f"{self.num_shards} shards"
+        return f"{self.min_shards or 'the configured least'} to {self.max_shards or 'the configured most'} shards"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterState:
     """The Conductor's view. `version` grows when who serves where changes, not with every load figure."""
@@ -62,6 +98,7 @@ class ClusterState:
     ready: bool = False  # all processes of the configuration serve in one epoch
     summary: str = ""  # one line for people
     conductor_pid: int = 0
+    decisions: tuple[Decision, ...] = ()  # the last ones, oldest first
 
     @property
     def gateways(self) -> tuple[str, ...]:
@@ -77,6 +114,8 @@ class ConductorLink(Protocol):
     """The Conductor as a process sees it. Every call raises Unavailable while it restarts: then try again later."""
 
     async def report(self, status: ProcessStatus) -> None: ...
+
+    async def report_rows(self, rows: ExpertRows) -> None: ...
 
     async def forget(self, name: str) -> None: ...
 
@@ -108,6 +147,22 @@ async def report_forever(
             except Unavailable:
                 pass  # it restarts; soft state is sent again
         await asyncio.sleep(interval_s)
+
+
+async def report_rows_forever(
+    conductor: ConductorLink, read: Callable[[], ExpertRows | None], *, interval_s: float = 2.0
+) -> None:
+    """Send an expert owner's row counts where they have changed. What is lost with a Conductor comes with the next
+    report, since each is whole."""
+    sent = 0, 0  # placement version, all rows
+    while True:
+        await asyncio.sleep(interval_s)
+        rows = read()
+        if rows is None or (rows.placement_version, int(rows.rows.sum())) == sent:
+            continue
+        with contextlib.suppress(Unavailable):
+            await conductor.report_rows(rows)
+            sent = rows.placement_version, int(rows.rows.sum())
 
 
 async def report_failure(conductor: ConductorLink, name: str, error: BaseException) -> None:

@@ -22,6 +22,7 @@ from expertmesh.cluster.autoscale import (
     decide,
 )
 from expertmesh.errors import ConfigError
+from expertmesh.router.status import ScaleWish
 
 TRACES = Path(__file__).parent / "traces"
 POLICY = ScalePolicy(
@@ -177,9 +178,21 @@ def context(busy, *, num_running, state, now, **metrics):
     )  # fmt: skip
 
 
+class Link:
+    def __init__(self):
+        self.told, self.asked = [], None
+
+    def wish(self):
+        return self.asked
+
+    def decided(self, told):
+        self.told.append(told)
+
+
 def test_the_serve_class_keeps_its_state_and_its_number():
-    told = []
-    policy = ServePolicy(target_busy=0.5, upscale_delay_s=1.0, max_shards=4, on_decision=told.append)
+    link = Link()
+    told = link.told
+    policy = ServePolicy(target_busy=0.5, upscale_delay_s=1.0, max_shards=4, link=link)
     state, numbers = {}, []
     for now in range(4):
         n, state = policy(context({"a": 0.9, "b": 0.9}, num_running=2, state=state, now=float(now)))
@@ -190,6 +203,24 @@ def test_the_serve_class_keeps_its_state_and_its_number():
     assert "busy 0.90 of 2 shards" in told[0]["reason"]
     n, _ = policy(context({}, num_running=2, state={}, now=0.0, fits={"a": 3.0}))
     assert n == 3
+
+
+def test_an_operators_wish_comes_first_and_is_kept_when_the_conductor_forgets_it():
+    link = Link()
+    policy = ServePolicy(num_shards=2, link=link)
+    window = context({"a": 0.01, "b": 0.01}, num_running=2, state=None, now=0.0)
+    n, state = policy(window)
+    assert n == 2  # fixed, however idle
+    link.asked = ScaleWish(num_shards=5, number=1)
+    n, state = policy(context({"a": 0.01, "b": 0.01}, num_running=2, state=state, now=1.0))
+    assert n == 5
+    link.asked = None  # a Conductor that has started again
+    n, state = policy(context({"a": 0.01}, num_running=5, state=state, now=2.0))
+    assert n == 5
+    link.asked = ScaleWish(min_shards=3, max_shards=4, number=2)
+    n, state = policy(context({"a": 0.01}, num_running=5, state=state, now=3.0))
+    assert n == 4  # automatic within these bounds
+    assert "at most 4" in link.told[-1]["reason"]
 
 
 def test_the_serve_class_travels_without_ray_or_torch():
