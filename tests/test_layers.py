@@ -32,7 +32,7 @@ REDIS_FILES = {"router/gateway/session.py", "router/gateway/journal.py", "redis_
 
 def package_files() -> list[Path]:
     files = [p for p in ROOT.glob("*.py") if p.stem != "__init__"]
-    for layer in ("kernels", "proto", "router", "experts", "cluster"):
+    for layer in ("kernels", "proto", "router", "experts", "cluster", "client"):
         files += (ROOT / layer).rglob("*.py")
     return sorted(p for p in files if "_pb2" not in p.name)
 
