@@ -113,6 +113,24 @@ class AutoscalingConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RebalanceConfig:
+    """Placing experts anew by what they were asked for, while the cluster serves."""
+
+    enabled: bool = True
+    skew: float = 1.15  # hottest rank / mean, summed over layers, above which experts are placed anew
+    min_gain: float = 1.03  # predicted expert time before / after; below it nothing is copied
+    interval_s: float = 15.0  # between two placements: a new one must show first
+    rows_per_expert: int = 50  # mean rows of an expert and layer that a window needs: fewer show chance, not load
+    max_moves: int = -1  # expert copies of one rebalance, over all layers; -1 = as many as help
+
+    def __post_init__(self) -> None:
+        if self.skew < 1:
+            raise ConfigError("rebalance.skew", self.skew, "1 or more; it is max / mean")
+        if self.rows_per_expert < 1:
+            raise ConfigError("rebalance.rows_per_expert", self.rows_per_expert, "a positive count")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
     """A whole cluster: what `expertmesh serve` starts."""
 
@@ -136,6 +154,7 @@ class ClusterConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
+    rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
     def __post_init__(self) -> None:
@@ -170,6 +189,7 @@ _SECTIONS: dict[str, type] = {
     "network": NetworkConfig,
     "exchange": ExchangeConfig,
     "autoscaling": AutoscalingConfig,
+    "rebalance": RebalanceConfig,
     "telemetry": TelemetryConfig,
 }
 

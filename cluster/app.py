@@ -272,7 +272,7 @@ def _applications(config: ClusterConfig, conductor: ConductorClient, num_experts
 
 
 def _number_of_shards(config: ClusterConfig, conductor: ConductorClient) -> dict[str, Any]:
-    """Serve's to change by `ServePolicy`, within bounds, or fixed until an operator asks for another number. Serve picks
+    """Serve's to change by `ServePolicy`: within bounds, or fixed until an operator asks for another. Serve picks
     the victim of a scale-down; its `__del__` drains."""
     scaling = config.autoscaling
     policy: dict[str, Any] = {"link": PolicyLink(conductor.name), "num_shards": config.num_expert_shards}

@@ -104,14 +104,16 @@ def test_copies_that_a_death_took_are_made_again():
     epoch, _, rebalancer = of(uniform(NUM_LAYERS, NUM_LOGICAL, 4))
     assert missing_copies(epoch.placement, EPLB) == NUM_LAYERS * 4
     wish = rebalancer.look(epoch, 20.0)
-    assert wish is not None and wish.min_gain == 0
+    assert wish is not None
+    assert wish.min_gain == 0
     assert missing_copies(answer(wish, epoch, CONFIG, EPLB, 2).placement, EPLB) == 0
 
 
 def test_a_wish_of_an_operator_does_not_wait():
     epoch, _, rebalancer = of(uniform(NUM_LAYERS, NUM_LOGICAL, 4, 4))
     wish = rebalancer.look(epoch, 0.1, asked="asked for")
-    assert wish is not None and wish.reason == "asked for"
+    assert wish is not None
+    assert wish.reason == "asked for"
     alone, _, rebalancer = of(uniform(NUM_LAYERS, NUM_LOGICAL, 1))
     assert rebalancer.look(alone, 100.0, asked="asked for") is None
 
