@@ -86,7 +86,7 @@ class Resumables:
         head = pb.JournalHead.FromString(recorded.head)
         plan = decode_head(head, key[0], self._generations)
         outputs = [_decode_output(data, plan) for data in recorded.outputs]
-        generation = Generation(self._generations, plan, received_at=self._generations.clock())
+        generation = self._generations.go_on(plan)
         if recorded.end:
             writer = EventWriter(stream.recording.write)
             await generation.replay(writer, outputs, pb.Finished.FromString(recorded.end))
