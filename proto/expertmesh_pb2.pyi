@@ -395,12 +395,38 @@ class Turn(_message.Message):
     finished_at: float
     def __init__(self, messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., request_id: _Optional[str] = ..., finished_at: _Optional[float] = ...) -> None: ...
 
+class ScaleRequest(_message.Message):
+    __slots__ = ("num_shards", "min_shards", "max_shards")
+    NUM_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    MIN_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    num_shards: int
+    min_shards: int
+    max_shards: int
+    def __init__(self, num_shards: _Optional[int] = ..., min_shards: _Optional[int] = ..., max_shards: _Optional[int] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("member_id",)
+    MEMBER_ID_FIELD_NUMBER: _ClassVar[int]
+    member_id: str
+    def __init__(self, member_id: _Optional[str] = ...) -> None: ...
+
+class RebalanceRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class OperationResult(_message.Message):
+    __slots__ = ("summary",)
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    summary: str
+    def __init__(self, summary: _Optional[str] = ...) -> None: ...
+
 class GetTopologyRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Topology(_message.Message):
-    __slots__ = ("model", "epoch", "placement_version", "layout", "members", "gateways", "num_logical_experts", "num_moe_layers")
+    __slots__ = ("model", "epoch", "placement_version", "layout", "members", "gateways", "num_logical_experts", "num_moe_layers", "decisions")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -409,6 +435,7 @@ class Topology(_message.Message):
     GATEWAYS_FIELD_NUMBER: _ClassVar[int]
     NUM_LOGICAL_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     NUM_MOE_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    DECISIONS_FIELD_NUMBER: _ClassVar[int]
     model: str
     epoch: int
     placement_version: int
@@ -417,7 +444,16 @@ class Topology(_message.Message):
     gateways: _containers.RepeatedScalarFieldContainer[str]
     num_logical_experts: int
     num_moe_layers: int
-    def __init__(self, model: _Optional[str] = ..., epoch: _Optional[int] = ..., placement_version: _Optional[int] = ..., layout: _Optional[str] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., gateways: _Optional[_Iterable[str]] = ..., num_logical_experts: _Optional[int] = ..., num_moe_layers: _Optional[int] = ...) -> None: ...
+    decisions: _containers.RepeatedCompositeFieldContainer[Decision]
+    def __init__(self, model: _Optional[str] = ..., epoch: _Optional[int] = ..., placement_version: _Optional[int] = ..., layout: _Optional[str] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., gateways: _Optional[_Iterable[str]] = ..., num_logical_experts: _Optional[int] = ..., num_moe_layers: _Optional[int] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ...) -> None: ...
+
+class Decision(_message.Message):
+    __slots__ = ("at", "text")
+    AT_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    at: float
+    text: str
+    def __init__(self, at: _Optional[float] = ..., text: _Optional[str] = ...) -> None: ...
 
 class MemberStatus(_message.Message):
     __slots__ = ("member_id", "attention", "expert", "state", "ep_rank", "pid", "node", "num_running", "num_waiting", "num_free_kv_blocks", "num_kv_blocks", "num_physical_experts", "num_rows", "busy_fraction", "weight_bytes", "age_s", "num_steps", "step_s", "exchange_s")

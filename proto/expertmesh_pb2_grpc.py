@@ -461,6 +461,21 @@ class ClusterStub:
                 request_serializer=expertmesh_dot_proto_dot_expertmesh__pb2.GetTopologyRequest.SerializeToString,
                 response_deserializer=expertmesh_dot_proto_dot_expertmesh__pb2.Topology.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/expertmesh.v1.Cluster/Scale',
+                request_serializer=expertmesh_dot_proto_dot_expertmesh__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_proto_dot_expertmesh__pb2.OperationResult.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/expertmesh.v1.Cluster/Drain',
+                request_serializer=expertmesh_dot_proto_dot_expertmesh__pb2.DrainRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_proto_dot_expertmesh__pb2.OperationResult.FromString,
+                _registered_method=True)
+        self.Rebalance = channel.unary_unary(
+                '/expertmesh.v1.Cluster/Rebalance',
+                request_serializer=expertmesh_dot_proto_dot_expertmesh__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=expertmesh_dot_proto_dot_expertmesh__pb2.OperationResult.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
@@ -474,6 +489,28 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scale(self, request, context):
+        """The calls below are an operator's: from the gateway's own host, or with the cluster token.
+        The number of expert shards from now on: fixed, or automatic within bounds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Take one expert shard out in good order: its experts are served elsewhere first, another shard takes its place.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rebalance(self, request, context):
+        """Place the experts anew by the loads seen so far.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -481,6 +518,21 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.GetTopology,
                     request_deserializer=expertmesh_dot_proto_dot_expertmesh__pb2.GetTopologyRequest.FromString,
                     response_serializer=expertmesh_dot_proto_dot_expertmesh__pb2.Topology.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=expertmesh_dot_proto_dot_expertmesh__pb2.ScaleRequest.FromString,
+                    response_serializer=expertmesh_dot_proto_dot_expertmesh__pb2.OperationResult.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=expertmesh_dot_proto_dot_expertmesh__pb2.DrainRequest.FromString,
+                    response_serializer=expertmesh_dot_proto_dot_expertmesh__pb2.OperationResult.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=expertmesh_dot_proto_dot_expertmesh__pb2.RebalanceRequest.FromString,
+                    response_serializer=expertmesh_dot_proto_dot_expertmesh__pb2.OperationResult.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -512,6 +564,87 @@ class Cluster:
             '/expertmesh.v1.Cluster/GetTopology',
             expertmesh_dot_proto_dot_expertmesh__pb2.GetTopologyRequest.SerializeToString,
             expertmesh_dot_proto_dot_expertmesh__pb2.Topology.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Cluster/Scale',
+            expertmesh_dot_proto_dot_expertmesh__pb2.ScaleRequest.SerializeToString,
+            expertmesh_dot_proto_dot_expertmesh__pb2.OperationResult.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Cluster/Drain',
+            expertmesh_dot_proto_dot_expertmesh__pb2.DrainRequest.SerializeToString,
+            expertmesh_dot_proto_dot_expertmesh__pb2.OperationResult.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertmesh.v1.Cluster/Rebalance',
+            expertmesh_dot_proto_dot_expertmesh__pb2.RebalanceRequest.SerializeToString,
+            expertmesh_dot_proto_dot_expertmesh__pb2.OperationResult.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,7 +16,7 @@ from expertmesh.config import TelemetryConfig
 from expertmesh.errors import InvalidRequest, Overloaded
 from expertmesh.proto import expertmesh_pb2 as pb
 from expertmesh.redis_server import EmbeddedRedis
-from expertmesh.router.gateway import server
+from expertmesh.router.gateway import cluster_service
 from expertmesh.router.gateway.link import TOKEN_KEY
 from expertmesh.router.gateway.rpc_errors import from_rpc
 from expertmesh.router.gateway.session import SessionStore
@@ -448,14 +448,14 @@ async def test_without_redis_sessions_are_unavailable_and_the_rest_is_not(tmp_pa
     [("ipv4:127.0.0.1:5", True), ("ipv6:[::1]:5", True), ("unix:/x", True), ("ipv4:10.0.0.1:5", False), ("", False)],
 )
 def test_a_local_caller_is_told_by_its_address(peer, local):
-    assert server.is_local(peer) is local
+    assert cluster_service.is_local(peer) is local
 
 
 async def test_topology_shows_members_to_this_host_and_to_holders_of_the_token(monkeypatch):
     async with gateway(say("x"), layout="disaggregated", num_logical_experts=16, num_moe_layers=2) as world:
         ask = pb.GetTopologyRequest()
         assert len((await world.cluster.GetTopology(ask)).members) == 2
-        monkeypatch.setattr(server, "is_local", lambda _peer: False)
+        monkeypatch.setattr(cluster_service, "is_local", lambda _peer: False)
         public = await world.cluster.GetTopology(ask)
         assert (public.model, public.epoch, list(public.gateways)) == ("tiny", 3, ["127.0.0.1:50051"])
         assert len(public.members) == 0

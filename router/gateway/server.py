@@ -13,7 +13,6 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import fields
 from typing import Any, Protocol
 
 import grpc
@@ -22,18 +21,18 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ... import telemetry as names
-from ...errors import ExpertMeshError, InvalidRequest, NotFound, SessionStoreUnavailable, Unauthenticated, Unavailable
+from ...errors import ExpertMeshError, InvalidRequest, NotFound, SessionStoreUnavailable, Unavailable
 from ...proto import expertmesh_pb2 as pb
 from ...telemetry import Telemetry
-from ..status import ClusterState, ProcessStatus
 from .api_keys import ApiKeys
+from .cluster_service import ClusterService, TopologySource
 from .events import EventWriter
 from .generation import CommittedTurn, Generation, GenerationConfig, Generations, Sessions, Tier, record_failure
 from .journal import Journal
 from .limits import MAX_METADATA_BYTES, check_limits
-from .link import TOKEN_KEY, bind, token_matches
+from .link import bind
 from .resume import Resumables, ResumableStream
-from .rpc_errors import status_code, trailing_metadata
+from .rpc_errors import status_code, status_message, trailing_metadata
 from .session import SessionRecord
 from .tokenizer import Tokenizer
 from .validation import check_name, parse
@@ -59,12 +58,6 @@ class SessionSource(Sessions, Protocol):
     async def fork(
         self, session_id: str, new_session_id: str, owner: str = "", *, at_version: int = 0
     ) -> SessionRecord: ...
-
-
-class TopologySource(Protocol):
-    """Who serves what, as the Conductor knows it."""
-
-    async def state(self) -> ClusterState: ...
 
 
 class GatewayServer:
@@ -105,15 +98,16 @@ class GatewayServer:
             wall_clock=wall_clock,
         )
         self._resumables = None if journal is None else Resumables(self.generations, journal, self._track)
-        self._sessions, self._topology, self._cluster_token = sessions, topology, cluster_token
+        self._sessions = sessions
         self._host, self._port, self._credentials = host, port, credentials
         self._options = _server_options(max_message_bytes, max_request_bytes)
-        self._facts = pb.Topology(
+        facts = pb.Topology(
             model=config.model,
             layout=layout,
             num_logical_experts=num_logical_experts,
             num_moe_layers=num_moe_layers,
         )
+        self._cluster = ClusterService(topology, facts, cluster_token)
         self._api_keys = api_keys or ApiKeys()
         self._running: dict[tuple[str, str], Generation | CommittedTurn] = {}  # by owner and request id
         self._num_readers = 0  # of resumable streams
@@ -135,6 +129,7 @@ class GatewayServer:
         full_names = [f"{pb.DESCRIPTOR.package}.{name}" for name in _SERVICES]
         reflection.enable_server_reflection((*full_names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self.address = f"{self._host}:{bind(self._server, self._host, self._port, self._credentials)}"
+        self._cluster.address = self.address
         await self._server.start()
         for name in ("", *full_names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -294,22 +289,6 @@ class GatewayServer:
             raise SessionStoreUnavailable("this gateway has no session store")
         return self._sessions
 
-    # ---- Cluster
-
-    async def _get_topology(self, _request: pb.GetTopologyRequest, context: grpc.aio.ServicerContext) -> pb.Topology:
-        """Model and gateways for any client; the members for callers on this host or with the cluster token."""
-        metadata = context.invocation_metadata() or ()
-        has_token = any(key == TOKEN_KEY for key, _ in metadata)
-        if has_token and not token_matches(metadata, self._cluster_token):
-            raise Unauthenticated(f"the cluster token in {TOKEN_KEY} is wrong")
-        if self._topology is None:
-            return pb.Topology(**{f.name: v for f, v in self._facts.ListFields()}, gateways=[self.address])
-        state = await self._topology.state()
-        topology = encode_topology(state, self._facts)
-        if self._cluster_token and not has_token and not is_local(context.peer()):
-            del topology.members[:]
-        return topology
-
     # ---- shells: bytes and errors
 
     def _handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
@@ -327,7 +306,12 @@ class GatewayServer:
                 "Fork": _unary(self._fork_session, pb.ForkSessionRequest),
                 "Export": _unary(self._export_session, pb.ExportSessionRequest),
             },
-            "Cluster": {"GetTopology": _unary(self._get_topology, pb.GetTopologyRequest)},
+            "Cluster": {
+                "GetTopology": _unary(self._cluster.get_topology, pb.GetTopologyRequest),
+                "Scale": _unary(self._cluster.scale, pb.ScaleRequest),
+                "Drain": _unary(self._cluster.drain, pb.DrainRequest),
+                "Rebalance": _unary(self._cluster.rebalance, pb.RebalanceRequest),
+            },
         }
         return tuple(grpc.method_handlers_generic_handler(f"{package}.{k}", v) for k, v in methods.items())
 
@@ -365,7 +349,7 @@ class _as_status(contextlib.AbstractAsyncContextManager[None]):
 
     async def __aexit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
         if isinstance(error, ExpertMeshError):
-            await self._context.abort(status_code(error), error.message, trailing_metadata(error))
+            await self._context.abort(status_code(error), status_message(error), trailing_metadata(error))
         if isinstance(error, Exception) and not isinstance(error, grpc.aio.AbortError):
             _log.error("a handler failed", exc_info=error)
             await self._context.abort(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}")
@@ -384,11 +368,6 @@ def _server_options(max_message_bytes: int, max_request_bytes: int) -> list[tupl
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.so_reuseport", 0),  # a taken port must be an error, not a silent share
     ]
-
-
-def is_local(peer: str) -> bool:
-    """Whether a gRPC peer name is of this host."""
-    return peer.startswith(("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:"))
 
 
 # ---- records as messages
@@ -427,29 +406,3 @@ def _encode_message(message: dict[str, Any]) -> pb.Message:
         reasoning_content=message.get("reasoning_content", ""),
         tool_calls=calls,
     )
-
-
-def encode_topology(state: ClusterState, facts: pb.Topology) -> pb.Topology:
-    """`facts`: the fields that never change while a gateway lives."""
-    topology = pb.Topology(epoch=state.epoch, placement_version=state.placement_version, gateways=state.gateways)
-    topology.MergeFrom(facts)
-    for process in state.processes:
-        if process.role != "gateway":
-            topology.members.append(_encode_member(process, state))
-    return topology
-
-
-def _encode_member(process: ProcessStatus, state: ClusterState) -> pb.MemberStatus:
-    member = pb.MemberStatus(
-        member_id=process.name,
-        attention=process.attention,
-        expert=process.expert,
-        ep_rank=state.ranks.get(process.name, -1),
-        age_s=state.ages_s.get(process.name, 0.0),
-    )
-    for name in _MEMBER_FIELDS:
-        setattr(member, name, getattr(process, name))
-    return member
-
-
-_MEMBER_FIELDS = tuple({f.name for f in fields(ProcessStatus)} & set(pb.MemberStatus.DESCRIPTOR.fields_by_name))
