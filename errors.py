@@ -59,8 +59,8 @@ class InvalidRequest(ExpertMeshError):
 
     def __init__(self, field: str, value: Any, expected: str) -> None:
         shown = repr(value)
-        if len(shown) > 120:
-            shown = shown[:117] + "..."
+        if len(shown) > 80:
+            shown = shown[:77] + "..."
         super().__init__(f"{field}: got {shown}, expected {expected}")
         self.field, self.value, self.expected = field, value, expected
 

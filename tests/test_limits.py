@@ -10,6 +10,7 @@ from expertmesh.errors import InvalidRequest
 from expertmesh.proto import expertmesh_pb2 as pb
 from expertmesh.router.gateway import limits
 from expertmesh.router.gateway.limits import check_json, check_limits
+from expertmesh.router.gateway.rpc_errors import from_rpc
 
 CALL = pb.ToolCall(name="t", arguments_json="{}")
 MANY = [
@@ -60,12 +61,26 @@ async def test_a_request_or_metadata_too_large_is_resource_exhausted_and_the_con
         error = await world.refused(world.generation.Generate(pb.GenerateRequest(prompt="x" * 1001), timeout=30))
         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "1000" in error.details()
-        for metadata in ([("x-large", "v" * limits.MAX_METADATA_BYTES)], [(f"x-{i}", "v") for i in range(600)]):
+        for metadata in ([("x-large", "v" * limits.MAX_METADATA_BYTES)], [("x-many", "v" * 2000)] * 9):
             call = world.generation.Generate(pb.GenerateRequest(prompt="x"), timeout=30, metadata=metadata)
             error = await world.refused(call)
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, error
-            assert "metadata" in error.details()
+            assert f"{limits.MAX_METADATA_BYTES}" in error.details()
         assert await world.generate(prompt="x")
+
+
+async def test_a_long_message_is_cut_and_arrives():
+    names = [pb.Tool(name=f"{i:03}" + "é" * 50) for i in range(200)]
+    async with gateway(say("x")) as world:
+        choice = pb.ToolChoice(mode=pb.ToolChoice.NAMED, name="other")
+        request = pb.GenerateRequest(chat=chat("x"), tools=names, tool_choice=choice)
+        error = await world.refused(world.generation.Generate(request, timeout=30))
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert error.details().startswith("tool_choice.name: got 'other'")
+        assert error.details().endswith("...")
+        found = from_rpc(error.code(), error.details(), tuple(error.trailing_metadata() or ()))
+        assert isinstance(found, InvalidRequest)
+        assert found.field == "tool_choice.name"
 
 
 def nested(kinds: list[str]) -> str:

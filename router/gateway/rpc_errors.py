@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from ... import errors
 from ...errors import ExpertMeshError, InvalidRequest
 
+MAX_MESSAGE_BYTES = 900  # as it travels: gRPC drops a header above 2 KiB without a word, and details hold it encoded
 RETRY_KEY = "retry-after-s"
 DETAILS_KEY = "grpc-status-details-bin"
 DOMAIN = "expertmesh"
@@ -38,10 +39,21 @@ def status_code(error: ExpertMeshError) -> grpc.StatusCode:
     return grpc.StatusCode[error.code]
 
 
+def status_message(error: ExpertMeshError) -> str:
+    """The message, cut to what surely arrives (percent-encoded on the wire: a byte that is not ASCII takes three)."""
+    message, size = error.message, 0
+    for i, character in enumerate(message):
+        size += 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode("utf-8", "replace"))
+        if size > MAX_MESSAGE_BYTES - 3:
+            return message[:i] + "..."
+    return message
+
+
 def trailing_metadata(error: ExpertMeshError) -> tuple[tuple[str, str | bytes], ...]:
     """What `context.abort` sends beside code and message."""
     code: int = status_code(error).value[0]
-    status = status_pb2.Status(code=code, message=error.message)
+    message = status_message(error)
+    status = status_pb2.Status(code=code, message=message)
     info = error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN)
     for name in ("field", "kind", "name", "session_id", "expected_version", "current_version"):
         if (value := getattr(error, name, None)) is not None:
@@ -49,7 +61,7 @@ def trailing_metadata(error: ExpertMeshError) -> tuple[tuple[str, str | bytes], 
     _add(status, info)
     if isinstance(error, InvalidRequest):
         bad = error_details_pb2.BadRequest()
-        bad.field_violations.add(field=error.field, description=error.message)
+        bad.field_violations.add(field=error.field[:100], description=f"expected {error.expected}"[:200])
         _add(status, bad)
     metadata: list[tuple[str, str | bytes]] = []
     if error.retry_after_s is not None:
