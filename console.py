@@ -11,7 +11,17 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from .client import AnswerDelta, Client, Event, Finished, ReasoningDelta, Session, Stream, ToolCallDelta
+from .client import (
+    AnswerDelta,
+    Client,
+    Event,
+    Finished,
+    GenerateOptions,
+    ReasoningDelta,
+    Session,
+    Stream,
+    ToolCallDelta,
+)
 from .errors import ExpertMeshError
 from .proto import expertmesh_pb2 as pb
 from .router.gateway.tls import ClientTls
@@ -73,12 +83,14 @@ def run_turn(stream: Stream, printer: TurnPrinter) -> Finished | None:
         for event in stream:
             printer.show(event)
     except KeyboardInterrupt:
+        with contextlib.suppress(ExpertMeshError):  # it has ended, or its gateway
+            stream.cancel()
         stream.close()
         return None
     return stream.finished
 
 
-def chat(client: Client, session: Session, options: dict[str, Any], *, out: TextIO, err: TextIO) -> int:
+def chat(client: Client, session: Session, options: GenerateOptions, *, out: TextIO, err: TextIO) -> int:
     """Read lines, stream turns, until the end of input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing in input()
@@ -138,14 +150,19 @@ def _finished_as_dict(finished: Finished | None) -> dict[str, Any]:
 
 
 def topology_as_dict(topology: pb.Topology, health: dict[str, str]) -> dict[str, Any]:
+    return as_dict(topology) | {"health": health}
+
+
+def as_dict(message: Any) -> dict[str, Any]:
     """Every field by its name in the .proto, numbers as numbers (protobuf's own JSON makes 64-bit ones strings)."""
-
-    def fields(message: Any) -> dict[str, Any]:
-        return {f.name: getattr(message, f.name) for f in message.DESCRIPTOR.fields}
-
-    values = fields(topology)
-    values |= {"members": [fields(m) for m in topology.members], "gateways": list(topology.gateways)}
-    return values | {"health": health}
+    found: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.is_repeated:
+            found[field.name] = [as_dict(v) for v in value] if field.message_type else list(value)
+        elif not field.has_presence or message.HasField(field.name):
+            found[field.name] = as_dict(value) if field.message_type else value
+    return found
 
 
 def topology_line(topology: pb.Topology) -> str:

@@ -172,7 +172,7 @@ def error_of(error: Any) -> ExpertMeshError:
 def cancel(request_id: str) -> Unary[pb.CancelResponse]:
     """Whichever gateway has it: one that does not know it is not the last word."""
     request = pb.CancelRequest(request_id=request_id)
-    return Unary("Generation", "Cancel", request, elsewhere=(Unavailable, NotFound))
+    return Unary("Generation", "Cancel", request, 5.0, elsewhere=(Unavailable, NotFound))
 
 
 def get_session(session_id: str) -> Unary[pb.Session]:

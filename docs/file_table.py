@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("", "client", "router", "router/gateway", "experts", "cluster", "cluster/attention", "kernels", "proto", "deploy")
+FOLDERS = ("", "client", "commands", "router", "router/gateway", "experts", "cluster", "cluster/attention", "kernels", "proto", "deploy")
 FOLDERS += ("deploy/demo_model", "bench")
 
 

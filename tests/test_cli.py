@@ -10,6 +10,7 @@ import pytest
 
 from expertmesh import cli
 from expertmesh.client import AnswerDelta, Finished, ReasoningDelta
+from expertmesh.commands.serve import serve_config
 from expertmesh.config import ClusterConfig
 from expertmesh.console import TurnPrinter, status_table, summary_of, topology_as_dict
 from expertmesh.errors import ConfigError
@@ -18,7 +19,7 @@ from expertmesh.request import FinishReason
 
 
 def config_of(*flags: str, environ: dict[str, str] | None = None) -> ClusterConfig:
-    return cli.serve_config(cli._parser().parse_args(["serve", *flags]), environ or {})
+    return serve_config(cli.make_parser().parse_args(["serve", *flags]), environ or {})
 
 
 def test_later_sources_win(tmp_path: Path):
@@ -76,7 +77,7 @@ def test_help_answers_without_loading_the_machinery():
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for command in ("serve", "generate", "chat", "status", "make-checkpoint"):
+    for command in ("serve", "generate", "chat", "sessions", "status", "make-checkpoint"):
         assert command in done.stdout
 
 

@@ -15,24 +15,24 @@ LAYERS = [
     {"router"},
     {"experts"},
     {"cluster"},
-    {"client", "console", "cli", "make_checkpoint"},
+    {"client", "console", "cli", "commands", "make_checkpoint"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 RAY_FILES = {
     "cluster/app.py",
     "cluster/conductor.py",
     "cluster/conductor_client.py",
+    "cluster/per_node.py",
     "cluster/replica.py",
     "experts/worker.py",
     "router/gateway/deployment.py",
-    "cli.py",
 }
 REDIS_FILES = {"router/gateway/session.py", "router/gateway/journal.py", "redis_server.py"}
 
 
 def package_files() -> list[Path]:
     files = [p for p in ROOT.glob("*.py") if p.stem != "__init__"]
-    for layer in ("kernels", "proto", "router", "experts", "cluster", "client"):
+    for layer in ("kernels", "proto", "router", "experts", "cluster", "client", "commands"):
         files += (ROOT / layer).rglob("*.py")
     return sorted(p for p in files if "_pb2" not in p.name)
 
