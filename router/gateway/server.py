@@ -31,7 +31,7 @@ from .generation import CommittedTurn, Generation, GenerationConfig, Generations
 from .journal import Journal
 from .limits import MAX_METADATA_BYTES, check_limits
 from .link import bind
-from .resume import Resumables, ResumableStream
+from .resume import GRACE_S, Resumables, ResumableStream
 from .rpc_errors import status_code, status_message, trailing_metadata
 from .session import SessionRecord
 from .tokenizer import Tokenizer
@@ -82,6 +82,7 @@ class GatewayServer:
         layout: str = "",
         num_logical_experts: int = 0,
         num_moe_layers: int = 0,
+        resume_grace_s: float = GRACE_S,
         telemetry: Telemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -97,7 +98,9 @@ class GatewayServer:
             clock=clock,
             wall_clock=wall_clock,
         )
-        self._resumables = None if journal is None else Resumables(self.generations, journal, self._track)
+        self._resumables: Resumables | None = None
+        if journal is not None:
+            self._resumables = Resumables(self.generations, journal, self._track, grace_s=resume_grace_s)
         self._sessions = sessions
         self._host, self._port, self._credentials = host, port, credentials
         self._options = _server_options(max_message_bytes, max_request_bytes)
