@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from .errors import ConfigError
 
 Layout = Literal["disaggregated", "colocated"]
+NODE = "node"  # as an address: the one by which Ray knows the host that a process runs on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,8 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkConfig:
-    """Where sockets bind and what they ask for. Every port 0 = chosen by the system."""
+    """Where sockets bind and what they ask for. Every port 0 = chosen by the system. A cluster of several hosts says
+    "node" for both addresses."""
 
     interface: str = "127.0.0.1"  # address of the one interface that data, link and control sockets bind
     gateway_host: str = "127.0.0.1"
@@ -138,6 +140,8 @@ class ClusterConfig:
     served_model_name: str = ""  # default: the folder's name
     layout: Layout = "disaggregated"
     num_gateways: int = 1
+    gateway_per_node: bool = False  # one on each node, all at gateway_port; READY as soon as num_gateways serve
+    role_resources: bool = False  # a replica takes one of the node's "attention", "expert" or "gateway" resource
     num_attention_replicas: int = 1
     num_expert_shards: int = 2  # ignored in the colocated layout, where every attention replica owns experts
     num_redundant_experts: int = 0  # extra physical experts a layer, spread over the shards
@@ -173,6 +177,13 @@ class ClusterConfig:
     @property
     def num_expert_ranks(self) -> int:
         return self.num_attention_replicas if self.layout == "colocated" else self.num_expert_shards
+
+    def on_node(self, address: str) -> "ClusterConfig":
+        """As a process on the host with this address has it."""
+        network = self.network
+        interface = address if network.interface == NODE else network.interface
+        gateway_host = address if network.gateway_host == NODE else network.gateway_host
+        return replace(self, network=replace(network, interface=interface, gateway_host=gateway_host))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -31,6 +31,7 @@ from .autoscale import ServePolicy
 from .conductor import start_conductor
 from .conductor_client import ConductorClient, PolicyLink
 from .member_agent import MemberAgent
+from .per_node import OnePerNode, nodes_for
 from .replica import AttentionReplica
 
 OBJECT_STORE_BYTES = 80 << 20  # nothing of ours travels through Ray's object store
@@ -38,6 +39,7 @@ REPLICA_NUM_CPUS = 0.01  # Serve replicas share the cores; Ray's count must not 
 POLL_S = 0.2
 MOST_SHARDS = 256  # Serve wants a bound
 AUTOSCALING_PUSH_S = 1.0  # how often a replica's busy fraction reaches the policy
+MAX_NODES = 1000  # with a gateway each
 APPLICATIONS = ("experts", "attention", "gateway")  # in the order of the route, from its end
 
 Progress = Callable[[str], None]
@@ -73,8 +75,8 @@ class Cluster:
         self._started_at = time.monotonic()
         try:
             self._check_checkpoint()
-            self._complete_config()
             self._start_ray()
+            self._complete_config()
             self._start_serve()
             self._start_conductor()
             self._deploy()
@@ -125,7 +127,8 @@ class Cluster:
             network = replace(network, cluster_token=secrets.token_urlsafe(32))
         url = resolve_url(self.config.redis_url, os.environ)
         if not url:
-            self._redis = EmbeddedRedis(host=network.interface if self._ray_address else "")
+            here = self.config.on_node(ray.util.get_node_ip_address()).network.interface
+            self._redis = EmbeddedRedis(host=here if self._ray_address else "")
             url = self._redis.url
         name = self.config.served_model_name or Path(self.config.model).name
         self.config = replace(self.config, network=network, redis_url=url, served_model_name=name)
@@ -255,20 +258,53 @@ def _applications(config: ClusterConfig, conductor: ConductorClient, num_experts
         "graceful_shutdown_timeout_s": 60.0,
         "health_check_period_s": 2.0,  # death is noticed on the data plane; this is how soon a replacement starts
         "health_check_timeout_s": 30.0,  # a busy replica must not be killed
-        "ray_actor_options": {"num_cpus": REPLICA_NUM_CPUS, "num_gpus": 0},
         "max_constructor_retry_count": 3,
     }
-    compute = {**common, "ray_actor_options": {"num_cpus": REPLICA_NUM_CPUS, "num_gpus": int(config.device == "cuda")}}
     text = config.to_json()
     made: dict[str, serve.Application] = {}
     if config.layout == "disaggregated" and num_experts:
-        shards = serve.deployment(**_number_of_shards(config, conductor), **compute)(ExpertShard)
-        made["experts"] = shards.bind(text, conductor, MemberAgent)
-    replicas = serve.deployment(num_replicas=config.num_attention_replicas, **compute)(AttentionReplica)
-    made["attention"] = replicas.bind(text, conductor, MemberAgent)
-    gateways = serve.deployment(num_replicas=config.num_gateways, **common)(Gateway)
-    made["gateway"] = gateways.bind(text, conductor)
+        shards = serve.deployment(
+            ray_actor_options=actor_options(config, "expert"), **_number_of_shards(config, conductor), **common
+        )
+        made["experts"] = shards(ExpertShard).bind(text, conductor, MemberAgent)
+    replicas = serve.deployment(
+        ray_actor_options=actor_options(config, "attention"), num_replicas=config.num_attention_replicas, **common
+    )
+    made["attention"] = replicas(AttentionReplica).bind(text, conductor, MemberAgent)
+    gateways = serve.deployment(
+        ray_actor_options=actor_options(config, "gateway"), **_number_of_gateways(config), **common
+    )
+    made["gateway"] = gateways(Gateway).bind(text, conductor)
     return made
+
+
+def actor_options(config: ClusterConfig, role: str) -> dict[str, Any]:
+    """What one replica asks Ray for; `role` is attention, expert or gateway."""
+    options: dict[str, Any] = {
+        "num_cpus": REPLICA_NUM_CPUS,
+        "num_gpus": int(config.device == "cuda" and role != "gateway"),
+    }
+    if config.role_resources:
+        options["resources"] = {role: 1}
+    return options
+
+
+def _number_of_gateways(config: ClusterConfig) -> dict[str, Any]:
+    """Fixed, or one on each node that can hold one, as nodes come and go."""
+    if not config.gateway_per_node:
+        return {"num_replicas": config.num_gateways}
+    resource = "gateway" if config.role_resources else ""
+    autoscaling = AutoscalingConfig(
+        min_replicas=1,
+        initial_replicas=max(config.num_gateways, nodes_for(resource)),
+        max_replicas=MAX_NODES,
+        upscale_delay_s=0.0,
+        downscale_delay_s=0.0,
+        policy=AutoscalingPolicy(
+            policy_function=OnePerNode, policy_kwargs={"resource": resource, "least": config.num_gateways}
+        ),
+    )
+    return {"autoscaling_config": autoscaling, "max_replicas_per_node": 1}
 
 
 def _number_of_shards(config: ClusterConfig, conductor: ConductorClient) -> dict[str, Any]:

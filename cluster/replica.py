@@ -19,6 +19,7 @@ from ..experts.worker import (
     MakeAgent,
     compute_device,
     compute_dtype,
+    config_here,
     is_batch_invariant,
     load_experts,
     node_name,
@@ -60,7 +61,7 @@ class AttentionReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config_text: str, conductor: ConductorLink, make_agent: MakeAgent
     ) -> None:
-        config = ClusterConfig.from_json(config_text)
+        config = config_here(config_text)
         self._colocated = config.layout == "colocated"
         self._role = "colocated" if self._colocated else "attention"
         self.member_id, self._conductor = replica_name(self._role), conductor

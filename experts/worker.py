@@ -16,6 +16,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, Protocol
 
+import ray
 import torch
 from ray import serve
 
@@ -80,7 +81,7 @@ class ExpertShard:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config_text: str, conductor: ConductorLink, make_agent: MakeAgent
     ) -> None:
-        config = ClusterConfig.from_json(config_text)
+        config = config_here(config_text)
         self.member_id, self._conductor = replica_name("expert"), conductor
         self._detail, self._draining = "", False
         self._last = ProcessStatus(name=self.member_id, role="expert")
@@ -259,6 +260,11 @@ class ExpertLoad:
 
 
 # ---------------------------------------------------------------- shared with cluster/replica.py
+
+
+def config_here(config_text: str) -> ClusterConfig:
+    """The cluster's configuration as it is on this host."""
+    return ClusterConfig.from_json(config_text).on_node(ray.util.get_node_ip_address())
 
 
 def load_experts(

@@ -9,6 +9,7 @@ import contextlib
 import os
 from dataclasses import replace
 
+import ray
 from ray import serve
 
 from ...config import ClusterConfig
@@ -37,7 +38,7 @@ class Gateway:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config_text: str, conductor: ConductorLink
     ) -> None:
-        config = ClusterConfig.from_json(config_text)
+        config = ClusterConfig.from_json(config_text).on_node(ray.util.get_node_ip_address())
         context = serve.get_replica_context()
         self.gateway_id, self._conductor = f"gateway-{context.replica_tag}", conductor
         self._server: GatewayServer | None = None
@@ -89,7 +90,7 @@ class Gateway:
             api_keys=ApiKeys.from_file(network.api_keys_file),
             topology=self._conductor,
             host=network.gateway_host,
-            port=network.gateway_port + (local_rank if network.gateway_port else 0),  # several on one host: next ports
+            port=network.gateway_port + (0 if config.gateway_per_node or not network.gateway_port else local_rank),
             cluster_token=network.cluster_token,
             max_message_bytes=network.max_message_bytes,
             max_request_bytes=network.max_request_bytes,
