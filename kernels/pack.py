@@ -88,7 +88,7 @@ def pack_w13(w13: torch.Tensor) -> torch.Tensor:
     """[E, 2 * intermediate, hidden] -> uint8 [E, 2 * intermediate / 128, hidden / block_k, 16384]."""
     out = _empty_packed(w13)
     for e in range(w13.shape[0]):  # one expert at a time: the peak is one expert, not a layer, above the result
-        out[e] = _pack_matrix(_interleave(w13[e]))
+        out[e] = _pack_matrix(interleave(w13[e]))
     return out
 
 
@@ -101,7 +101,7 @@ def pack_w2(w2: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_w13(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.stack([_deinterleave(_unpack_matrix(p, dtype)) for p in packed])
+    return torch.stack([deinterleave(_unpack_matrix(p, dtype)) for p in packed])
 
 
 def unpack_w2(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -116,12 +116,12 @@ def _empty_packed(w: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _interleave(w: torch.Tensor) -> torch.Tensor:
+def interleave(w: torch.Tensor) -> torch.Tensor:
     """[2 * intermediate, hidden], gate then up -> 8 gate rows, their 8 up rows, ..."""
     return w.view(2, -1, 8, w.shape[1]).transpose(0, 1).reshape(w.shape)
 
 
-def _deinterleave(w: torch.Tensor) -> torch.Tensor:
+def deinterleave(w: torch.Tensor) -> torch.Tensor:
     return w.view(-1, 2, 8, w.shape[1]).transpose(0, 1).reshape(w.shape)
 
 
