@@ -27,12 +27,12 @@ from ..model_config import ModelConfig
 from ..redis_server import EmbeddedRedis, resolve_url
 from ..router.gateway.deployment import Gateway
 from ..router.status import ClusterState
-from .autoscale import ServePolicy
 from .conductor import start_conductor
-from .conductor_client import ConductorClient, PolicyLink
+from .conductor_client import ConductorClient
 from .member_agent import MemberAgent
 from .per_node import OnePerNode, nodes_for
 from .replica import AttentionReplica
+from .tier_policy import TierPolicy
 
 OBJECT_STORE_BYTES = 80 << 20  # nothing of ours travels through Ray's object store
 REPLICA_NUM_CPUS = 0.01  # Serve replicas share the cores; Ray's count must not stop a laptop from starting them
@@ -308,10 +308,10 @@ def _number_of_gateways(config: ClusterConfig) -> dict[str, Any]:
 
 
 def _number_of_shards(config: ClusterConfig, conductor: ConductorClient) -> dict[str, Any]:
-    """Serve's to change by `ServePolicy`: within bounds, or fixed until an operator asks for another. Serve picks
+    """Serve's to change by `TierPolicy`: within bounds, or fixed until an operator asks for another. Serve picks
     the victim of a scale-down; its `__del__` drains."""
     scaling = config.autoscaling
-    policy: dict[str, Any] = {"link": PolicyLink(conductor.name), "num_shards": config.num_expert_shards}
+    policy: dict[str, Any] = {"conductor": conductor.name, "num_shards": config.num_expert_shards}
     if scaling.max_expert_shards:
         policy |= {
             "num_shards": 0,
@@ -322,14 +322,16 @@ def _number_of_shards(config: ClusterConfig, conductor: ConductorClient) -> dict
             "downscale_delay_s": scaling.downscale_delay_s,
             "cooldown_s": scaling.cooldown_s,
         }
+    push_s = AUTOSCALING_PUSH_S if scaling.max_expert_shards else 10 * AUTOSCALING_PUSH_S
     autoscaling = AutoscalingConfig(
         min_replicas=1,  # the policy has its own bounds, which an operator may change
         initial_replicas=config.num_expert_shards,
         max_replicas=max(MOST_SHARDS, scaling.max_expert_shards, config.num_expert_shards),
         upscale_delay_s=0.0,  # the policy has its own; Serve's would be added and would forget what was said once
         downscale_delay_s=0.0,
-        look_back_period_s=2 * AUTOSCALING_PUSH_S,
-        policy=AutoscalingPolicy(policy_function=ServePolicy, policy_kwargs=policy),
+        metrics_interval_s=push_s,
+        look_back_period_s=2 * push_s,
+        policy=AutoscalingPolicy(policy_function=TierPolicy, policy_kwargs=policy),
     )
     return {"autoscaling_config": autoscaling}
 

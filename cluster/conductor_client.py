@@ -4,7 +4,6 @@ It imports neither torch nor the membership core, so that a gateway, which gets 
 
 import asyncio
 import contextlib
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -21,7 +20,6 @@ NAMESPACE = "expertmesh"
 WATCH_S = 20.0  # a long poll's length: an idle watcher costs one call in this time
 CALL_TIMEOUT_S = 10.0
 PLAN_S = 60.0  # a placement of a large model is seconds of work
-ASK_S = 1.0  # how often Serve's policy looks for an operator's wish
 # ValueError: no actor of this name (any more).
 _NO_ANSWER = (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, ValueError, TimeoutError)
 
@@ -103,6 +101,14 @@ class ConductorClient:
             with contextlib.suppress(ValueError, ray.exceptions.RayError):
                 ray.kill(self._handle(), no_restart=True)
 
+    def send(self, method: str, *arguments: Any) -> Any:
+        """Begin a call and wait for nothing; None where there is no Conductor."""
+        try:
+            return self._submit(method, arguments)
+        except _NO_ANSWER:
+            self._actor = None
+            return None
+
     async def _call(self, method: str, *arguments: Any, wait_s: float = 0.0) -> Any:
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S + wait_s):
@@ -127,35 +133,3 @@ class ConductorClient:
         if self._actor is None:
             self._actor = ray.get_actor(self.name, namespace=NAMESPACE)  # ValueError: no such actor
         return self._actor
-
-
-class PolicyLink:
-    """The Conductor as `autoscale.ServePolicy` sees it, from Serve's controller: calls are sent, never waited for."""
-
-    def __init__(self, name: str) -> None:
-        self._client = ConductorClient(name)
-        self._asked: Any = None
-        self._asked_at = 0.0
-        self._wish: ScaleWish | None = None
-
-    def __reduce__(self) -> tuple[type["PolicyLink"], tuple[str]]:
-        return PolicyLink, (self._client.name,)
-
-    def wish(self) -> ScaleWish | None:
-        """The operator's last wish as far as it is known here; None = none since the Conductor started."""
-        if self._asked is None and monotonic() - self._asked_at >= ASK_S:
-            self._asked_at, self._asked = monotonic(), self._send("scale_wish")
-        if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
-            answered, self._asked = self._asked, None
-            with contextlib.suppress(ray.exceptions.RayError):
-                self._wish = ray.get(answered) or self._wish
-        return self._wish
-
-    def decided(self, told: dict[str, Any]) -> None:
-        self._send("decided", told)
-
-    def _send(self, method: str, *arguments: Any) -> Any:
-        try:
-            return self._client._submit(method, arguments)
-        except _NO_ANSWER:
-            return None

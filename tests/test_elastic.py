@@ -4,7 +4,6 @@ no stream ends, and every token is the one that a single process says."""
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,9 +15,11 @@ from solo_engine import solo_tokens
 from test_cluster import all_idle, client_of, config_of, eventually, greedy, state_or_none
 
 from expertmesh.client import AnswerDelta, Client, ReasoningDelta
-from expertmesh.cluster import app
+from expertmesh.client.gateways import Unary
 from expertmesh.cluster.app import Cluster
 from expertmesh.config import AutoscalingConfig, ExchangeConfig
+from expertmesh.errors import InvalidRequest
+from expertmesh.proto import expertmesh_pb2 as pb
 from expertmesh.router.status import ProcessStatus
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_runtime")]
@@ -148,34 +149,37 @@ def test_streams_wait_for_the_only_shards_replacement(tiny_checkpoint: Path, exp
         kill_under_streams(cluster, "expert", expected)
 
 
-def test_shards_come_and_go_under_running_streams(
-    tiny_checkpoint: Path, tmp_path: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
-):
-    """Serve starts and drains shards as a policy says; here the policy is told by the test."""
-    wish = tmp_path / "shards"
-    wish.write_text("2")
+def names_of(cluster: Cluster) -> set[str]:
+    return {process.name for process in serving(cluster, "expert")}
 
-    class Told:
-        def __init__(self, **_policy: object) -> None:
-            self.path = str(wish)
 
-        def __call__(self, _context: object) -> tuple[int, dict[str, object]]:
-            with open(self.path) as file:
-                return int(file.read()), {}
+def operate(client: Client, method: str, request: object) -> str:
+    summary: str = client.call(Unary("Cluster", method, request)).summary
+    return summary
 
-    Told.__module__ = "__main__"  # so that it travels by value: Serve's controller does not import tests
-    monkeypatch.setattr(sys.modules["__main__"], "Told", Told, raising=False)
-    monkeypatch.setattr(app, "ServePolicy", Told)
-    scaling = AutoscalingConfig(min_expert_shards=2, max_expert_shards=3)
-    with Cluster(replace(config_of(tiny_checkpoint, num_shards=2), autoscaling=scaling)) as cluster:
+
+def test_shards_come_and_go_under_running_streams(tiny_checkpoint: Path, expected: list[list[int]]):
+    """An operator asks for more shards, for one to be drained, for a placement by load, and for fewer shards."""
+    with Cluster(config_of(tiny_checkpoint, num_shards=2)) as cluster:
         with client_of(cluster) as client, under_load(client, expected):
             for count in (3, 2):
-                wish.write_text(str(count))
                 began_at = time.monotonic()
+                assert operate(client, "Scale", pb.ScaleRequest(num_shards=count)) == f"{count} shards"
                 assert eventually(lambda count=count: len(serving(cluster, "expert")) == count, 60.0)
                 print(f"\n{count} shards after {time.monotonic() - began_at:.1f} s")
+            leaving, stays = (process.name for process in serving(cluster, "expert"))
+            operate(client, "Drain", pb.DrainRequest(member_id=leaving))
+            assert eventually(lambda: names_of(cluster) - {leaving, stays} and len(names_of(cluster)) == 2, 60.0)
+            assert stays in names_of(cluster)
+            with pytest.raises(InvalidRequest, match=stays):
+                operate(client, "Drain", pb.DrainRequest(member_id=leaving))
+            assert "x predicted" in operate(client, "Rebalance", pb.RebalanceRequest())
         assert eventually(lambda: all_idle(cluster))
-        assert len(cluster.state().ranks) == 3
+        assert [d.text for d in cluster.state().decisions][:3] == [
+            "3 shards: asked for",
+            "2 shards: asked for",
+            f"{leaving} drains: asked for",
+        ]
 
 
 def test_a_busy_tier_grows_by_itself_and_shrinks_when_idle(tiny_checkpoint: Path, expected: list[list[int]]):

@@ -24,6 +24,7 @@ RAY_FILES = {
     "cluster/conductor_client.py",
     "cluster/per_node.py",
     "cluster/replica.py",
+    "cluster/tier_policy.py",
     "experts/worker.py",
     "router/gateway/deployment.py",
 }
