@@ -28,7 +28,7 @@ RAY_FILES = {
     "experts/worker.py",
     "router/gateway/deployment.py",
 }
-REDIS_FILES = {"router/gateway/session.py", "router/gateway/journal.py", "redis_server.py"}
+REDIS_FILES = {"router/gateway/redis_connection.py", "redis_server.py"}
 
 
 def package_files() -> list[Path]:

@@ -5,9 +5,9 @@ engine gave them, each written before its events are sent. Events follow from ou
 fold), so whoever replays the list gives the same events at the same offsets.
 
 The fence says who may write: `take` raises it, and the one before is refused from then on. So a gateway that was only
-thought to be dead stops, and a stream has one author at any time. Outputs of all requests that are ready together go
-in one pipeline: one round trip a step, whatever the number of streams. Both keys expire a short time after the last
-write."""
+thought to be dead stops, and a stream has one author at any time. An output carries its place: sent twice, since nobody
+knows whether the first was written, it is in once. Outputs of all requests that are ready together go in one pipeline:
+one round trip a step, whatever the number of streams. Both keys expire a short time after the last write."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import NotFound, SessionStoreUnavailable, Unavailable
-from .session import PREFIX, answered, connect
+from .redis_connection import RedisConnection, failure
+from .session import PREFIX
 
 MAX_BATCH = 1024  # appends in one pipeline
 _log = logging.getLogger(__name__)
@@ -29,13 +30,16 @@ redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return 1
 """
 
-# KEYS meta, outputs; ARGV fence, ttl ms, output, end ("" = not yet). 1 = written, 0 = fenced off, -1 = gone.
+# KEYS meta, outputs; ARGV fence, ttl ms, outputs before this one, output ("" = none), end ("" = not yet).
+# 1 = written, now or before; 0 = fenced off; -1 = the journal is gone or has lost outputs.
 _APPEND = """
 local fence = redis.call('HGET', KEYS[1], 'fence')
 if not fence then return -1 end
 if fence ~= ARGV[1] then return 0 end
-if ARGV[3] ~= '' then redis.call('RPUSH', KEYS[2], ARGV[3]) end
-if ARGV[4] ~= '' then redis.call('HSET', KEYS[1], 'end', ARGV[4]) end
+local written, place = redis.call('LLEN', KEYS[2]), tonumber(ARGV[3])
+if written < place then return -1 end
+if ARGV[4] ~= '' and written == place then redis.call('RPUSH', KEYS[2], ARGV[4]) end
+if ARGV[5] ~= '' then redis.call('HSET', KEYS[1], 'end', ARGV[5]) end
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
 return 1
@@ -64,31 +68,35 @@ class Journal:
     """One pool of connections to Redis. Every method raises SessionStoreUnavailable where Redis does not answer."""
 
     def __init__(self, url: str, *, ttl_s: float = 600.0, timeout_s: float = 2.0) -> None:
-        self._redis: Any = connect(url, max_connections=8, timeout_s=timeout_s)
+        self._connection = RedisConnection(url, max_connections=8, timeout_s=timeout_s)
+        self._redis: Any = self._connection.client
         self._ttl_ms = int(ttl_s * 1000)
         self._waiting: list[tuple[list[str | int | bytes], asyncio.Future[int]]] = []
         self._writer: asyncio.Task[None] | None = None
 
     async def begin(self, owner: str, request_id: str, head: bytes) -> bool:
         """Before any work. False: this owner has a journal of this name already."""
-        keys = _keys(owner, request_id)
-        return bool(await answered(self._redis.eval(_BEGIN, 2, *keys, head, self._ttl_ms)))
+        return bool(await self._connection.eval(_BEGIN, _keys(owner, request_id), (head, self._ttl_ms)))
 
     async def take(self, owner: str, request_id: str) -> Recorded:
         """Read it and, unless it has ended, become its author."""
-        found = await answered(self._redis.eval(_TAKE, 2, *_keys(owner, request_id)))
+        found = await self._connection.eval(_TAKE, _keys(owner, request_id))
         if found is None:
             raise NotFound("resumable request", request_id)
         return Recorded(*found)
 
     async def head(self, owner: str, request_id: str) -> bytes:
-        found: bytes | None = await answered(self._redis.hget(_keys(owner, request_id)[0], "head"))
+        meta = _keys(owner, request_id)[0]
+        found: bytes | None = await self._connection.answered(self._redis.hget(meta, "head"))
         return found or b""
 
-    async def append(self, owner: str, request_id: str, fence: int, output: bytes, end: bytes = b"") -> bool:
-        """True once it is written, False where the journal is gone. Unavailable: another gateway is the author now."""
+    async def append(
+        self, owner: str, request_id: str, fence: int, place: int, output: bytes, end: bytes = b""
+    ) -> bool:
+        """Output number `place`. True once it is written, False where the journal is gone. Unavailable: another gateway
+        is the author now."""
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting.append(([*_keys(owner, request_id), fence, self._ttl_ms, output, end], future))
+        self._waiting.append(([*_keys(owner, request_id), fence, self._ttl_ms, place, output, end], future))
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write(), name="journal")
         written = await future
@@ -101,8 +109,7 @@ class Journal:
             self._writer.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._writer
-        await self._redis.aclose()
-        await self._redis.connection_pool.disconnect()
+        await self._connection.close()
 
     async def _write(self) -> None:
         """Whatever waits, in one pipeline; what comes meanwhile goes with the next."""
@@ -112,23 +119,29 @@ class Journal:
                 async with self._redis.pipeline(transaction=False) as pipe:
                     for arguments, _ in batch:
                         pipe.eval(_APPEND, 2, *arguments)
-                    answers = await answered(pipe.execute())
+                    answers = await self._connection.answered(pipe.execute(raise_on_error=False))
             except Exception as error:  # every waiter raises it, whatever it is
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(error)
                 continue
             for (_, future), answer in zip(batch, answers, strict=True):
-                if not future.done():
+                if future.done():
+                    continue
+                if isinstance(answer, Exception):  # of this stream's node alone
+                    future.set_exception(failure(answer))
+                else:
                     future.set_result(answer)
 
 
 class JournalWriter:
     """The author's end of one journal. Where Redis goes away meanwhile the stream goes on and is no longer written."""
 
-    __slots__ = ("_fence", "_journal", "_owner", "_request_id", "intact")
+    __slots__ = ("_fence", "_journal", "_owner", "_place", "_request_id", "intact")
 
-    def __init__(self, journal: Journal, owner: str, request_id: str, fence: int) -> None:
+    def __init__(self, journal: Journal, owner: str, request_id: str, fence: int, num_outputs: int = 0) -> None:
+        """`num_outputs` are in it already."""
+        self._place = num_outputs
         self._journal, self._owner, self._request_id, self._fence = journal, owner, request_id, fence
         self.intact = True  # a journal with a gap must not be written on
 
@@ -136,7 +149,10 @@ class JournalWriter:
         if not self.intact:
             return
         try:
-            self.intact = await self._journal.append(self._owner, self._request_id, self._fence, output, end)
+            self.intact = await self._journal.append(
+                self._owner, self._request_id, self._fence, self._place, output, end
+            )
+            self._place += bool(output)
         except SessionStoreUnavailable as error:
             self.intact = False
             _log.warning("request %s is no longer journaled: %s", self._request_id, error)

@@ -99,7 +99,7 @@ class Resumables:
     ) -> None:
         generation = stream.generation
         assert generation is not None
-        writer, journal = EventWriter(stream.recording.write), JournalWriter(self._journal, *key, fence)
+        writer, journal = EventWriter(stream.recording.write), JournalWriter(self._journal, *key, fence, len(outputs))
 
         async def record(output: RequestOutput) -> None:
             tokens = pb.RequestTokens()

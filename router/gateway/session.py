@@ -3,37 +3,39 @@
 A record is two keys in one hash slot (`{owner/session}`): a hash (version, sizes, affinity) and the list of turns,
 which only grows. A turn is committed by one Lua script that compares the version read when the turn began, so of two
 writers one commits and the other gets SessionConflict; the same request committed twice (a retry after a lost reply)
-counts once. Turns hold text and the generated ids. Both keys expire together, renewed by each commit.
+counts once, however late and whatever came after it. Turns hold text and the generated ids. Both keys expire together,
+renewed by each commit.
 
 Redis away means SessionStoreUnavailable here and nothing anywhere else: stateless traffic never comes by."""
 
 import json
 import logging
+import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
-
-import redis.asyncio as redis
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from typing import Any
 
 from ...errors import InvalidRequest, NotFound, SessionConflict, SessionStoreUnavailable
+from .redis_connection import RedisConnection
 
-T = TypeVar("T")
 Page = tuple[list["SessionRecord"], str]  # sessions without turns, token of the next page
 PREFIX = "expertmesh"
 _log = logging.getLogger(__name__)
 
 # KEYS meta, turns; ARGV expected version, request id, turn JSON, now, ttl ms, affinity.
 # Returns {1, version} when committed, {0, current version} when another writer was first.
+# Where this very turn stands at its place already, it is committed.
 _COMMIT = """
-local current = tonumber(redis.call('HGET', KEYS[1], 'version') or '0')
-if redis.call('HGET', KEYS[1], 'last_request_id') == ARGV[2] then return {1, current} end
-if current ~= tonumber(ARGV[1]) then return {0, current} end
+local current, expected = tonumber(redis.call('HGET', KEYS[1], 'version') or '0'), tonumber(ARGV[1])
+if current > expected then
+  local read, turn = pcall(cjson.decode, redis.call('LINDEX', KEYS[2], expected))
+  if read and turn.request_id == ARGV[2] then return {1, expected + 1} end
+end
+if current ~= expected then return {0, current} end
 if current == 0 then redis.call('HSET', KEYS[1], 'created_at', ARGV[4]) end
 redis.call('RPUSH', KEYS[2], ARGV[3])
-redis.call('HSET', KEYS[1], 'last_request_id', ARGV[2], 'affinity', ARGV[6])
+redis.call('HSET', KEYS[1], 'affinity', ARGV[6])
 redis.call('HINCRBY', KEYS[1], 'num_bytes', #ARGV[3])
 local version = redis.call('HINCRBY', KEYS[1], 'version', 1)
 redis.call('PEXPIRE', KEYS[1], ARGV[5])
@@ -41,9 +43,18 @@ redis.call('PEXPIRE', KEYS[2], ARGV[5])
 return {1, version}
 """
 
-# KEYS meta, turns of the new session; ARGV version, now, ttl ms, affinity, last request id, turns...
-# 1 = made, 0 = there is one of this name.
+# KEYS meta, turns; the hash, its ttl in ms, the turns: one view of them.
+_READ = """
+return {redis.call('HGETALL', KEYS[1]), redis.call('PTTL', KEYS[1]), redis.call('LRANGE', KEYS[2], 0, -1)}
+"""
+
+# KEYS meta; the same without turns.
+_READ_META = "return {redis.call('HGETALL', KEYS[1]), redis.call('PTTL', KEYS[1]), {}}"
+
+# KEYS meta, turns of the new session; ARGV version, now, ttl ms, affinity, name of this fork, turns...
+# 1 = made (also when run twice), 0 = there is one of this name.
 _FORK = """
+if redis.call('HGET', KEYS[1], 'fork') == ARGV[5] then return 1 end
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
 local size = 0
 for i = 6, #ARGV do
@@ -51,7 +62,7 @@ for i = 6, #ARGV do
   size = size + #ARGV[i]
 end
 redis.call('HSET', KEYS[1], 'version', ARGV[1], 'created_at', ARGV[2], 'num_bytes', size,
-           'affinity', ARGV[4], 'last_request_id', ARGV[5])
+           'affinity', ARGV[4], 'fork', ARGV[5])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
 return 1
@@ -123,13 +134,12 @@ class SessionStore:
     ) -> None:
         """`max_bytes`: a session this large takes no further turn."""
         self._ttl_s, self._max_bytes, self._wall_clock = ttl_s, max_bytes, wall_clock
-        self._redis: Any = connect(url, max_connections=max_connections, timeout_s=timeout_s)
-        self._commit = self._redis.register_script(_COMMIT)
-        self._enter = self._redis.register_script(_INDEX)
+        self._connection = RedisConnection(url, max_connections=max_connections, timeout_s=timeout_s)
+        self._redis: Any = self._connection.client
 
     async def open(self, session_id: str, owner: str = "") -> SessionRecord:
         """The record that a new turn begins from, empty where there is none yet."""
-        record = await answered(self._read(session_id, owner))
+        record = await self._read(session_id, owner)
         if record.num_bytes >= self._max_bytes:
             raise InvalidRequest(
                 "session_id", session_id, f"a session below {self._max_bytes} bytes, this one has {record.num_bytes}"
@@ -140,40 +150,31 @@ class SessionStore:
         self, session_id: str, expected_version: int, turn: TurnRecord, *, owner: str = "", affinity: str = ""
     ) -> int:
         """Append the turn if nobody else did since `expected_version`; the new version."""
-        meta, turns = _keys(session_id, owner)
-        data = _dump(turn)
-        arguments: list[str | int | float] = [
-            expected_version,
-            turn.request_id,
-            data,
-            self._wall_clock(),
-            int(self._ttl_s * 1000),
-            affinity,
-        ]
-        committed, version = await answered(self._commit(keys=[meta, turns], args=arguments))
+        now, ttl_ms = self._wall_clock(), int(self._ttl_s * 1000)
+        arguments = (expected_version, turn.request_id, _dump(turn), now, ttl_ms, affinity)
+        committed, version = await self._connection.eval(_COMMIT, _keys(session_id, owner), arguments)
         if not committed:
             raise SessionConflict(session_id, expected_version=expected_version, current_version=version)
-        now = self._wall_clock()
         try:
-            await answered(self._enter(keys=_index(owner), args=[session_id, now, now + self._ttl_s]))
+            await self._enter(session_id, owner, now)
         except SessionStoreUnavailable as error:  # the turn is in; the next one enters the session again
             _log.warning("session %s is not in the index: %s", session_id, error)
         return int(version)
 
     async def get(self, session_id: str, owner: str = "") -> SessionRecord:
-        record = await answered(self._read(session_id, owner))
+        record = await self._read(session_id, owner)
         if not record.version:
             raise NotFound("session", session_id)
         return record
 
     async def list(self, owner: str = "", *, page_size: int = 50, page_token: str = "") -> Page:
         """Sessions without turns in the order of their ids, and the token of the next page ("" = no more)."""
-        return await answered(self._list(owner, page_size, page_token))
+        return await self._connection.answered(self._list(owner, page_size, page_token))
 
     async def delete(self, session_id: str, owner: str = "") -> None:
-        removed = await answered(self._redis.delete(*_keys(session_id, owner)))
+        removed = await self._connection.answered(self._redis.delete(*_keys(session_id, owner)))
         for index in _index(owner):
-            await answered(self._redis.zrem(index, session_id))
+            await self._connection.answered(self._redis.zrem(index, session_id))
         if not removed:
             raise NotFound("session", session_id)
 
@@ -186,38 +187,29 @@ class SessionStore:
         if version > record.version:
             raise InvalidRequest("at_version", at_version, f"0..{record.version}, the turns of {session_id!r}")
         turns = record.turns[:version]
-        now = self._wall_clock()
-        made = await answered(
-            self._redis.eval(
-                _FORK,
-                2,
-                *_keys(new_session_id, owner),
-                version,
-                now,
-                int(self._ttl_s * 1000),
-                record.affinity,
-                turns[-1].request_id,
-                *(_dump(turn) for turn in turns),
-            )
-        )
+        now, ttl_ms = self._wall_clock(), int(self._ttl_s * 1000)
+        arguments = (version, now, ttl_ms, record.affinity, secrets.token_hex(8), *map(_dump, turns))
+        made = await self._connection.eval(_FORK, _keys(new_session_id, owner), arguments)
         if not made:
             raise InvalidRequest("new_session_id", new_session_id, "an id that no session has")
-        await answered(self._enter(keys=_index(owner), args=[new_session_id, now, now + self._ttl_s]))
+        await self._enter(new_session_id, owner, now)
         return await self.get(new_session_id, owner)
 
     async def ping(self) -> None:
-        await answered(self._redis.ping())
+        await self._connection.answered(self._redis.ping())
+
+    async def check(self) -> None:
+        """ConfigError where the store will never serve us; one that is away is only noted."""
+        await self._connection.check()
 
     async def close(self) -> None:
-        await self._redis.aclose()
-        await self._redis.connection_pool.disconnect()
+        await self._connection.close()
+
+    async def _enter(self, session_id: str, owner: str, now: float) -> None:
+        await self._connection.eval(_INDEX, _index(owner), (session_id, now, now + self._ttl_s))
 
     async def _read(self, session_id: str, owner: str) -> SessionRecord:
-        meta, turns = _keys(session_id, owner)
-        async with self._redis.pipeline(transaction=True) as pipe:  # one consistent view
-            pipe.hgetall(meta).lrange(turns, 0, -1).pttl(meta)
-            found, items, ttl_ms = await pipe.execute()
-        return self._record(session_id, found, items, ttl_ms)
+        return self._record(session_id, *await self._connection.eval(_READ, _keys(session_id, owner)))
 
     async def _list(self, owner: str, page_size: int, page_token: str) -> Page:
         index, start = _index(owner)[0], f"({page_token}" if page_token else "-"
@@ -229,19 +221,21 @@ class SessionStore:
                 return records, ""
             async with self._redis.pipeline(transaction=False) as pipe:
                 for name in names:
-                    pipe.hgetall(_keys(name, owner)[0]).pttl(_keys(name, owner)[0])
+                    pipe.eval(_READ_META, 1, _keys(name, owner)[0])
                 answers = await pipe.execute()
-            for name, found, ttl_ms in zip(names, answers[::2], answers[1::2], strict=True):
-                if found:
-                    records.append(self._record(name, found, [], ttl_ms))
+            for name, answer in zip(names, answers, strict=True):
+                if answer[0]:
+                    records.append(self._record(name, *answer))
                 else:
                     await self._redis.zrem(index, name)  # expired
             start = f"({names[-1]}"
         return records, records[-1].session_id
 
-    def _record(self, session_id: str, found: dict[bytes, bytes], items: Sequence[bytes], ttl_ms: int) -> SessionRecord:
-        if not found:
+    def _record(self, session_id: str, pairs: Sequence[bytes], ttl_ms: int, items: Sequence[bytes]) -> SessionRecord:
+        """`pairs`: names and values of the hash in turn, as a script gives them."""
+        if not pairs:
             return SessionRecord(session_id=session_id)
+        found = dict(zip(pairs[::2], pairs[1::2], strict=True))
         return SessionRecord(
             session_id=session_id,
             version=int(found[b"version"]),
@@ -251,30 +245,6 @@ class SessionStore:
             created_at=float(found[b"created_at"]),
             expires_at=self._wall_clock() + max(ttl_ms, 0) / 1000,
         )
-
-
-def connect(url: str, *, max_connections: int, timeout_s: float) -> Any:
-    """A client whose callers wait for a connection rather than fail; nothing is dialled before the first call."""
-    pool = redis.BlockingConnectionPool.from_url(
-        url,
-        max_connections=max_connections,
-        timeout=timeout_s,
-        socket_timeout=timeout_s,
-        socket_connect_timeout=timeout_s,
-    )
-    return redis.Redis(connection_pool=pool)
-
-
-async def answered(call: Awaitable[T]) -> T:
-    """The call's answer; whatever goes wrong with Redis is SessionStoreUnavailable."""
-    try:
-        return await call
-    except (RedisConnectionError, OSError, TimeoutError) as error:
-        raise SessionStoreUnavailable(f"the session store does not answer ({_short(error)}); try again") from error
-    except ResponseError as error:
-        raise SessionStoreUnavailable(f"the session store refuses: {_short(error)}", retry_after_s=5.0) from error
-    except RedisError as error:
-        raise SessionStoreUnavailable(f"the session store failed: {_short(error)}") from error
 
 
 def _dump(turn: TurnRecord) -> str:
@@ -288,9 +258,6 @@ def _keys(session_id: str, owner: str) -> tuple[str, str]:
 
 
 def _index(owner: str) -> tuple[str, str]:
-    """An owner's sessions by id (for pages) and by expiry."""
-    return f"{PREFIX}:sessions:{{{owner}}}", f"{PREFIX}:sessions:{{{owner}}}:expiry"
-
-
-def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:200]
+    """An owner's sessions by id (for pages) and by expiry: one slot, whoever the owner is."""
+    tag = f"{PREFIX}:sessions:{{{owner}/}}"
+    return tag, f"{tag}:expiry"
