@@ -14,14 +14,16 @@
     │   ├── ReplicaLost
     │   └── ExchangeError         names ep_rank, layer_id, step_id, epoch
     │       ├── ExchangeTimeout
-    │       └── PeerLost
+    │       ├── PeerLost
+    │       └── GuardError        damaged or non-finite rows: bad; the exchange itself goes on
     ├── DeadlineExceeded          DEADLINE_EXCEEDED
     ├── RequestCancelled          CANCELLED
     ├── EpochError                FAILED_PRECONDITION a stale or impossible epoch or placement
     ├── CheckpointError           FAILED_PRECONDITION file, tensor
     ├── ConfigError               FAILED_PRECONDITION field
     ├── StartupError              FAILED_PRECONDITION the cluster did not become ready
-    └── KernelError               FAILED_PRECONDITION no GPU, driver, architecture or kernel for this
+    ├── KernelError               FAILED_PRECONDITION no GPU, driver, architecture or kernel for this
+    └── MissingPackage            FAILED_PRECONDITION an optional package that this request needs: field, name
 
 `code` is the name of the gRPC status, a string so that nothing below the gateway imports grpc. A message says what, how
 much and what to do. Facts are fields, so callers never parse messages."""
@@ -150,6 +152,17 @@ class PeerLost(ExchangeError):
     pass
 
 
+class GuardError(ExchangeError):
+    """Rows of this step were damaged on their way or are not finite. Each of `bad` (router/guard.py: BadRow) names
+    sender, shard, layer and expert. The communicator is whole: run the same batch again, in the same epoch."""
+
+    def __init__(
+        self, message: str, *, bad: tuple[Any, ...], ep_rank: int, layer_id: int, step_id: int, epoch: int
+    ) -> None:
+        super().__init__(message, ep_rank=ep_rank, layer_id=layer_id, step_id=step_id, epoch=epoch)
+        self.bad = bad
+
+
 class DeadlineExceeded(ExpertMeshError):
     code = "DEADLINE_EXCEEDED"
 
@@ -187,3 +200,13 @@ class StartupError(ExpertMeshError):
 
 class KernelError(ExpertMeshError):
     code = "FAILED_PRECONDITION"
+
+
+class MissingPackage(ExpertMeshError):
+    """The cluster was installed without the package that this request needs."""
+
+    code = "FAILED_PRECONDITION"
+
+    def __init__(self, field: str, name: str, remedy: str) -> None:
+        super().__init__(f"{field}: the cluster's Python has no package {name}; install it with: {remedy}")
+        self.field, self.name = field, name

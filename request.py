@@ -48,6 +48,21 @@ class ThinkingBudget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerGrammar:
+    """What the answer must match, enforced beside the sampler. Ids are -1 where there is none.
+
+    Thinking is free: the grammar begins where the block ends, or with the first token where there is none."""
+
+    kind: str  # json_schema, regex, choice
+    source: str  # the schema, the regular expression, a JSON list of the choices
+    starts_inside: bool = False  # the prompt opened the think block
+    think_id: int = -1  # opens the block instead of the answer's first token
+    end_think_id: int = -1
+    separator_id: int = -1  # may stand once between the block and the answer, of which it is no part
+    tool_call_id: int = -1  # instead of the answer's first token: from there on the output is free
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
     """One generation as the engine sees it. `output_ids` not empty = replay (failover): go on after them."""
 
@@ -56,6 +71,7 @@ class EngineRequest:
     sampling: SamplingParams
     output_ids: tuple[int, ...] = ()
     thinking: ThinkingBudget | None = None
+    grammar: AnswerGrammar | None = None
     deadline: float = 0.0  # unix seconds, 0 = none
     prefix_salt: bytes = b""
     traceparent: str = ""

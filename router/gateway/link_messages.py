@@ -2,6 +2,7 @@
 
 from ...proto import expertmesh_pb2 as pb
 from ...request import (
+    AnswerGrammar,
     EngineLoad,
     EngineRequest,
     FinishReason,
@@ -49,6 +50,18 @@ def encode_submit(handle: int, request: EngineRequest) -> pb.Submit:
                 starts_inside=t.starts_inside,
             )
         )
+    if (g := request.grammar) is not None:
+        message.grammar.CopyFrom(
+            pb.EngineGrammar(
+                kind=g.kind,
+                source=g.source,
+                starts_inside=g.starts_inside,
+                think_id=g.think_id,
+                end_think_id=g.end_think_id,
+                separator_id=g.separator_id,
+                tool_call_id=g.tool_call_id,
+            )
+        )
     return message
 
 
@@ -63,6 +76,7 @@ def decode_submit(message: pb.Submit, request_id: str) -> EngineRequest:
         prefix_salt=message.prefix_salt,
         traceparent=message.traceparent,
         thinking=_decode_thinking(message.thinking) if message.HasField("thinking") else None,
+        grammar=_decode_grammar(message.grammar) if message.HasField("grammar") else None,
         sampling=SamplingParams(
             temperature=s.temperature,
             top_p=s.top_p,
@@ -87,6 +101,18 @@ def _decode_thinking(message: pb.EngineThinking) -> ThinkingBudget:
         end_think_id=message.end_think_id,
         closing_ids=tuple(message.closing_ids),
         starts_inside=message.starts_inside,
+    )
+
+
+def _decode_grammar(message: pb.EngineGrammar) -> AnswerGrammar:
+    return AnswerGrammar(
+        kind=message.kind,
+        source=message.source,
+        starts_inside=message.starts_inside,
+        think_id=message.think_id,
+        end_think_id=message.end_think_id,
+        separator_id=message.separator_id,
+        tool_call_id=message.tool_call_id,
     )
 
 
