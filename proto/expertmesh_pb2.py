@@ -4,156 +4,159 @@
 # source: expertmesh/proto/expertmesh.proto
 # Protobuf Python Version: 7.35.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 7, 35, 1, "", "expertmesh/proto/expertmesh.proto"
+    _runtime_version.Domain.PUBLIC,
+    7,
+    35,
+    1,
+    '',
+    'expertmesh/proto/expertmesh.proto'
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n!expertmesh/proto/expertmesh.proto\x12\rexpertmesh.v1"\xec\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x13.expertmesh.v1.Chat\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.TokenIds\x12\x12\n\nsession_id\x18\x05 \x01(\t\x12\x30\n\x08sampling\x18\x06 \x01(\x0b\x32\x1e.expertmesh.v1.SamplingOptions\x12\x30\n\x08thinking\x18\x07 \x01(\x0b\x32\x1e.expertmesh.v1.ThinkingOptions\x12\x11\n\tresumable\x18\x08 \x01(\x08\x12\x19\n\x11include_token_ids\x18\t \x01(\x08\x12"\n\x05tools\x18\n \x03(\x0b\x32\x13.expertmesh.v1.Tool\x12.\n\x0btool_choice\x18\x0b \x01(\x0b\x32\x19.expertmesh.v1.ToolChoice\x12\x34\n\x0ehistory_policy\x18\x0c \x01(\x0e\x32\x1c.expertmesh.v1.HistoryPolicy\x12\x36\n\x0fresponse_format\x18\r \x01(\x0b\x32\x1d.expertmesh.v1.ResponseFormat"l\n\x0eResponseFormat\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12(\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x16.expertmesh.v1.ChoicesH\x00\x42\x08\n\x06\x66ormat"\x19\n\x07\x43hoices\x12\x0e\n\x06values\x18\x01 \x03(\t"}\n\nToolChoice\x12,\n\x04mode\x18\x01 \x01(\x0e\x32\x1e.expertmesh.v1.ToolChoice.Mode\x12\x0c\n\x04name\x18\x02 \x01(\t"3\n\x04Mode\x12\x08\n\x04\x41UTO\x10\x00\x12\x08\n\x04NONE\x10\x01\x12\x0c\n\x08REQUIRED\x10\x02\x12\t\n\x05NAMED\x10\x03"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.expertmesh.v1.Message"p\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x19\n\x11reasoning_content\x18\x03 \x01(\t\x12+\n\ntool_calls\x18\x04 \x03(\x0b\x32\x17.expertmesh.v1.ToolCall"B\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x17\n\x0fparameters_json\x18\x03 \x01(\t"0\n\x08ToolCall\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x02 \x01(\t"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r"\x81\x04\n\x0fSamplingOptions\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x07 \x01(\rH\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\t \x01(\x02H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\t\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\n\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobs"\x98\x01\n\x0fThinkingOptions\x12\x31\n\x04mode\x18\x01 \x01(\x0e\x32#.expertmesh.v1.ThinkingOptions.Mode\x12\x1a\n\rbudget_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01"$\n\x04Mode\x12\x0b\n\x07\x44\x45\x46\x41ULT\x10\x00\x12\x06\n\x02ON\x10\x01\x12\x07\n\x03OFF\x10\x02\x42\x10\n\x0e_budget_tokens"\x86\x02\n\rGenerateEvent\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12)\n\x07started\x18\x02 \x01(\x0b\x32\x16.expertmesh.v1.StartedH\x00\x12)\n\treasoning\x18\x03 \x01(\x0b\x32\x14.expertmesh.v1.DeltaH\x00\x12&\n\x06\x61nswer\x18\x04 \x01(\x0b\x32\x14.expertmesh.v1.DeltaH\x00\x12\x31\n\ttool_call\x18\x05 \x01(\x0b\x32\x1c.expertmesh.v1.ToolCallDeltaH\x00\x12+\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x17.expertmesh.v1.FinishedH\x00\x42\x07\n\x05\x65vent"e\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04"W\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12-\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob"Y\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12&\n\x03top\x18\x03 \x03(\x0b\x32\x19.expertmesh.v1.TopLogprob"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02"\x99\x01\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_text\x18\x03 \x01(\t\x12\x11\n\tmalformed\x18\x04 \x01(\x08\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12-\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob"\xc7\x01\n\x08\x46inished\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.expertmesh.v1.Usage\x12\x11\n\tcommitted\x18\x03 \x01(\x08\x12\x17\n\x0fsession_version\x18\x04 \x01(\x04\x12\'\n\x07timings\x18\x05 \x01(\x0b\x32\x16.expertmesh.v1.Timings\x12\x14\n\x0cstop_matched\x18\x06 \x01(\t"j\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x18\n\x10reasoning_tokens\x18\x04 \x01(\r"p\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x1d\n\x15time_to_first_token_s\x18\x02 \x01(\x01\x12$\n\x1ctime_to_first_answer_token_s\x18\x03 \x01(\x01\x12\x0f\n\x07total_s\x18\x04 \x01(\x01"8\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66rom_offset\x18\x02 \x01(\x04"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t"\x10\n\x0e\x43\x61ncelResponse"T\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0enew_session_id\x18\x02 \x01(\t\x12\x12\n\nat_version\x18\x03 \x01(\x04"*\n\x14\x45xportSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t"b\n\rSessionExport\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.expertmesh.v1.Session\x12(\n\x08turn_ids\x18\x02 \x03(\x0b\x32\x16.expertmesh.v1.TurnIds">\n\x07TurnIds\x12\x11\n\tinput_ids\x18\x01 \x03(\r\x12\x12\n\noutput_ids\x18\x02 \x03(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t"Y\n\x14ListSessionsResponse\x12(\n\x08sessions\x18\x01 \x03(\x0b\x32\x16.expertmesh.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t"*\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t"\x17\n\x15\x44\x65leteSessionResponse"\xe2\x01\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12"\n\x05turns\x18\x03 \x03(\x0b\x32\x13.expertmesh.v1.Turn\x12\x12\n\ncreated_at\x18\x04 \x01(\x01\x12\x12\n\nexpires_at\x18\x05 \x01(\x01\x12\x30\n\x08thinking\x18\x06 \x01(\x0b\x32\x1e.expertmesh.v1.ThinkingOptions\x12\x34\n\x0ehistory_policy\x18\x07 \x01(\x0e\x32\x1c.expertmesh.v1.HistoryPolicy"~\n\x04Turn\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.expertmesh.v1.Message\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.expertmesh.v1.Usage\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x13\n\x0b\x66inished_at\x18\x04 \x01(\x01"J\n\x0cScaleRequest\x12\x12\n\nnum_shards\x18\x01 \x01(\r\x12\x12\n\nmin_shards\x18\x02 \x01(\r\x12\x12\n\nmax_shards\x18\x03 \x01(\r"!\n\x0c\x44rainRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t"\x12\n\x10RebalanceRequest""\n\x0fOperationResult\x12\x0f\n\x07summary\x18\x01 \x01(\t"\x14\n\x12GetTopologyRequest"\xf4\x01\n\x08Topology\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x19\n\x11placement_version\x18\x03 \x01(\x04\x12\x0e\n\x06layout\x18\x04 \x01(\t\x12,\n\x07members\x18\x05 \x03(\x0b\x32\x1b.expertmesh.v1.MemberStatus\x12\x10\n\x08gateways\x18\x06 \x03(\t\x12\x1b\n\x13num_logical_experts\x18\x07 \x01(\r\x12\x16\n\x0enum_moe_layers\x18\x08 \x01(\r\x12*\n\tdecisions\x18\t \x03(\x0b\x32\x17.expertmesh.v1.Decision"$\n\x08\x44\x65\x63ision\x12\n\n\x02\x61t\x18\x01 \x01(\x01\x12\x0c\n\x04text\x18\x02 \x01(\t"\xff\x02\n\x0cMemberStatus\x12\x11\n\tmember_id\x18\x01 \x01(\t\x12\x11\n\tattention\x18\x02 \x01(\x08\x12\x0e\n\x06\x65xpert\x18\x03 \x01(\x08\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0f\n\x07\x65p_rank\x18\x05 \x01(\x05\x12\x0b\n\x03pid\x18\x06 \x01(\x05\x12\x0c\n\x04node\x18\x07 \x01(\t\x12\x13\n\x0bnum_running\x18\x08 \x01(\r\x12\x13\n\x0bnum_waiting\x18\t \x01(\r\x12\x1a\n\x12num_free_kv_blocks\x18\n \x01(\r\x12\x15\n\rnum_kv_blocks\x18\x0b \x01(\r\x12\x1c\n\x14num_physical_experts\x18\x0c \x01(\r\x12\x10\n\x08num_rows\x18\r \x01(\x04\x12\x15\n\rbusy_fraction\x18\x0e \x01(\x01\x12\x14\n\x0cweight_bytes\x18\x0f \x01(\x04\x12\r\n\x05\x61ge_s\x18\x10 \x01(\x01\x12\x11\n\tnum_steps\x18\x11 \x01(\x04\x12\x0e\n\x06step_s\x18\x12 \x01(\x01\x12\x12\n\nexchange_s\x18\x13 \x01(\x01"\x99\x01\n\x0eGatewayMessage\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.expertmesh.v1.GatewayHelloH\x00\x12\'\n\x06submit\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.SubmitH\x00\x12%\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x14.expertmesh.v1.AbortH\x00\x42\t\n\x07message"<\n\x0cGatewayHello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r"\xa1\x02\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nprompt_ids\x18\x03 \x03(\r\x12\x12\n\noutput_ids\x18\x04 \x03(\r\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.expertmesh.v1.EngineSampling\x12\x10\n\x08\x64\x65\x61\x64line\x18\x06 \x01(\x01\x12\x13\n\x0bprefix_salt\x18\x07 \x01(\x0c\x12\x13\n\x0btraceparent\x18\x08 \x01(\t\x12/\n\x08thinking\x18\t \x01(\x0b\x32\x1d.expertmesh.v1.EngineThinking\x12-\n\x07grammar\x18\n \x01(\x0b\x32\x1c.expertmesh.v1.EngineGrammar"\x87\x02\n\x0e\x45ngineSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\n \x01(\x02\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x14\n\x0cnum_logprobs\x18\x0c \x01(\x05"{\n\x0e\x45ngineThinking\x12\x15\n\rbudget_tokens\x18\x01 \x01(\r\x12\x10\n\x08think_id\x18\x02 \x01(\r\x12\x14\n\x0c\x65nd_think_id\x18\x03 \x01(\r\x12\x13\n\x0b\x63losing_ids\x18\x04 \x03(\r\x12\x15\n\rstarts_inside\x18\x05 \x01(\x08"\x98\x01\n\rEngineGrammar\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x15\n\rstarts_inside\x18\x03 \x01(\x08\x12\x10\n\x08think_id\x18\x04 \x01(\x05\x12\x14\n\x0c\x65nd_think_id\x18\x05 \x01(\x05\x12\x14\n\x0cseparator_id\x18\x06 \x01(\x05\x12\x14\n\x0ctool_call_id\x18\x07 \x01(\x05"\x17\n\x05\x41\x62ort\x12\x0e\n\x06handle\x18\x01 \x01(\r"\xb1\x02\n\x0bJournalHead\x12%\n\x06submit\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Submit\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x14\n\x0cstrip_answer\x18\x03 \x01(\x08\x12\r\n\x05tools\x18\x04 \x01(\x08\x12\x17\n\x0f\x66orced_call_ids\x18\x05 \x03(\r\x12\x19\n\x11include_token_ids\x18\x06 \x01(\x08\x12\x12\n\nsession_id\x18\x07 \x01(\t\x12\x17\n\x0fsession_version\x18\x08 \x01(\x04\x12\x10\n\x08\x61\x66\x66inity\x18\t \x01(\t\x12\x15\n\rmessages_json\x18\n \x01(\t\x12\x0e\n\x06\x64igest\x18\x0b \x01(\x0c\x12\x15\n\rsettings_json\x18\x0c \x01(\t\x12\x17\n\x0fnum_spliced_ids\x18\r \x01(\r"\xc9\x01\n\x0eReplicaMessage\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.expertmesh.v1.ReplicaHelloH\x00\x12)\n\x04step\x18\x02 \x01(\x0b\x32\x19.expertmesh.v1.StepTokensH\x00\x12\'\n\x06reject\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.RejectH\x00\x12*\n\x04load\x18\x04 \x01(\x0b\x32\x1a.expertmesh.v1.ReplicaLoadH\x00\x42\t\n\x07message"S\n\x0cReplicaHello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12\x15\n\rmax_model_len\x18\x03 \x01(\r"w\n\nStepTokens\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12.\n\x08requests\x18\x02 \x03(\x0b\x32\x1c.expertmesh.v1.RequestTokens\x12(\n\x04load\x18\x03 \x01(\x0b\x32\x1a.expertmesh.v1.ReplicaLoad"\xc1\x01\n\rRequestTokens\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x32\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x0f\n\x07queue_s\x18\x06 \x01(\x01"N\n\x06Reject\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01"|\n\x0bReplicaLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x1a\n\x12num_free_kv_blocks\x18\x03 \x01(\r\x12\x15\n\rnum_kv_blocks\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08*s\n\rHistoryPolicy\x12\x1e\n\x1aHISTORY_POLICY_UNSPECIFIED\x10\x00\x12 \n\x1cHISTORY_POLICY_DROP_THINKING\x10\x01\x12 \n\x1cHISTORY_POLICY_KEEP_THINKING\x10\x02*\xb3\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x04\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x05\x32\xe7\x01\n\nGeneration\x12J\n\x08Generate\x12\x1e.expertmesh.v1.GenerateRequest\x1a\x1c.expertmesh.v1.GenerateEvent0\x01\x12\x46\n\x06Resume\x12\x1c.expertmesh.v1.ResumeRequest\x1a\x1c.expertmesh.v1.GenerateEvent0\x01\x12\x45\n\x06\x43\x61ncel\x12\x1c.expertmesh.v1.CancelRequest\x1a\x1d.expertmesh.v1.CancelResponse2\x81\x03\n\x08Sessions\x12?\n\x03Get\x12 .expertmesh.v1.GetSessionRequest\x1a\x16.expertmesh.v1.Session\x12O\n\x04List\x12".expertmesh.v1.ListSessionsRequest\x1a#.expertmesh.v1.ListSessionsResponse\x12S\n\x06\x44\x65lete\x12#.expertmesh.v1.DeleteSessionRequest\x1a$.expertmesh.v1.DeleteSessionResponse\x12\x41\n\x04\x46ork\x12!.expertmesh.v1.ForkSessionRequest\x1a\x16.expertmesh.v1.Session\x12K\n\x06\x45xport\x12#.expertmesh.v1.ExportSessionRequest\x1a\x1c.expertmesh.v1.SessionExport2\xae\x02\n\x07\x43luster\x12I\n\x0bGetTopology\x12!.expertmesh.v1.GetTopologyRequest\x1a\x17.expertmesh.v1.Topology\x12\x44\n\x05Scale\x12\x1b.expertmesh.v1.ScaleRequest\x1a\x1e.expertmesh.v1.OperationResult\x12\x44\n\x05\x44rain\x12\x1b.expertmesh.v1.DrainRequest\x1a\x1e.expertmesh.v1.OperationResult\x12L\n\tRebalance\x12\x1f.expertmesh.v1.RebalanceRequest\x1a\x1e.expertmesh.v1.OperationResult2P\n\x04Link\x12H\n\x04Open\x12\x1d.expertmesh.v1.GatewayMessage\x1a\x1d.expertmesh.v1.ReplicaMessage(\x01\x30\x01\x62\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!expertmesh/proto/expertmesh.proto\x12\rexpertmesh.v1\"\xec\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x13.expertmesh.v1.Chat\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x17.expertmesh.v1.TokenIds\x12\x12\n\nsession_id\x18\x05 \x01(\t\x12\x30\n\x08sampling\x18\x06 \x01(\x0b\x32\x1e.expertmesh.v1.SamplingOptions\x12\x30\n\x08thinking\x18\x07 \x01(\x0b\x32\x1e.expertmesh.v1.ThinkingOptions\x12\x11\n\tresumable\x18\x08 \x01(\x08\x12\x19\n\x11include_token_ids\x18\t \x01(\x08\x12\"\n\x05tools\x18\n \x03(\x0b\x32\x13.expertmesh.v1.Tool\x12.\n\x0btool_choice\x18\x0b \x01(\x0b\x32\x19.expertmesh.v1.ToolChoice\x12\x34\n\x0ehistory_policy\x18\x0c \x01(\x0e\x32\x1c.expertmesh.v1.HistoryPolicy\x12\x36\n\x0fresponse_format\x18\r \x01(\x0b\x32\x1d.expertmesh.v1.ResponseFormat\"l\n\x0eResponseFormat\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12(\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x16.expertmesh.v1.ChoicesH\x00\x42\x08\n\x06\x66ormat\"\x19\n\x07\x43hoices\x12\x0e\n\x06values\x18\x01 \x03(\t\"}\n\nToolChoice\x12,\n\x04mode\x18\x01 \x01(\x0e\x32\x1e.expertmesh.v1.ToolChoice.Mode\x12\x0c\n\x04name\x18\x02 \x01(\t\"3\n\x04Mode\x12\x08\n\x04\x41UTO\x10\x00\x12\x08\n\x04NONE\x10\x01\x12\x0c\n\x08REQUIRED\x10\x02\x12\t\n\x05NAMED\x10\x03\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.expertmesh.v1.Message\"p\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x19\n\x11reasoning_content\x18\x03 \x01(\t\x12+\n\ntool_calls\x18\x04 \x03(\x0b\x32\x17.expertmesh.v1.ToolCall\"B\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x17\n\x0fparameters_json\x18\x03 \x01(\t\"0\n\x08ToolCall\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x81\x04\n\x0fSamplingOptions\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x07 \x01(\rH\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\t \x01(\x02H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x02H\t\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x15\n\x08logprobs\x18\x0e \x01(\rH\n\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobs\"\x98\x01\n\x0fThinkingOptions\x12\x31\n\x04mode\x18\x01 \x01(\x0e\x32#.expertmesh.v1.ThinkingOptions.Mode\x12\x1a\n\rbudget_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\"$\n\x04Mode\x12\x0b\n\x07\x44\x45\x46\x41ULT\x10\x00\x12\x06\n\x02ON\x10\x01\x12\x07\n\x03OFF\x10\x02\x42\x10\n\x0e_budget_tokens\"\x86\x02\n\rGenerateEvent\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12)\n\x07started\x18\x02 \x01(\x0b\x32\x16.expertmesh.v1.StartedH\x00\x12)\n\treasoning\x18\x03 \x01(\x0b\x32\x14.expertmesh.v1.DeltaH\x00\x12&\n\x06\x61nswer\x18\x04 \x01(\x0b\x32\x14.expertmesh.v1.DeltaH\x00\x12\x31\n\ttool_call\x18\x05 \x01(\x0b\x32\x1c.expertmesh.v1.ToolCallDeltaH\x00\x12+\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x17.expertmesh.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"e\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\"W\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12-\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\"Y\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12&\n\x03top\x18\x03 \x03(\x0b\x32\x19.expertmesh.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x99\x01\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_text\x18\x03 \x01(\t\x12\x11\n\tmalformed\x18\x04 \x01(\x08\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12-\n\x08logprobs\x18\x06 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\"\xc7\x01\n\x08\x46inished\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.expertmesh.v1.Usage\x12\x11\n\tcommitted\x18\x03 \x01(\x08\x12\x17\n\x0fsession_version\x18\x04 \x01(\x04\x12\'\n\x07timings\x18\x05 \x01(\x0b\x32\x16.expertmesh.v1.Timings\x12\x14\n\x0cstop_matched\x18\x06 \x01(\t\"j\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x18\n\x10reasoning_tokens\x18\x04 \x01(\r\"p\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x1d\n\x15time_to_first_token_s\x18\x02 \x01(\x01\x12$\n\x1ctime_to_first_answer_token_s\x18\x03 \x01(\x01\x12\x0f\n\x07total_s\x18\x04 \x01(\x01\"8\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66rom_offset\x18\x02 \x01(\x04\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0e\x43\x61ncelResponse\"T\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0enew_session_id\x18\x02 \x01(\t\x12\x12\n\nat_version\x18\x03 \x01(\x04\"*\n\x14\x45xportSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"b\n\rSessionExport\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.expertmesh.v1.Session\x12(\n\x08turn_ids\x18\x02 \x03(\x0b\x32\x16.expertmesh.v1.TurnIds\">\n\x07TurnIds\x12\x11\n\tinput_ids\x18\x01 \x03(\r\x12\x12\n\noutput_ids\x18\x02 \x03(\r\x12\x0c\n\x04seed\x18\x03 \x01(\x04\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"Y\n\x14ListSessionsResponse\x12(\n\x08sessions\x18\x01 \x03(\x0b\x32\x16.expertmesh.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"*\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x17\n\x15\x44\x65leteSessionResponse\"\xe2\x01\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\"\n\x05turns\x18\x03 \x03(\x0b\x32\x13.expertmesh.v1.Turn\x12\x12\n\ncreated_at\x18\x04 \x01(\x01\x12\x12\n\nexpires_at\x18\x05 \x01(\x01\x12\x30\n\x08thinking\x18\x06 \x01(\x0b\x32\x1e.expertmesh.v1.ThinkingOptions\x12\x34\n\x0ehistory_policy\x18\x07 \x01(\x0e\x32\x1c.expertmesh.v1.HistoryPolicy\"~\n\x04Turn\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.expertmesh.v1.Message\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.expertmesh.v1.Usage\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x13\n\x0b\x66inished_at\x18\x04 \x01(\x01\"J\n\x0cScaleRequest\x12\x12\n\nnum_shards\x18\x01 \x01(\r\x12\x12\n\nmin_shards\x18\x02 \x01(\r\x12\x12\n\nmax_shards\x18\x03 \x01(\r\"!\n\x0c\x44rainRequest\x12\x11\n\tmember_id\x18\x01 \x01(\t\"\x12\n\x10RebalanceRequest\"\"\n\x0fOperationResult\x12\x0f\n\x07summary\x18\x01 \x01(\t\"\x14\n\x12GetTopologyRequest\"\xf4\x01\n\x08Topology\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x19\n\x11placement_version\x18\x03 \x01(\x04\x12\x0e\n\x06layout\x18\x04 \x01(\t\x12,\n\x07members\x18\x05 \x03(\x0b\x32\x1b.expertmesh.v1.MemberStatus\x12\x10\n\x08gateways\x18\x06 \x03(\t\x12\x1b\n\x13num_logical_experts\x18\x07 \x01(\r\x12\x16\n\x0enum_moe_layers\x18\x08 \x01(\r\x12*\n\tdecisions\x18\t \x03(\x0b\x32\x17.expertmesh.v1.Decision\"$\n\x08\x44\x65\x63ision\x12\n\n\x02\x61t\x18\x01 \x01(\x01\x12\x0c\n\x04text\x18\x02 \x01(\t\"\xff\x02\n\x0cMemberStatus\x12\x11\n\tmember_id\x18\x01 \x01(\t\x12\x11\n\tattention\x18\x02 \x01(\x08\x12\x0e\n\x06\x65xpert\x18\x03 \x01(\x08\x12\r\n\x05state\x18\x04 \x01(\t\x12\x0f\n\x07\x65p_rank\x18\x05 \x01(\x05\x12\x0b\n\x03pid\x18\x06 \x01(\x05\x12\x0c\n\x04node\x18\x07 \x01(\t\x12\x13\n\x0bnum_running\x18\x08 \x01(\r\x12\x13\n\x0bnum_waiting\x18\t \x01(\r\x12\x1a\n\x12num_free_kv_blocks\x18\n \x01(\r\x12\x15\n\rnum_kv_blocks\x18\x0b \x01(\r\x12\x1c\n\x14num_physical_experts\x18\x0c \x01(\r\x12\x10\n\x08num_rows\x18\r \x01(\x04\x12\x15\n\rbusy_fraction\x18\x0e \x01(\x01\x12\x14\n\x0cweight_bytes\x18\x0f \x01(\x04\x12\r\n\x05\x61ge_s\x18\x10 \x01(\x01\x12\x11\n\tnum_steps\x18\x11 \x01(\x04\x12\x0e\n\x06step_s\x18\x12 \x01(\x01\x12\x12\n\nexchange_s\x18\x13 \x01(\x01\"\x99\x01\n\x0eGatewayMessage\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.expertmesh.v1.GatewayHelloH\x00\x12\'\n\x06submit\x18\x02 \x01(\x0b\x32\x15.expertmesh.v1.SubmitH\x00\x12%\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x14.expertmesh.v1.AbortH\x00\x42\t\n\x07message\"<\n\x0cGatewayHello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\"\xa1\x02\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nprompt_ids\x18\x03 \x03(\r\x12\x12\n\noutput_ids\x18\x04 \x03(\r\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.expertmesh.v1.EngineSampling\x12\x10\n\x08\x64\x65\x61\x64line\x18\x06 \x01(\x01\x12\x13\n\x0bprefix_salt\x18\x07 \x01(\x0c\x12\x13\n\x0btraceparent\x18\x08 \x01(\t\x12/\n\x08thinking\x18\t \x01(\x0b\x32\x1d.expertmesh.v1.EngineThinking\x12-\n\x07grammar\x18\n \x01(\x0b\x32\x1c.expertmesh.v1.EngineGrammar\"\x87\x02\n\x0e\x45ngineSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\x12\x12\n\nmin_tokens\x18\x07 \x01(\r\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\n \x01(\x02\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x14\n\x0cnum_logprobs\x18\x0c \x01(\x05\"{\n\x0e\x45ngineThinking\x12\x15\n\rbudget_tokens\x18\x01 \x01(\r\x12\x10\n\x08think_id\x18\x02 \x01(\r\x12\x14\n\x0c\x65nd_think_id\x18\x03 \x01(\r\x12\x13\n\x0b\x63losing_ids\x18\x04 \x03(\r\x12\x15\n\rstarts_inside\x18\x05 \x01(\x08\"\x98\x01\n\rEngineGrammar\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x15\n\rstarts_inside\x18\x03 \x01(\x08\x12\x10\n\x08think_id\x18\x04 \x01(\x05\x12\x14\n\x0c\x65nd_think_id\x18\x05 \x01(\x05\x12\x14\n\x0cseparator_id\x18\x06 \x01(\x05\x12\x14\n\x0ctool_call_id\x18\x07 \x01(\x05\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06handle\x18\x01 \x01(\r\"\xb1\x02\n\x0bJournalHead\x12%\n\x06submit\x18\x01 \x01(\x0b\x32\x15.expertmesh.v1.Submit\x12\x0c\n\x04stop\x18\x02 \x03(\t\x12\x14\n\x0cstrip_answer\x18\x03 \x01(\x08\x12\r\n\x05tools\x18\x04 \x01(\x08\x12\x17\n\x0f\x66orced_call_ids\x18\x05 \x03(\r\x12\x19\n\x11include_token_ids\x18\x06 \x01(\x08\x12\x12\n\nsession_id\x18\x07 \x01(\t\x12\x17\n\x0fsession_version\x18\x08 \x01(\x04\x12\x10\n\x08\x61\x66\x66inity\x18\t \x01(\t\x12\x15\n\rmessages_json\x18\n \x01(\t\x12\x0e\n\x06\x64igest\x18\x0b \x01(\x0c\x12\x15\n\rsettings_json\x18\x0c \x01(\t\x12\x17\n\x0fnum_spliced_ids\x18\r \x01(\r\"\xc9\x01\n\x0eReplicaMessage\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.expertmesh.v1.ReplicaHelloH\x00\x12)\n\x04step\x18\x02 \x01(\x0b\x32\x19.expertmesh.v1.StepTokensH\x00\x12\'\n\x06reject\x18\x03 \x01(\x0b\x32\x15.expertmesh.v1.RejectH\x00\x12*\n\x04load\x18\x04 \x01(\x0b\x32\x1a.expertmesh.v1.ReplicaLoadH\x00\x42\t\n\x07message\"S\n\x0cReplicaHello\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\"w\n\nStepTokens\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12.\n\x08requests\x18\x02 \x03(\x0b\x32\x1c.expertmesh.v1.RequestTokens\x12(\n\x04load\x18\x03 \x01(\x0b\x32\x1a.expertmesh.v1.ReplicaLoad\"\xc1\x01\n\rRequestTokens\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x32\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1b.expertmesh.v1.FinishReason\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12-\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1b.expertmesh.v1.TokenLogprob\x12\x0f\n\x07queue_s\x18\x06 \x01(\x01\"N\n\x06Reject\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\"|\n\x0bReplicaLoad\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x1a\n\x12num_free_kv_blocks\x18\x03 \x01(\r\x12\x15\n\rnum_kv_blocks\x18\x04 \x01(\r\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08*s\n\rHistoryPolicy\x12\x1e\n\x1aHISTORY_POLICY_UNSPECIFIED\x10\x00\x12 \n\x1cHISTORY_POLICY_DROP_THINKING\x10\x01\x12 \n\x1cHISTORY_POLICY_KEEP_THINKING\x10\x02*\xb3\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1c\n\x18\x46INISH_REASON_TOOL_CALLS\x10\x03\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x04\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x05\x32\xe7\x01\n\nGeneration\x12J\n\x08Generate\x12\x1e.expertmesh.v1.GenerateRequest\x1a\x1c.expertmesh.v1.GenerateEvent0\x01\x12\x46\n\x06Resume\x12\x1c.expertmesh.v1.ResumeRequest\x1a\x1c.expertmesh.v1.GenerateEvent0\x01\x12\x45\n\x06\x43\x61ncel\x12\x1c.expertmesh.v1.CancelRequest\x1a\x1d.expertmesh.v1.CancelResponse2\x81\x03\n\x08Sessions\x12?\n\x03Get\x12 .expertmesh.v1.GetSessionRequest\x1a\x16.expertmesh.v1.Session\x12O\n\x04List\x12\".expertmesh.v1.ListSessionsRequest\x1a#.expertmesh.v1.ListSessionsResponse\x12S\n\x06\x44\x65lete\x12#.expertmesh.v1.DeleteSessionRequest\x1a$.expertmesh.v1.DeleteSessionResponse\x12\x41\n\x04\x46ork\x12!.expertmesh.v1.ForkSessionRequest\x1a\x16.expertmesh.v1.Session\x12K\n\x06\x45xport\x12#.expertmesh.v1.ExportSessionRequest\x1a\x1c.expertmesh.v1.SessionExport2\xae\x02\n\x07\x43luster\x12I\n\x0bGetTopology\x12!.expertmesh.v1.GetTopologyRequest\x1a\x17.expertmesh.v1.Topology\x12\x44\n\x05Scale\x12\x1b.expertmesh.v1.ScaleRequest\x1a\x1e.expertmesh.v1.OperationResult\x12\x44\n\x05\x44rain\x12\x1b.expertmesh.v1.DrainRequest\x1a\x1e.expertmesh.v1.OperationResult\x12L\n\tRebalance\x12\x1f.expertmesh.v1.RebalanceRequest\x1a\x1e.expertmesh.v1.OperationResult2P\n\x04Link\x12H\n\x04Open\x12\x1d.expertmesh.v1.GatewayMessage\x1a\x1d.expertmesh.v1.ReplicaMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "expertmesh.proto.expertmesh_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'expertmesh.proto.expertmesh_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_HISTORYPOLICY"]._serialized_start = 7054
-    _globals["_HISTORYPOLICY"]._serialized_end = 7169
-    _globals["_FINISHREASON"]._serialized_start = 7172
-    _globals["_FINISHREASON"]._serialized_end = 7351
-    _globals["_GENERATEREQUEST"]._serialized_start = 53
-    _globals["_GENERATEREQUEST"]._serialized_end = 545
-    _globals["_RESPONSEFORMAT"]._serialized_start = 547
-    _globals["_RESPONSEFORMAT"]._serialized_end = 655
-    _globals["_CHOICES"]._serialized_start = 657
-    _globals["_CHOICES"]._serialized_end = 682
-    _globals["_TOOLCHOICE"]._serialized_start = 684
-    _globals["_TOOLCHOICE"]._serialized_end = 809
-    _globals["_TOOLCHOICE_MODE"]._serialized_start = 758
-    _globals["_TOOLCHOICE_MODE"]._serialized_end = 809
-    _globals["_CHAT"]._serialized_start = 811
-    _globals["_CHAT"]._serialized_end = 859
-    _globals["_MESSAGE"]._serialized_start = 861
-    _globals["_MESSAGE"]._serialized_end = 973
-    _globals["_TOOL"]._serialized_start = 975
-    _globals["_TOOL"]._serialized_end = 1041
-    _globals["_TOOLCALL"]._serialized_start = 1043
-    _globals["_TOOLCALL"]._serialized_end = 1091
-    _globals["_TOKENIDS"]._serialized_start = 1093
-    _globals["_TOKENIDS"]._serialized_end = 1116
-    _globals["_SAMPLINGOPTIONS"]._serialized_start = 1119
-    _globals["_SAMPLINGOPTIONS"]._serialized_end = 1632
-    _globals["_THINKINGOPTIONS"]._serialized_start = 1635
-    _globals["_THINKINGOPTIONS"]._serialized_end = 1787
-    _globals["_THINKINGOPTIONS_MODE"]._serialized_start = 1733
-    _globals["_THINKINGOPTIONS_MODE"]._serialized_end = 1769
-    _globals["_GENERATEEVENT"]._serialized_start = 1790
-    _globals["_GENERATEEVENT"]._serialized_end = 2052
-    _globals["_STARTED"]._serialized_start = 2054
-    _globals["_STARTED"]._serialized_end = 2155
-    _globals["_DELTA"]._serialized_start = 2157
-    _globals["_DELTA"]._serialized_end = 2244
-    _globals["_TOKENLOGPROB"]._serialized_start = 2246
-    _globals["_TOKENLOGPROB"]._serialized_end = 2335
-    _globals["_TOPLOGPROB"]._serialized_start = 2337
-    _globals["_TOPLOGPROB"]._serialized_end = 2384
-    _globals["_TOOLCALLDELTA"]._serialized_start = 2387
-    _globals["_TOOLCALLDELTA"]._serialized_end = 2540
-    _globals["_FINISHED"]._serialized_start = 2543
-    _globals["_FINISHED"]._serialized_end = 2742
-    _globals["_USAGE"]._serialized_start = 2744
-    _globals["_USAGE"]._serialized_end = 2850
-    _globals["_TIMINGS"]._serialized_start = 2852
-    _globals["_TIMINGS"]._serialized_end = 2964
-    _globals["_RESUMEREQUEST"]._serialized_start = 2966
-    _globals["_RESUMEREQUEST"]._serialized_end = 3022
-    _globals["_CANCELREQUEST"]._serialized_start = 3024
-    _globals["_CANCELREQUEST"]._serialized_end = 3059
-    _globals["_CANCELRESPONSE"]._serialized_start = 3061
-    _globals["_CANCELRESPONSE"]._serialized_end = 3077
-    _globals["_FORKSESSIONREQUEST"]._serialized_start = 3079
-    _globals["_FORKSESSIONREQUEST"]._serialized_end = 3163
-    _globals["_EXPORTSESSIONREQUEST"]._serialized_start = 3165
-    _globals["_EXPORTSESSIONREQUEST"]._serialized_end = 3207
-    _globals["_SESSIONEXPORT"]._serialized_start = 3209
-    _globals["_SESSIONEXPORT"]._serialized_end = 3307
-    _globals["_TURNIDS"]._serialized_start = 3309
-    _globals["_TURNIDS"]._serialized_end = 3371
-    _globals["_GETSESSIONREQUEST"]._serialized_start = 3373
-    _globals["_GETSESSIONREQUEST"]._serialized_end = 3412
-    _globals["_LISTSESSIONSREQUEST"]._serialized_start = 3414
-    _globals["_LISTSESSIONSREQUEST"]._serialized_end = 3474
-    _globals["_LISTSESSIONSRESPONSE"]._serialized_start = 3476
-    _globals["_LISTSESSIONSRESPONSE"]._serialized_end = 3565
-    _globals["_DELETESESSIONREQUEST"]._serialized_start = 3567
-    _globals["_DELETESESSIONREQUEST"]._serialized_end = 3609
-    _globals["_DELETESESSIONRESPONSE"]._serialized_start = 3611
-    _globals["_DELETESESSIONRESPONSE"]._serialized_end = 3634
-    _globals["_SESSION"]._serialized_start = 3637
-    _globals["_SESSION"]._serialized_end = 3863
-    _globals["_TURN"]._serialized_start = 3865
-    _globals["_TURN"]._serialized_end = 3991
-    _globals["_SCALEREQUEST"]._serialized_start = 3993
-    _globals["_SCALEREQUEST"]._serialized_end = 4067
-    _globals["_DRAINREQUEST"]._serialized_start = 4069
-    _globals["_DRAINREQUEST"]._serialized_end = 4102
-    _globals["_REBALANCEREQUEST"]._serialized_start = 4104
-    _globals["_REBALANCEREQUEST"]._serialized_end = 4122
-    _globals["_OPERATIONRESULT"]._serialized_start = 4124
-    _globals["_OPERATIONRESULT"]._serialized_end = 4158
-    _globals["_GETTOPOLOGYREQUEST"]._serialized_start = 4160
-    _globals["_GETTOPOLOGYREQUEST"]._serialized_end = 4180
-    _globals["_TOPOLOGY"]._serialized_start = 4183
-    _globals["_TOPOLOGY"]._serialized_end = 4427
-    _globals["_DECISION"]._serialized_start = 4429
-    _globals["_DECISION"]._serialized_end = 4465
-    _globals["_MEMBERSTATUS"]._serialized_start = 4468
-    _globals["_MEMBERSTATUS"]._serialized_end = 4851
-    _globals["_GATEWAYMESSAGE"]._serialized_start = 4854
-    _globals["_GATEWAYMESSAGE"]._serialized_end = 5007
-    _globals["_GATEWAYHELLO"]._serialized_start = 5009
-    _globals["_GATEWAYHELLO"]._serialized_end = 5069
-    _globals["_SUBMIT"]._serialized_start = 5072
-    _globals["_SUBMIT"]._serialized_end = 5361
-    _globals["_ENGINESAMPLING"]._serialized_start = 5364
-    _globals["_ENGINESAMPLING"]._serialized_end = 5627
-    _globals["_ENGINETHINKING"]._serialized_start = 5629
-    _globals["_ENGINETHINKING"]._serialized_end = 5752
-    _globals["_ENGINEGRAMMAR"]._serialized_start = 5755
-    _globals["_ENGINEGRAMMAR"]._serialized_end = 5907
-    _globals["_ABORT"]._serialized_start = 5909
-    _globals["_ABORT"]._serialized_end = 5932
-    _globals["_JOURNALHEAD"]._serialized_start = 5935
-    _globals["_JOURNALHEAD"]._serialized_end = 6240
-    _globals["_REPLICAMESSAGE"]._serialized_start = 6243
-    _globals["_REPLICAMESSAGE"]._serialized_end = 6444
-    _globals["_REPLICAHELLO"]._serialized_start = 6446
-    _globals["_REPLICAHELLO"]._serialized_end = 6529
-    _globals["_STEPTOKENS"]._serialized_start = 6531
-    _globals["_STEPTOKENS"]._serialized_end = 6650
-    _globals["_REQUESTTOKENS"]._serialized_start = 6653
-    _globals["_REQUESTTOKENS"]._serialized_end = 6846
-    _globals["_REJECT"]._serialized_start = 6848
-    _globals["_REJECT"]._serialized_end = 6926
-    _globals["_REPLICALOAD"]._serialized_start = 6928
-    _globals["_REPLICALOAD"]._serialized_end = 7052
-    _globals["_GENERATION"]._serialized_start = 7354
-    _globals["_GENERATION"]._serialized_end = 7585
-    _globals["_SESSIONS"]._serialized_start = 7588
-    _globals["_SESSIONS"]._serialized_end = 7973
-    _globals["_CLUSTER"]._serialized_start = 7976
-    _globals["_CLUSTER"]._serialized_end = 8278
-    _globals["_LINK"]._serialized_start = 8280
-    _globals["_LINK"]._serialized_end = 8360
+  DESCRIPTOR._loaded_options = None
+  _globals['_HISTORYPOLICY']._serialized_start=7054
+  _globals['_HISTORYPOLICY']._serialized_end=7169
+  _globals['_FINISHREASON']._serialized_start=7172
+  _globals['_FINISHREASON']._serialized_end=7351
+  _globals['_GENERATEREQUEST']._serialized_start=53
+  _globals['_GENERATEREQUEST']._serialized_end=545
+  _globals['_RESPONSEFORMAT']._serialized_start=547
+  _globals['_RESPONSEFORMAT']._serialized_end=655
+  _globals['_CHOICES']._serialized_start=657
+  _globals['_CHOICES']._serialized_end=682
+  _globals['_TOOLCHOICE']._serialized_start=684
+  _globals['_TOOLCHOICE']._serialized_end=809
+  _globals['_TOOLCHOICE_MODE']._serialized_start=758
+  _globals['_TOOLCHOICE_MODE']._serialized_end=809
+  _globals['_CHAT']._serialized_start=811
+  _globals['_CHAT']._serialized_end=859
+  _globals['_MESSAGE']._serialized_start=861
+  _globals['_MESSAGE']._serialized_end=973
+  _globals['_TOOL']._serialized_start=975
+  _globals['_TOOL']._serialized_end=1041
+  _globals['_TOOLCALL']._serialized_start=1043
+  _globals['_TOOLCALL']._serialized_end=1091
+  _globals['_TOKENIDS']._serialized_start=1093
+  _globals['_TOKENIDS']._serialized_end=1116
+  _globals['_SAMPLINGOPTIONS']._serialized_start=1119
+  _globals['_SAMPLINGOPTIONS']._serialized_end=1632
+  _globals['_THINKINGOPTIONS']._serialized_start=1635
+  _globals['_THINKINGOPTIONS']._serialized_end=1787
+  _globals['_THINKINGOPTIONS_MODE']._serialized_start=1733
+  _globals['_THINKINGOPTIONS_MODE']._serialized_end=1769
+  _globals['_GENERATEEVENT']._serialized_start=1790
+  _globals['_GENERATEEVENT']._serialized_end=2052
+  _globals['_STARTED']._serialized_start=2054
+  _globals['_STARTED']._serialized_end=2155
+  _globals['_DELTA']._serialized_start=2157
+  _globals['_DELTA']._serialized_end=2244
+  _globals['_TOKENLOGPROB']._serialized_start=2246
+  _globals['_TOKENLOGPROB']._serialized_end=2335
+  _globals['_TOPLOGPROB']._serialized_start=2337
+  _globals['_TOPLOGPROB']._serialized_end=2384
+  _globals['_TOOLCALLDELTA']._serialized_start=2387
+  _globals['_TOOLCALLDELTA']._serialized_end=2540
+  _globals['_FINISHED']._serialized_start=2543
+  _globals['_FINISHED']._serialized_end=2742
+  _globals['_USAGE']._serialized_start=2744
+  _globals['_USAGE']._serialized_end=2850
+  _globals['_TIMINGS']._serialized_start=2852
+  _globals['_TIMINGS']._serialized_end=2964
+  _globals['_RESUMEREQUEST']._serialized_start=2966
+  _globals['_RESUMEREQUEST']._serialized_end=3022
+  _globals['_CANCELREQUEST']._serialized_start=3024
+  _globals['_CANCELREQUEST']._serialized_end=3059
+  _globals['_CANCELRESPONSE']._serialized_start=3061
+  _globals['_CANCELRESPONSE']._serialized_end=3077
+  _globals['_FORKSESSIONREQUEST']._serialized_start=3079
+  _globals['_FORKSESSIONREQUEST']._serialized_end=3163
+  _globals['_EXPORTSESSIONREQUEST']._serialized_start=3165
+  _globals['_EXPORTSESSIONREQUEST']._serialized_end=3207
+  _globals['_SESSIONEXPORT']._serialized_start=3209
+  _globals['_SESSIONEXPORT']._serialized_end=3307
+  _globals['_TURNIDS']._serialized_start=3309
+  _globals['_TURNIDS']._serialized_end=3371
+  _globals['_GETSESSIONREQUEST']._serialized_start=3373
+  _globals['_GETSESSIONREQUEST']._serialized_end=3412
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=3414
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=3474
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=3476
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=3565
+  _globals['_DELETESESSIONREQUEST']._serialized_start=3567
+  _globals['_DELETESESSIONREQUEST']._serialized_end=3609
+  _globals['_DELETESESSIONRESPONSE']._serialized_start=3611
+  _globals['_DELETESESSIONRESPONSE']._serialized_end=3634
+  _globals['_SESSION']._serialized_start=3637
+  _globals['_SESSION']._serialized_end=3863
+  _globals['_TURN']._serialized_start=3865
+  _globals['_TURN']._serialized_end=3991
+  _globals['_SCALEREQUEST']._serialized_start=3993
+  _globals['_SCALEREQUEST']._serialized_end=4067
+  _globals['_DRAINREQUEST']._serialized_start=4069
+  _globals['_DRAINREQUEST']._serialized_end=4102
+  _globals['_REBALANCEREQUEST']._serialized_start=4104
+  _globals['_REBALANCEREQUEST']._serialized_end=4122
+  _globals['_OPERATIONRESULT']._serialized_start=4124
+  _globals['_OPERATIONRESULT']._serialized_end=4158
+  _globals['_GETTOPOLOGYREQUEST']._serialized_start=4160
+  _globals['_GETTOPOLOGYREQUEST']._serialized_end=4180
+  _globals['_TOPOLOGY']._serialized_start=4183
+  _globals['_TOPOLOGY']._serialized_end=4427
+  _globals['_DECISION']._serialized_start=4429
+  _globals['_DECISION']._serialized_end=4465
+  _globals['_MEMBERSTATUS']._serialized_start=4468
+  _globals['_MEMBERSTATUS']._serialized_end=4851
+  _globals['_GATEWAYMESSAGE']._serialized_start=4854
+  _globals['_GATEWAYMESSAGE']._serialized_end=5007
+  _globals['_GATEWAYHELLO']._serialized_start=5009
+  _globals['_GATEWAYHELLO']._serialized_end=5069
+  _globals['_SUBMIT']._serialized_start=5072
+  _globals['_SUBMIT']._serialized_end=5361
+  _globals['_ENGINESAMPLING']._serialized_start=5364
+  _globals['_ENGINESAMPLING']._serialized_end=5627
+  _globals['_ENGINETHINKING']._serialized_start=5629
+  _globals['_ENGINETHINKING']._serialized_end=5752
+  _globals['_ENGINEGRAMMAR']._serialized_start=5755
+  _globals['_ENGINEGRAMMAR']._serialized_end=5907
+  _globals['_ABORT']._serialized_start=5909
+  _globals['_ABORT']._serialized_end=5932
+  _globals['_JOURNALHEAD']._serialized_start=5935
+  _globals['_JOURNALHEAD']._serialized_end=6240
+  _globals['_REPLICAMESSAGE']._serialized_start=6243
+  _globals['_REPLICAMESSAGE']._serialized_end=6444
+  _globals['_REPLICAHELLO']._serialized_start=6446
+  _globals['_REPLICAHELLO']._serialized_end=6529
+  _globals['_STEPTOKENS']._serialized_start=6531
+  _globals['_STEPTOKENS']._serialized_end=6650
+  _globals['_REQUESTTOKENS']._serialized_start=6653
+  _globals['_REQUESTTOKENS']._serialized_end=6846
+  _globals['_REJECT']._serialized_start=6848
+  _globals['_REJECT']._serialized_end=6926
+  _globals['_REPLICALOAD']._serialized_start=6928
+  _globals['_REPLICALOAD']._serialized_end=7052
+  _globals['_GENERATION']._serialized_start=7354
+  _globals['_GENERATION']._serialized_end=7585
+  _globals['_SESSIONS']._serialized_start=7588
+  _globals['_SESSIONS']._serialized_end=7973
+  _globals['_CLUSTER']._serialized_start=7976
+  _globals['_CLUSTER']._serialized_end=8278
+  _globals['_LINK']._serialized_start=8280
+  _globals['_LINK']._serialized_end=8360
 # @@protoc_insertion_point(module_scope)

@@ -21,7 +21,6 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_TOOL_CALLS: _ClassVar[FinishReason]
     FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
     FINISH_REASON_ERROR: _ClassVar[FinishReason]
-
 HISTORY_POLICY_UNSPECIFIED: HistoryPolicy
 HISTORY_POLICY_DROP_THINKING: HistoryPolicy
 HISTORY_POLICY_KEEP_THINKING: HistoryPolicy
@@ -33,21 +32,7 @@ FINISH_REASON_CANCELLED: FinishReason
 FINISH_REASON_ERROR: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = (
-        "request_id",
-        "chat",
-        "prompt",
-        "token_ids",
-        "session_id",
-        "sampling",
-        "thinking",
-        "resumable",
-        "include_token_ids",
-        "tools",
-        "tool_choice",
-        "history_policy",
-        "response_format",
-    )
+    __slots__ = ("request_id", "chat", "prompt", "token_ids", "session_id", "sampling", "thinking", "resumable", "include_token_ids", "tools", "tool_choice", "history_policy", "response_format")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -74,22 +59,7 @@ class GenerateRequest(_message.Message):
     tool_choice: ToolChoice
     history_policy: HistoryPolicy
     response_format: ResponseFormat
-    def __init__(
-        self,
-        request_id: _Optional[str] = ...,
-        chat: _Optional[_Union[Chat, _Mapping]] = ...,
-        prompt: _Optional[str] = ...,
-        token_ids: _Optional[_Union[TokenIds, _Mapping]] = ...,
-        session_id: _Optional[str] = ...,
-        sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ...,
-        thinking: _Optional[_Union[ThinkingOptions, _Mapping]] = ...,
-        resumable: _Optional[bool] = ...,
-        include_token_ids: _Optional[bool] = ...,
-        tools: _Optional[_Iterable[_Union[Tool, _Mapping]]] = ...,
-        tool_choice: _Optional[_Union[ToolChoice, _Mapping]] = ...,
-        history_policy: _Optional[_Union[HistoryPolicy, str]] = ...,
-        response_format: _Optional[_Union[ResponseFormat, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., prompt: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., session_id: _Optional[str] = ..., sampling: _Optional[_Union[SamplingOptions, _Mapping]] = ..., thinking: _Optional[_Union[ThinkingOptions, _Mapping]] = ..., resumable: _Optional[bool] = ..., include_token_ids: _Optional[bool] = ..., tools: _Optional[_Iterable[_Union[Tool, _Mapping]]] = ..., tool_choice: _Optional[_Union[ToolChoice, _Mapping]] = ..., history_policy: _Optional[_Union[HistoryPolicy, str]] = ..., response_format: _Optional[_Union[ResponseFormat, _Mapping]] = ...) -> None: ...
 
 class ResponseFormat(_message.Message):
     __slots__ = ("json_schema", "regex", "choice")
@@ -99,12 +69,7 @@ class ResponseFormat(_message.Message):
     json_schema: str
     regex: str
     choice: Choices
-    def __init__(
-        self,
-        json_schema: _Optional[str] = ...,
-        regex: _Optional[str] = ...,
-        choice: _Optional[_Union[Choices, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., choice: _Optional[_Union[Choices, _Mapping]] = ...) -> None: ...
 
 class Choices(_message.Message):
     __slots__ = ("values",)
@@ -120,7 +85,6 @@ class ToolChoice(_message.Message):
         NONE: _ClassVar[ToolChoice.Mode]
         REQUIRED: _ClassVar[ToolChoice.Mode]
         NAMED: _ClassVar[ToolChoice.Mode]
-
     AUTO: ToolChoice.Mode
     NONE: ToolChoice.Mode
     REQUIRED: ToolChoice.Mode
@@ -147,13 +111,7 @@ class Message(_message.Message):
     content: str
     reasoning_content: str
     tool_calls: _containers.RepeatedCompositeFieldContainer[ToolCall]
-    def __init__(
-        self,
-        role: _Optional[str] = ...,
-        content: _Optional[str] = ...,
-        reasoning_content: _Optional[str] = ...,
-        tool_calls: _Optional[_Iterable[_Union[ToolCall, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ..., reasoning_content: _Optional[str] = ..., tool_calls: _Optional[_Iterable[_Union[ToolCall, _Mapping]]] = ...) -> None: ...
 
 class Tool(_message.Message):
     __slots__ = ("name", "description", "parameters_json")
@@ -163,9 +121,7 @@ class Tool(_message.Message):
     name: str
     description: str
     parameters_json: str
-    def __init__(
-        self, name: _Optional[str] = ..., description: _Optional[str] = ..., parameters_json: _Optional[str] = ...
-    ) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., description: _Optional[str] = ..., parameters_json: _Optional[str] = ...) -> None: ...
 
 class ToolCall(_message.Message):
     __slots__ = ("name", "arguments_json")
@@ -182,22 +138,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SamplingOptions(_message.Message):
-    __slots__ = (
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "max_tokens",
-        "min_tokens",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "stop_token_ids",
-        "stop",
-        "ignore_eos",
-        "logprobs",
-    )
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty", "stop_token_ids", "stop", "ignore_eos", "logprobs")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -226,23 +167,7 @@ class SamplingOptions(_message.Message):
     stop: _containers.RepeatedScalarFieldContainer[str]
     ignore_eos: bool
     logprobs: int
-    def __init__(
-        self,
-        temperature: _Optional[float] = ...,
-        top_p: _Optional[float] = ...,
-        top_k: _Optional[int] = ...,
-        min_p: _Optional[float] = ...,
-        seed: _Optional[int] = ...,
-        max_tokens: _Optional[int] = ...,
-        min_tokens: _Optional[int] = ...,
-        presence_penalty: _Optional[float] = ...,
-        frequency_penalty: _Optional[float] = ...,
-        repetition_penalty: _Optional[float] = ...,
-        stop_token_ids: _Optional[_Iterable[int]] = ...,
-        stop: _Optional[_Iterable[str]] = ...,
-        ignore_eos: _Optional[bool] = ...,
-        logprobs: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
 class ThinkingOptions(_message.Message):
     __slots__ = ("mode", "budget_tokens")
@@ -251,7 +176,6 @@ class ThinkingOptions(_message.Message):
         DEFAULT: _ClassVar[ThinkingOptions.Mode]
         ON: _ClassVar[ThinkingOptions.Mode]
         OFF: _ClassVar[ThinkingOptions.Mode]
-
     DEFAULT: ThinkingOptions.Mode
     ON: ThinkingOptions.Mode
     OFF: ThinkingOptions.Mode
@@ -259,9 +183,7 @@ class ThinkingOptions(_message.Message):
     BUDGET_TOKENS_FIELD_NUMBER: _ClassVar[int]
     mode: ThinkingOptions.Mode
     budget_tokens: int
-    def __init__(
-        self, mode: _Optional[_Union[ThinkingOptions.Mode, str]] = ..., budget_tokens: _Optional[int] = ...
-    ) -> None: ...
+    def __init__(self, mode: _Optional[_Union[ThinkingOptions.Mode, str]] = ..., budget_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateEvent(_message.Message):
     __slots__ = ("offset", "started", "reasoning", "answer", "tool_call", "finished")
@@ -277,15 +199,7 @@ class GenerateEvent(_message.Message):
     answer: Delta
     tool_call: ToolCallDelta
     finished: Finished
-    def __init__(
-        self,
-        offset: _Optional[int] = ...,
-        started: _Optional[_Union[Started, _Mapping]] = ...,
-        reasoning: _Optional[_Union[Delta, _Mapping]] = ...,
-        answer: _Optional[_Union[Delta, _Mapping]] = ...,
-        tool_call: _Optional[_Union[ToolCallDelta, _Mapping]] = ...,
-        finished: _Optional[_Union[Finished, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, offset: _Optional[int] = ..., started: _Optional[_Union[Started, _Mapping]] = ..., reasoning: _Optional[_Union[Delta, _Mapping]] = ..., answer: _Optional[_Union[Delta, _Mapping]] = ..., tool_call: _Optional[_Union[ToolCallDelta, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
 
 class Started(_message.Message):
     __slots__ = ("request_id", "session_id", "model", "prompt_tokens", "seed")
@@ -299,14 +213,7 @@ class Started(_message.Message):
     model: str
     prompt_tokens: int
     seed: int
-    def __init__(
-        self,
-        request_id: _Optional[str] = ...,
-        session_id: _Optional[str] = ...,
-        model: _Optional[str] = ...,
-        prompt_tokens: _Optional[int] = ...,
-        seed: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., session_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Delta(_message.Message):
     __slots__ = ("text", "token_ids", "logprobs")
@@ -316,12 +223,7 @@ class Delta(_message.Message):
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
-    def __init__(
-        self,
-        text: _Optional[str] = ...,
-        token_ids: _Optional[_Iterable[int]] = ...,
-        logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob", "top")
@@ -331,12 +233,7 @@ class TokenLogprob(_message.Message):
     token_id: int
     logprob: float
     top: _containers.RepeatedCompositeFieldContainer[TopLogprob]
-    def __init__(
-        self,
-        token_id: _Optional[int] = ...,
-        logprob: _Optional[float] = ...,
-        top: _Optional[_Iterable[_Union[TopLogprob, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top: _Optional[_Iterable[_Union[TopLogprob, _Mapping]]] = ...) -> None: ...
 
 class TopLogprob(_message.Message):
     __slots__ = ("token_id", "logprob")
@@ -360,15 +257,7 @@ class ToolCallDelta(_message.Message):
     malformed: bool
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
-    def __init__(
-        self,
-        index: _Optional[int] = ...,
-        name: _Optional[str] = ...,
-        arguments_text: _Optional[str] = ...,
-        malformed: _Optional[bool] = ...,
-        token_ids: _Optional[_Iterable[int]] = ...,
-        logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, index: _Optional[int] = ..., name: _Optional[str] = ..., arguments_text: _Optional[str] = ..., malformed: _Optional[bool] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ("reason", "usage", "committed", "session_version", "timings", "stop_matched")
@@ -384,15 +273,7 @@ class Finished(_message.Message):
     session_version: int
     timings: Timings
     stop_matched: str
-    def __init__(
-        self,
-        reason: _Optional[_Union[FinishReason, str]] = ...,
-        usage: _Optional[_Union[Usage, _Mapping]] = ...,
-        committed: _Optional[bool] = ...,
-        session_version: _Optional[int] = ...,
-        timings: _Optional[_Union[Timings, _Mapping]] = ...,
-        stop_matched: _Optional[str] = ...,
-    ) -> None: ...
+    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., committed: _Optional[bool] = ..., session_version: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., stop_matched: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
@@ -404,13 +285,7 @@ class Usage(_message.Message):
     cached_tokens: int
     completion_tokens: int
     reasoning_tokens: int
-    def __init__(
-        self,
-        prompt_tokens: _Optional[int] = ...,
-        cached_tokens: _Optional[int] = ...,
-        completion_tokens: _Optional[int] = ...,
-        reasoning_tokens: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., reasoning_tokens: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_s", "time_to_first_token_s", "time_to_first_answer_token_s", "total_s")
@@ -422,13 +297,7 @@ class Timings(_message.Message):
     time_to_first_token_s: float
     time_to_first_answer_token_s: float
     total_s: float
-    def __init__(
-        self,
-        queue_s: _Optional[float] = ...,
-        time_to_first_token_s: _Optional[float] = ...,
-        time_to_first_answer_token_s: _Optional[float] = ...,
-        total_s: _Optional[float] = ...,
-    ) -> None: ...
+    def __init__(self, queue_s: _Optional[float] = ..., time_to_first_token_s: _Optional[float] = ..., time_to_first_answer_token_s: _Optional[float] = ..., total_s: _Optional[float] = ...) -> None: ...
 
 class ResumeRequest(_message.Message):
     __slots__ = ("request_id", "from_offset")
@@ -456,9 +325,7 @@ class ForkSessionRequest(_message.Message):
     session_id: str
     new_session_id: str
     at_version: int
-    def __init__(
-        self, session_id: _Optional[str] = ..., new_session_id: _Optional[str] = ..., at_version: _Optional[int] = ...
-    ) -> None: ...
+    def __init__(self, session_id: _Optional[str] = ..., new_session_id: _Optional[str] = ..., at_version: _Optional[int] = ...) -> None: ...
 
 class ExportSessionRequest(_message.Message):
     __slots__ = ("session_id",)
@@ -472,11 +339,7 @@ class SessionExport(_message.Message):
     TURN_IDS_FIELD_NUMBER: _ClassVar[int]
     session: Session
     turn_ids: _containers.RepeatedCompositeFieldContainer[TurnIds]
-    def __init__(
-        self,
-        session: _Optional[_Union[Session, _Mapping]] = ...,
-        turn_ids: _Optional[_Iterable[_Union[TurnIds, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ..., turn_ids: _Optional[_Iterable[_Union[TurnIds, _Mapping]]] = ...) -> None: ...
 
 class TurnIds(_message.Message):
     __slots__ = ("input_ids", "output_ids", "seed")
@@ -486,12 +349,7 @@ class TurnIds(_message.Message):
     input_ids: _containers.RepeatedScalarFieldContainer[int]
     output_ids: _containers.RepeatedScalarFieldContainer[int]
     seed: int
-    def __init__(
-        self,
-        input_ids: _Optional[_Iterable[int]] = ...,
-        output_ids: _Optional[_Iterable[int]] = ...,
-        seed: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, input_ids: _Optional[_Iterable[int]] = ..., output_ids: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class GetSessionRequest(_message.Message):
     __slots__ = ("session_id",)
@@ -513,9 +371,7 @@ class ListSessionsResponse(_message.Message):
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     sessions: _containers.RepeatedCompositeFieldContainer[Session]
     next_page_token: str
-    def __init__(
-        self, sessions: _Optional[_Iterable[_Union[Session, _Mapping]]] = ..., next_page_token: _Optional[str] = ...
-    ) -> None: ...
+    def __init__(self, sessions: _Optional[_Iterable[_Union[Session, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class DeleteSessionRequest(_message.Message):
     __slots__ = ("session_id",)
@@ -543,16 +399,7 @@ class Session(_message.Message):
     expires_at: float
     thinking: ThinkingOptions
     history_policy: HistoryPolicy
-    def __init__(
-        self,
-        session_id: _Optional[str] = ...,
-        version: _Optional[int] = ...,
-        turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ...,
-        created_at: _Optional[float] = ...,
-        expires_at: _Optional[float] = ...,
-        thinking: _Optional[_Union[ThinkingOptions, _Mapping]] = ...,
-        history_policy: _Optional[_Union[HistoryPolicy, str]] = ...,
-    ) -> None: ...
+    def __init__(self, session_id: _Optional[str] = ..., version: _Optional[int] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., created_at: _Optional[float] = ..., expires_at: _Optional[float] = ..., thinking: _Optional[_Union[ThinkingOptions, _Mapping]] = ..., history_policy: _Optional[_Union[HistoryPolicy, str]] = ...) -> None: ...
 
 class Turn(_message.Message):
     __slots__ = ("messages", "usage", "request_id", "finished_at")
@@ -564,13 +411,7 @@ class Turn(_message.Message):
     usage: Usage
     request_id: str
     finished_at: float
-    def __init__(
-        self,
-        messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ...,
-        usage: _Optional[_Union[Usage, _Mapping]] = ...,
-        request_id: _Optional[str] = ...,
-        finished_at: _Optional[float] = ...,
-    ) -> None: ...
+    def __init__(self, messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., request_id: _Optional[str] = ..., finished_at: _Optional[float] = ...) -> None: ...
 
 class ScaleRequest(_message.Message):
     __slots__ = ("num_shards", "min_shards", "max_shards")
@@ -580,9 +421,7 @@ class ScaleRequest(_message.Message):
     num_shards: int
     min_shards: int
     max_shards: int
-    def __init__(
-        self, num_shards: _Optional[int] = ..., min_shards: _Optional[int] = ..., max_shards: _Optional[int] = ...
-    ) -> None: ...
+    def __init__(self, num_shards: _Optional[int] = ..., min_shards: _Optional[int] = ..., max_shards: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("member_id",)
@@ -605,17 +444,7 @@ class GetTopologyRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Topology(_message.Message):
-    __slots__ = (
-        "model",
-        "epoch",
-        "placement_version",
-        "layout",
-        "members",
-        "gateways",
-        "num_logical_experts",
-        "num_moe_layers",
-        "decisions",
-    )
+    __slots__ = ("model", "epoch", "placement_version", "layout", "members", "gateways", "num_logical_experts", "num_moe_layers", "decisions")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -634,18 +463,7 @@ class Topology(_message.Message):
     num_logical_experts: int
     num_moe_layers: int
     decisions: _containers.RepeatedCompositeFieldContainer[Decision]
-    def __init__(
-        self,
-        model: _Optional[str] = ...,
-        epoch: _Optional[int] = ...,
-        placement_version: _Optional[int] = ...,
-        layout: _Optional[str] = ...,
-        members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ...,
-        gateways: _Optional[_Iterable[str]] = ...,
-        num_logical_experts: _Optional[int] = ...,
-        num_moe_layers: _Optional[int] = ...,
-        decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ...,
-    ) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., epoch: _Optional[int] = ..., placement_version: _Optional[int] = ..., layout: _Optional[str] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., gateways: _Optional[_Iterable[str]] = ..., num_logical_experts: _Optional[int] = ..., num_moe_layers: _Optional[int] = ..., decisions: _Optional[_Iterable[_Union[Decision, _Mapping]]] = ...) -> None: ...
 
 class Decision(_message.Message):
     __slots__ = ("at", "text")
@@ -656,27 +474,7 @@ class Decision(_message.Message):
     def __init__(self, at: _Optional[float] = ..., text: _Optional[str] = ...) -> None: ...
 
 class MemberStatus(_message.Message):
-    __slots__ = (
-        "member_id",
-        "attention",
-        "expert",
-        "state",
-        "ep_rank",
-        "pid",
-        "node",
-        "num_running",
-        "num_waiting",
-        "num_free_kv_blocks",
-        "num_kv_blocks",
-        "num_physical_experts",
-        "num_rows",
-        "busy_fraction",
-        "weight_bytes",
-        "age_s",
-        "num_steps",
-        "step_s",
-        "exchange_s",
-    )
+    __slots__ = ("member_id", "attention", "expert", "state", "ep_rank", "pid", "node", "num_running", "num_waiting", "num_free_kv_blocks", "num_kv_blocks", "num_physical_experts", "num_rows", "busy_fraction", "weight_bytes", "age_s", "num_steps", "step_s", "exchange_s")
     MEMBER_ID_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
@@ -715,28 +513,7 @@ class MemberStatus(_message.Message):
     num_steps: int
     step_s: float
     exchange_s: float
-    def __init__(
-        self,
-        member_id: _Optional[str] = ...,
-        attention: _Optional[bool] = ...,
-        expert: _Optional[bool] = ...,
-        state: _Optional[str] = ...,
-        ep_rank: _Optional[int] = ...,
-        pid: _Optional[int] = ...,
-        node: _Optional[str] = ...,
-        num_running: _Optional[int] = ...,
-        num_waiting: _Optional[int] = ...,
-        num_free_kv_blocks: _Optional[int] = ...,
-        num_kv_blocks: _Optional[int] = ...,
-        num_physical_experts: _Optional[int] = ...,
-        num_rows: _Optional[int] = ...,
-        busy_fraction: _Optional[float] = ...,
-        weight_bytes: _Optional[int] = ...,
-        age_s: _Optional[float] = ...,
-        num_steps: _Optional[int] = ...,
-        step_s: _Optional[float] = ...,
-        exchange_s: _Optional[float] = ...,
-    ) -> None: ...
+    def __init__(self, member_id: _Optional[str] = ..., attention: _Optional[bool] = ..., expert: _Optional[bool] = ..., state: _Optional[str] = ..., ep_rank: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_kv_blocks: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., num_physical_experts: _Optional[int] = ..., num_rows: _Optional[int] = ..., busy_fraction: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., age_s: _Optional[float] = ..., num_steps: _Optional[int] = ..., step_s: _Optional[float] = ..., exchange_s: _Optional[float] = ...) -> None: ...
 
 class GatewayMessage(_message.Message):
     __slots__ = ("hello", "submit", "abort")
@@ -746,12 +523,7 @@ class GatewayMessage(_message.Message):
     hello: GatewayHello
     submit: Submit
     abort: Abort
-    def __init__(
-        self,
-        hello: _Optional[_Union[GatewayHello, _Mapping]] = ...,
-        submit: _Optional[_Union[Submit, _Mapping]] = ...,
-        abort: _Optional[_Union[Abort, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
 
 class GatewayHello(_message.Message):
     __slots__ = ("gateway_id", "protocol_version")
@@ -762,18 +534,7 @@ class GatewayHello(_message.Message):
     def __init__(self, gateway_id: _Optional[str] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = (
-        "handle",
-        "request_id",
-        "prompt_ids",
-        "output_ids",
-        "sampling",
-        "deadline",
-        "prefix_salt",
-        "traceparent",
-        "thinking",
-        "grammar",
-    )
+    __slots__ = ("handle", "request_id", "prompt_ids", "output_ids", "sampling", "deadline", "prefix_salt", "traceparent", "thinking", "grammar")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -794,35 +555,10 @@ class Submit(_message.Message):
     traceparent: str
     thinking: EngineThinking
     grammar: EngineGrammar
-    def __init__(
-        self,
-        handle: _Optional[int] = ...,
-        request_id: _Optional[str] = ...,
-        prompt_ids: _Optional[_Iterable[int]] = ...,
-        output_ids: _Optional[_Iterable[int]] = ...,
-        sampling: _Optional[_Union[EngineSampling, _Mapping]] = ...,
-        deadline: _Optional[float] = ...,
-        prefix_salt: _Optional[bytes] = ...,
-        traceparent: _Optional[str] = ...,
-        thinking: _Optional[_Union[EngineThinking, _Mapping]] = ...,
-        grammar: _Optional[_Union[EngineGrammar, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., output_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[EngineSampling, _Mapping]] = ..., deadline: _Optional[float] = ..., prefix_salt: _Optional[bytes] = ..., traceparent: _Optional[str] = ..., thinking: _Optional[_Union[EngineThinking, _Mapping]] = ..., grammar: _Optional[_Union[EngineGrammar, _Mapping]] = ...) -> None: ...
 
 class EngineSampling(_message.Message):
-    __slots__ = (
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "max_tokens",
-        "min_tokens",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "stop_token_ids",
-        "num_logprobs",
-    )
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty", "stop_token_ids", "num_logprobs")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -847,21 +583,7 @@ class EngineSampling(_message.Message):
     repetition_penalty: float
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_logprobs: int
-    def __init__(
-        self,
-        temperature: _Optional[float] = ...,
-        top_p: _Optional[float] = ...,
-        top_k: _Optional[int] = ...,
-        min_p: _Optional[float] = ...,
-        seed: _Optional[int] = ...,
-        max_tokens: _Optional[int] = ...,
-        min_tokens: _Optional[int] = ...,
-        presence_penalty: _Optional[float] = ...,
-        frequency_penalty: _Optional[float] = ...,
-        repetition_penalty: _Optional[float] = ...,
-        stop_token_ids: _Optional[_Iterable[int]] = ...,
-        num_logprobs: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., num_logprobs: _Optional[int] = ...) -> None: ...
 
 class EngineThinking(_message.Message):
     __slots__ = ("budget_tokens", "think_id", "end_think_id", "closing_ids", "starts_inside")
@@ -875,14 +597,7 @@ class EngineThinking(_message.Message):
     end_think_id: int
     closing_ids: _containers.RepeatedScalarFieldContainer[int]
     starts_inside: bool
-    def __init__(
-        self,
-        budget_tokens: _Optional[int] = ...,
-        think_id: _Optional[int] = ...,
-        end_think_id: _Optional[int] = ...,
-        closing_ids: _Optional[_Iterable[int]] = ...,
-        starts_inside: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, budget_tokens: _Optional[int] = ..., think_id: _Optional[int] = ..., end_think_id: _Optional[int] = ..., closing_ids: _Optional[_Iterable[int]] = ..., starts_inside: _Optional[bool] = ...) -> None: ...
 
 class EngineGrammar(_message.Message):
     __slots__ = ("kind", "source", "starts_inside", "think_id", "end_think_id", "separator_id", "tool_call_id")
@@ -900,16 +615,7 @@ class EngineGrammar(_message.Message):
     end_think_id: int
     separator_id: int
     tool_call_id: int
-    def __init__(
-        self,
-        kind: _Optional[str] = ...,
-        source: _Optional[str] = ...,
-        starts_inside: _Optional[bool] = ...,
-        think_id: _Optional[int] = ...,
-        end_think_id: _Optional[int] = ...,
-        separator_id: _Optional[int] = ...,
-        tool_call_id: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, kind: _Optional[str] = ..., source: _Optional[str] = ..., starts_inside: _Optional[bool] = ..., think_id: _Optional[int] = ..., end_think_id: _Optional[int] = ..., separator_id: _Optional[int] = ..., tool_call_id: _Optional[int] = ...) -> None: ...
 
 class Abort(_message.Message):
     __slots__ = ("handle",)
@@ -918,21 +624,7 @@ class Abort(_message.Message):
     def __init__(self, handle: _Optional[int] = ...) -> None: ...
 
 class JournalHead(_message.Message):
-    __slots__ = (
-        "submit",
-        "stop",
-        "strip_answer",
-        "tools",
-        "forced_call_ids",
-        "include_token_ids",
-        "session_id",
-        "session_version",
-        "affinity",
-        "messages_json",
-        "digest",
-        "settings_json",
-        "num_spliced_ids",
-    )
+    __slots__ = ("submit", "stop", "strip_answer", "tools", "forced_call_ids", "include_token_ids", "session_id", "session_version", "affinity", "messages_json", "digest", "settings_json", "num_spliced_ids")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     STRIP_ANSWER_FIELD_NUMBER: _ClassVar[int]
@@ -959,22 +651,7 @@ class JournalHead(_message.Message):
     digest: bytes
     settings_json: str
     num_spliced_ids: int
-    def __init__(
-        self,
-        submit: _Optional[_Union[Submit, _Mapping]] = ...,
-        stop: _Optional[_Iterable[str]] = ...,
-        strip_answer: _Optional[bool] = ...,
-        tools: _Optional[bool] = ...,
-        forced_call_ids: _Optional[_Iterable[int]] = ...,
-        include_token_ids: _Optional[bool] = ...,
-        session_id: _Optional[str] = ...,
-        session_version: _Optional[int] = ...,
-        affinity: _Optional[str] = ...,
-        messages_json: _Optional[str] = ...,
-        digest: _Optional[bytes] = ...,
-        settings_json: _Optional[str] = ...,
-        num_spliced_ids: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., strip_answer: _Optional[bool] = ..., tools: _Optional[bool] = ..., forced_call_ids: _Optional[_Iterable[int]] = ..., include_token_ids: _Optional[bool] = ..., session_id: _Optional[str] = ..., session_version: _Optional[int] = ..., affinity: _Optional[str] = ..., messages_json: _Optional[str] = ..., digest: _Optional[bytes] = ..., settings_json: _Optional[str] = ..., num_spliced_ids: _Optional[int] = ...) -> None: ...
 
 class ReplicaMessage(_message.Message):
     __slots__ = ("hello", "step", "reject", "load")
@@ -986,13 +663,7 @@ class ReplicaMessage(_message.Message):
     step: StepTokens
     reject: Reject
     load: ReplicaLoad
-    def __init__(
-        self,
-        hello: _Optional[_Union[ReplicaHello, _Mapping]] = ...,
-        step: _Optional[_Union[StepTokens, _Mapping]] = ...,
-        reject: _Optional[_Union[Reject, _Mapping]] = ...,
-        load: _Optional[_Union[ReplicaLoad, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, hello: _Optional[_Union[ReplicaHello, _Mapping]] = ..., step: _Optional[_Union[StepTokens, _Mapping]] = ..., reject: _Optional[_Union[Reject, _Mapping]] = ..., load: _Optional[_Union[ReplicaLoad, _Mapping]] = ...) -> None: ...
 
 class ReplicaHello(_message.Message):
     __slots__ = ("replica_id", "protocol_version", "max_model_len")
@@ -1002,12 +673,7 @@ class ReplicaHello(_message.Message):
     replica_id: str
     protocol_version: int
     max_model_len: int
-    def __init__(
-        self,
-        replica_id: _Optional[str] = ...,
-        protocol_version: _Optional[int] = ...,
-        max_model_len: _Optional[int] = ...,
-    ) -> None: ...
+    def __init__(self, replica_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., max_model_len: _Optional[int] = ...) -> None: ...
 
 class StepTokens(_message.Message):
     __slots__ = ("step_id", "requests", "load")
@@ -1017,12 +683,7 @@ class StepTokens(_message.Message):
     step_id: int
     requests: _containers.RepeatedCompositeFieldContainer[RequestTokens]
     load: ReplicaLoad
-    def __init__(
-        self,
-        step_id: _Optional[int] = ...,
-        requests: _Optional[_Iterable[_Union[RequestTokens, _Mapping]]] = ...,
-        load: _Optional[_Union[ReplicaLoad, _Mapping]] = ...,
-    ) -> None: ...
+    def __init__(self, step_id: _Optional[int] = ..., requests: _Optional[_Iterable[_Union[RequestTokens, _Mapping]]] = ..., load: _Optional[_Union[ReplicaLoad, _Mapping]] = ...) -> None: ...
 
 class RequestTokens(_message.Message):
     __slots__ = ("handle", "token_ids", "finish_reason", "num_cached_tokens", "logprobs", "queue_s")
@@ -1038,15 +699,7 @@ class RequestTokens(_message.Message):
     num_cached_tokens: int
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
     queue_s: float
-    def __init__(
-        self,
-        handle: _Optional[int] = ...,
-        token_ids: _Optional[_Iterable[int]] = ...,
-        finish_reason: _Optional[_Union[FinishReason, str]] = ...,
-        num_cached_tokens: _Optional[int] = ...,
-        logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...,
-        queue_s: _Optional[float] = ...,
-    ) -> None: ...
+    def __init__(self, handle: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., num_cached_tokens: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., queue_s: _Optional[float] = ...) -> None: ...
 
 class Reject(_message.Message):
     __slots__ = ("handle", "code", "message", "retry_after_s")
@@ -1058,13 +711,7 @@ class Reject(_message.Message):
     code: str
     message: str
     retry_after_s: float
-    def __init__(
-        self,
-        handle: _Optional[int] = ...,
-        code: _Optional[str] = ...,
-        message: _Optional[str] = ...,
-        retry_after_s: _Optional[float] = ...,
-    ) -> None: ...
+    def __init__(self, handle: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
 class ReplicaLoad(_message.Message):
     __slots__ = ("num_running", "num_waiting", "num_free_kv_blocks", "num_kv_blocks", "draining")
@@ -1078,11 +725,4 @@ class ReplicaLoad(_message.Message):
     num_free_kv_blocks: int
     num_kv_blocks: int
     draining: bool
-    def __init__(
-        self,
-        num_running: _Optional[int] = ...,
-        num_waiting: _Optional[int] = ...,
-        num_free_kv_blocks: _Optional[int] = ...,
-        num_kv_blocks: _Optional[int] = ...,
-        draining: _Optional[bool] = ...,
-    ) -> None: ...
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_kv_blocks: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...

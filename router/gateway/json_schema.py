@@ -1,8 +1,8 @@
 """Which JSON schemas the grammar library enforces in full: `check` refuses every other one. Pure.
 
 Why a list of what is known instead of the library's own errors: it skips what it does not know with a line on stderr
-(`not`, `uniqueItems`, `multipleOf` with a range, two schemas in `allOf`, what stands beside an `enum`), and an answer that
-was promised to match would not. What is listed here is generated at random against a validator in the tests.
+(`not`, `uniqueItems`, `multipleOf` with a range, two schemas in `allOf`, what stands beside an `enum`), and an answer
+that was promised to match would not. What is listed here is generated at random against a validator in the tests.
 
 Objects hold the properties listed, in that order; other ones only where `additionalProperties` allows them."""
 
@@ -64,7 +64,8 @@ class _Checker:
         said = set(node) - _NOTES
         whole = next((k for k in ("$ref", "const", "enum", "anyOf", "oneOf", "allOf") if k in node), "")
         if not whole:
-            return self._check_typed(node, said, path, depth)
+            self._check_typed(node, said, path, depth)
+            return
         beside = said - {whole, *(("type",) if whole in ("const", "enum") else ())}
         if beside:
             raise Unsupported(f"{whole} alone at {path}, beside it is {min(beside)}")
@@ -79,7 +80,7 @@ class _Checker:
         if not said:
             return  # any value
         types = node.get("type")
-        names = types if isinstance(types, list) else [types]
+        names: list[str] = types if isinstance(types, list) else [types]  # type: ignore[list-item]  # checked next
         if not names or not all(isinstance(name, str) and name in _OF_TYPE for name in names):
             raise Unsupported(f"a type of {', '.join(_OF_TYPE)} at {path}")
         known = set[str]().union(*(_OF_TYPE[name] for name in names))
