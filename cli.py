@@ -8,17 +8,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .commands import checkpoint, serve, sessions, status, talk
+from .commands import checkpoint, operate, serve, sessions, status, talk
 from .errors import ConfigError, ExpertMeshError, InvalidRequest
 
-COMMANDS = (serve, talk, sessions, status, checkpoint)  # in the order of --help
+COMMANDS = (serve, talk, sessions, status, operate, checkpoint)  # in the order of --help
 EPILOG = """\
 examples:
   expertmesh serve --model /models/Qwen3-30B-A3B --attention 2 --shards 4
   expertmesh chat
   expertmesh generate "What is 17 * 23?" --think off
   expertmesh sessions list
-  expertmesh status --json
+  expertmesh status --watch 2
+  expertmesh scale 4
   expertmesh make-checkpoint --config config.json --out /tmp/tiny
 """
 

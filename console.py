@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from .client import (
@@ -26,6 +27,7 @@ from .errors import ExpertMeshError
 from .proto import expertmesh_pb2 as pb
 from .router.gateway.tls import ClientTls
 
+SHOWN_DECISIONS = 8
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 HELP = "/new starts another conversation, /exit or Ctrl-D leaves, /think and /no_think act inside a message"
 
@@ -193,6 +195,8 @@ def status_table(topology: pb.Topology, health: dict[str, str]) -> str:
     rows = [head, *(_member_row(m) for m in topology.members)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for decision in topology.decisions[-SHOWN_DECISIONS:]:
+        lines.append(f"{datetime.fromtimestamp(decision.at, UTC):%H:%M:%S} UTC  {decision.text}")
     return "\n".join(lines)
 
 

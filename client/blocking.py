@@ -76,6 +76,19 @@ class Client:
     def topology(self, *, timeout_s: float = 5.0) -> pb.Topology:
         return self.call(gateways.get_topology(timeout_s))
 
+    def scale(self, num_shards: int = 0, *, min_shards: int = 0, max_shards: int = 0) -> str:
+        """So many expert shards from now on; 0 = as many as the load asks for, within these bounds (0 = as
+        configured). One line says what happens."""
+        return self.call(gateways.scale(num_shards, min_shards, max_shards)).summary
+
+    def drain(self, member_id: str) -> str:
+        """Take one expert shard out in good order; another one starts in its place."""
+        return self.call(gateways.drain(member_id)).summary
+
+    def rebalance(self) -> str:
+        """Place the experts anew by the loads seen so far."""
+        return self.call(gateways.rebalance()).summary
+
     def close(self) -> None:
         for channel in self.gateways.take_channels():
             channel.close()

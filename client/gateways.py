@@ -198,3 +198,16 @@ def export_session(session_id: str) -> Unary[pb.SessionExport]:
 
 def get_topology(timeout_s: float) -> Unary[pb.Topology]:
     return Unary("Cluster", "GetTopology", pb.GetTopologyRequest(), timeout_s)
+
+
+def scale(num_shards: int, min_shards: int, max_shards: int) -> Unary[pb.OperationResult]:
+    request = pb.ScaleRequest(num_shards=num_shards, min_shards=min_shards, max_shards=max_shards)
+    return Unary("Cluster", "Scale", request)
+
+
+def drain(member_id: str) -> Unary[pb.OperationResult]:
+    return Unary("Cluster", "Drain", pb.DrainRequest(member_id=member_id))
+
+
+def rebalance() -> Unary[pb.OperationResult]:
+    return Unary("Cluster", "Rebalance", pb.RebalanceRequest(), timeout_s=90.0)

@@ -79,7 +79,7 @@ class World:
 async def gateway(reply: Callable[[EngineRequest], Sequence[int]], **fields) -> AsyncIterator[World]:
     """Ends with balanced books: nothing runs in gateway, link or engine."""
     engine_fields = {k: fields.pop(k) for k in ("max_num_seqs",) if k in fields}
-    fields = {"cluster_token": TOKEN, **fields}
+    fields = {"cluster_token": TOKEN, "topology": FixedTopology(), **fields}
     link = LinkServer(replica_id="attention-0", max_model_len=MAX_MODEL_LEN, cluster_token=TOKEN)
     engine = FakeEngine(link.publish, reply, **engine_fields)
     await link.start(engine)
@@ -90,7 +90,6 @@ async def gateway(reply: Callable[[EngineRequest], Sequence[int]], **fields) -> 
         GenerationConfig(model="tiny", max_model_len=MAX_MODEL_LEN, vocab_size=151_936),
         tokenizer=tokenizer(),
         tier=tier,
-        topology=FixedTopology(),
         **fields,
     )
     await server.start()
