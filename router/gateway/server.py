@@ -17,8 +17,7 @@ from typing import Any, Protocol
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health, health_pb2
 
 from ... import telemetry as names
 from ...errors import ExpertMeshError, InvalidRequest, NotFound, SessionStoreUnavailable, Unavailable
@@ -27,6 +26,7 @@ from ...telemetry import Telemetry
 from .api_keys import ApiKeys
 from .cluster_service import ClusterService, TopologySource
 from .events import EventWriter
+from .foreign_services import add_foreign_services
 from .generation import CommittedTurn, Generation, GenerationConfig, Generations, Sessions, Tier, record_failure
 from .journal import Journal
 from .limits import MAX_METADATA_BYTES, check_limits
@@ -128,9 +128,8 @@ class GatewayServer:
         """Bind and serve; returns host:port."""
         self._server = grpc.aio.server(options=self._options)
         self._server.add_generic_rpc_handlers(self._handlers())
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        full_names = [f"{pb.DESCRIPTOR.package}.{name}" for name in _SERVICES]
-        reflection.enable_server_reflection((*full_names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        full_names = tuple(f"{pb.DESCRIPTOR.package}.{name}" for name in _SERVICES)
+        add_foreign_services(self._server, self._health, full_names, _as_status)
         self.address = f"{self._host}:{bind(self._server, self._host, self._port, self._credentials)}"
         self._cluster.address = self.address
         await self._server.start()
@@ -335,13 +334,14 @@ def _unary(
     async def handle(data: bytes, context: grpc.aio.ServicerContext) -> bytes:
         async with _as_status(context):
             response = await method(parse(request_class, data), context)
-        encoded: bytes = response.SerializeToString()
-        return encoded
+            encoded: bytes = response.SerializeToString()
+            return encoded
+        return b""  # nobody is there to get it
 
     return grpc.unary_unary_rpc_method_handler(handle)
 
 
-class _as_status(contextlib.AbstractAsyncContextManager[None]):
+class _as_status(contextlib.AbstractAsyncContextManager[None, bool | None]):
     """An error of the tree becomes its status. Any other is our bug: INTERNAL to the client, a traceback in the log."""
 
     def __init__(self, context: grpc.aio.ServicerContext) -> None:
@@ -350,12 +350,15 @@ class _as_status(contextlib.AbstractAsyncContextManager[None]):
     async def __aenter__(self) -> None:
         return None
 
-    async def __aexit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> None:
+    async def __aexit__(self, _kind: Any, error: BaseException | None, _traceback: Any) -> bool | None:
         if isinstance(error, ExpertMeshError):
             await self._context.abort(status_code(error), status_message(error), trailing_metadata(error))
+        if isinstance(error, grpc.aio.InternalError):  # a write to a client that has gone: nobody is left to be told
+            return True
         if isinstance(error, Exception) and not isinstance(error, grpc.aio.AbortError):
             _log.error("a handler failed", exc_info=error)
             await self._context.abort(grpc.StatusCode.INTERNAL, f"internal error: {type(error).__name__}")
+        return None
 
 
 def _server_options(max_message_bytes: int, max_request_bytes: int) -> list[tuple[str, int]]:
@@ -365,6 +368,7 @@ def _server_options(max_message_bytes: int, max_request_bytes: int) -> list[tupl
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),  # between the two gRPC refuses by chance
         ("grpc.max_concurrent_streams", MAX_STREAMS),
+        ("grpc.server_handshake_timeout_ms", 10_000),  # a peer that connects and says nothing
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
