@@ -20,6 +20,7 @@ from ..router.epoch import Epoch, Member, StepHeader
 from ..router.exchange import RowShape, weighted_sum
 from ..router.exchange_gloo import GlooExchange
 from ..router.group import RendezvousStore, build_gloo
+from ..router.guard import all_finite
 from ..router.placement import uniform
 
 HOST, NUM_LAYERS, NUM_EXPERTS, TOP_K = "127.0.0.1", 8, 128, 8
@@ -104,10 +105,14 @@ def _measure(
             returned = exchange.combine(answers[:0], handle)
             received = perf_counter()
             assert returned is not None
-            weighted_sum(returned, source_plan, weights)
+            summed = weighted_sum(returned, source_plan, weights)
+            if not all_finite(summed):
+                raise AssertionError("a sum is not finite")
             times.append((planned - started, sent - planned, received - sent, perf_counter() - received))
             row_bytes = shape.hidden_size * shape.dtype.itemsize
             num_bytes = (source_plan.num_rows + source_plan.num_pairs) * row_bytes
+        if exchange.verify():
+            raise AssertionError("rows were damaged")
     if rank:
         return {}
     cpu_us = (process_time() - cpu_started) / (steps * NUM_LAYERS) * 1e6

@@ -6,8 +6,10 @@ Every rank that a header names calls `begin(header, layers)` once, then for each
 `dispatch(layer_id, plan, x) -> handle` and `combine(expert_rows, handle) -> rows`. Only pairs (source, expert rank)
 that the header names exchange anything. Rows come back one per (token, k), unweighted and in the activation's dtype:
 the attention side weights and sums them in topk order, which is what makes the result independent of placement. After
-an ExchangeError the exchange is spent: `abort` it and build the next epoch's. Idea: DeepEP's dispatch and combine, a
-pair bound by the handle."""
+the last layer every rank calls `verify() -> bad rows` once: nothing of the step is committed before, so what was wrong
+in any layer, either way, may be told at the end (`guard.py`: which checks, and what follows). After an ExchangeError
+the exchange is spent: `abort` it and build the next epoch's. Idea: DeepEP's dispatch and combine, a pair bound by the
+handle."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import torch
 
 from .dispatch import DispatchPlan
 from .epoch import StepHeader
+from .guard import BadRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +59,11 @@ class Exchange(Protocol):
         source."""
         ...
 
+    def verify(self) -> list[BadRow]:
+        """After the last layer: the bad ones among this rank's rows, and those of other sources (`BadRow.source`) that
+        it received."""
+        ...
+
     def abort(self) -> None:
         """Give up at once: own waits and the peers' end with an error. Idempotent."""
         ...
@@ -75,6 +83,9 @@ class LocalExchange:
 
     def combine(self, expert_rows: torch.Tensor, handle: ExchangeHandle) -> torch.Tensor | None:
         return expert_rows
+
+    def verify(self) -> list[BadRow]:
+        return []  # nothing was moved
 
     def abort(self) -> None:
         pass

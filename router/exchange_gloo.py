@@ -1,8 +1,13 @@
 """The exchange of CPU processes: one message each way per layer and pair of ranks, over a ProcessGroupGloo.
 
-A dispatch message is one run of int32 words: 16 words of head (magic, rows, pairs, layer, step), the slot ids, the
-rows' bytes from a multiple of 64 bytes on. Counts so travel with the rows: a Gloo receive accepts a message shorter
-than its buffer, and the header bounds the buffer. The answer is the bare rows, whose number the source knows.
+A dispatch message is one run of int32 words: 16 words of head (magic, rows, pairs, layer, step, and the checksum of
+all words before the rows), the rows' checksums, the slot ids, the rows' bytes from a multiple of 64 bytes on. Counts so
+travel with the rows: a Gloo receive accepts a message shorter than its buffer, and the header bounds the buffer. The
+answer is the bare rows, whose number the source knows, received where they will be read.
+
+The checksums of the answers come once a step, in the **verdict** that a shard sends to each source after the last
+layer, with what it found wrong in the dispatched rows: one small message a step instead of one a layer. A message whose
+head is damaged is answered with one row of zeros, since nothing in it can be believed.
 
 What makes it quick: a Gloo send flows at once only if the peer's receive is posted. So an owner of experts posts the
 next layer's receive as soon as it has answered, and a source posts those of its answers while its rows are on their
@@ -11,10 +16,11 @@ way; neither is on the critical path. Rows are gathered straight into the messag
 Traps: wait on receives, never on sends (a send-wait does not notice a dead peer). A message is known to be taken when
 a later answer of that peer arrives; its buffer is not written before. Tags name step, layer and direction."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import NoReturn
 
+import numpy as np
 import torch
 from torch.distributed import ProcessGroup, Work
 
@@ -23,10 +29,24 @@ from .dispatch import DispatchPlan
 from .epoch import Epoch, StepHeader
 from .exchange import ExchangeHandle, RowShape
 from .group import abort_gloo
-from .placement import Int32Array
+from .guard import (
+    BadRow,
+    Direction,
+    Fault,
+    Int32Array,
+    Int64Array,
+    all_finite,
+    checksums,
+    non_finite_rows,
+    row_checksums,
+)
 
 _HEAD_WORDS = 16  # 64 bytes, so that rows are aligned
-_MAGIC = 0x454D5831
+_SUM_WORDS = slice(14, 16)  # of the head: the checksum of everything before the rows, computed with 0 here
+_MAGIC = 0x454D5832
+# What a shard says of one turn's dispatch: 0 all is well, -1 the head is damaged, else 1 + the first bad row, doubled,
+# and + 1 where that row is as it was sent but not finite.
+_HEAD_DAMAGED = -1
 _TAG_SPACE = 1 << 30
 
 
@@ -45,6 +65,7 @@ class GlooExchange:
     ) -> None:
         self._group, self._rank, self._shape, self._epoch = group, rank, shape, epoch.number
         self._expert_ranks = epoch.expert_ranks
+        self._shard_ids = [epoch.members[peer].member_id for peer in epoch.expert_ranks]
         self._ep_rank = self._expert_ranks.index(rank) if rank in self._expert_ranks else -1
         self._timeout_base_s, self._timeout_per_row_s = timeout_base_s, timeout_per_row_s
         self._row_words = shape.hidden_size * shape.dtype.itemsize // 4
@@ -55,21 +76,29 @@ class GlooExchange:
         self._no_slots = torch.empty(0, shape.top_k, dtype=torch.int32)
         self._layers: Sequence[int] = ()
         self._turn = 0
+        self._is_source = False
         self._step_id = 0
         self._deadline = timedelta(seconds=timeout_base_s)
         self._returns = torch.empty(0, shape.hidden_size, dtype=shape.dtype)
         self._aborted = False
+        self._seen: list[BadRow] = []  # in other ranks' rows, in this step
 
     def begin(self, header: StepHeader, layers: Sequence[int]) -> None:
         self._step_id, self._epoch = header.step_id, header.epoch
         self._layers, self._turn = layers, 0
         rows = sum(header.num_tokens)
         self._deadline = timedelta(seconds=self._timeout_base_s + self._timeout_per_row_s * rows)
+        self._seen = []
+        self._is_source = header.num_tokens[self._rank] > 0
+        for outbox in self._outboxes.values():
+            outbox.answer_sums.clear()
         self._all_sources = header.sources if self._ep_rank >= 0 else ()
-        for source in self._all_sources:
-            if source != self._rank:
-                self._inboxes.setdefault(source, _Inbox()).reserve(self._message_words(header.num_tokens[source]))
-                self._post(source, 0)
+        for source in self._remote_sources():
+            inbox = self._inboxes.setdefault(source, _Inbox())
+            inbox.reserve(self._message_words(header.num_tokens[source]))
+            inbox.statuses.clear()
+            inbox.answer_sums.clear()
+            self._post(source, 0)
 
     def dispatch(self, layer_id: int, plan: DispatchPlan | None, x: torch.Tensor | None) -> ExchangeHandle:
         if self._aborted:
@@ -88,17 +117,36 @@ class GlooExchange:
             start += num_pairs
             if source == self._rank:
                 own = part
-            elif num_pairs:
+                continue
+            inbox = self._inboxes[source]
+            inbox.answer_sums.append(row_checksums(part))
+            if inbox.statuses[-1] == _HEAD_DAMAGED:
+                part = torch.zeros(1, self._shape.hidden_size, dtype=self._shape.dtype)
+            if part.shape[0]:
                 # The rows stay referenced until the source is heard again, which proves that it has them.
-                self._inboxes[source].answer = (part, self._send(part, source, tag))
+                inbox.answer = (part, self._send(part, source, tag))
         if self._turn + 1 < len(self._layers):  # while the sources read their answers
-            for source in self._all_sources:
-                if source != self._rank:
-                    self._post(source, self._turn + 1)
+            for source in self._remote_sources():
+                self._post(source, self._turn + 1)
+        else:
+            self._send_verdicts()
         if plan is not None:
             self._receive_answers(plan, own)
         self._turn += 1
         return None if plan is None else self._returns[: plan.num_pairs]
+
+    def verify(self) -> list[BadRow]:
+        bad = self._seen
+        if self._is_source:
+            for ep_rank, peer in enumerate(self._expert_ranks):
+                if peer != self._rank:
+                    outbox = self._outboxes[peer]
+                    assert outbox.verdict is not None
+                    message, work = outbox.verdict
+                    self._wait(work, peer)
+                    outbox.verdict = None
+                    bad += self._judge(ep_rank, message.numpy(), outbox.answer_sums)
+        return bad
 
     def abort(self) -> None:
         if not self._aborted:
@@ -109,16 +157,17 @@ class GlooExchange:
 
     def _send_rows(self, plan: DispatchPlan, x: torch.Tensor) -> None:
         """Send each rank its rows, then, while they are on their way, post the receives of the answers."""
-        if self._returns.shape[0] < plan.num_pairs:
-            self._returns = self._returns.new_empty(plan.num_pairs, self._shape.hidden_size)
+        if self._returns.shape[0] < plan.num_pairs:  # zeros: where an answer fails to come nothing must look like one
+            self._returns = self._returns.new_zeros(plan.num_pairs, self._shape.hidden_size)
         tag, answer_tag = self._tag(0, self._turn), self._tag(1, self._turn)
         words = x.contiguous().view(torch.int32).numpy()
+        sums = checksums(words)
         row = pair = 0
         for ep_rank, peer in enumerate(self._expert_ranks):
             rows = slice(row, row + plan.send_counts[ep_rank])
             if peer != self._rank:
                 outbox = self._outboxes[peer]
-                message = outbox.fill(plan, rows, plan.pair_counts[ep_rank], self._step_id, words)
+                message = outbox.fill(plan, rows, plan.pair_counts[ep_rank], self._step_id, words, sums)
                 outbox.sent(message, self._send(message, peer, tag))
             row = rows.stop
         for ep_rank, peer in enumerate(self._expert_ranks):
@@ -126,20 +175,53 @@ class GlooExchange:
             if peer != self._rank and num_pairs:
                 self._outboxes[peer].awaited = self._recv(self._returns[pair : pair + num_pairs], peer, answer_tag)
             pair += num_pairs
+        if self._turn + 1 == len(self._layers):
+            self._post_verdicts(plan)
+
+    def _post_verdicts(self, last: DispatchPlan) -> None:
+        """All pair counts of the step are known now, and so are the sizes of the shards' verdicts."""
+        for ep_rank, peer in enumerate(self._expert_ranks):
+            if peer != self._rank:
+                outbox = self._outboxes[peer]
+                num_sums = sum(map(len, outbox.answer_sums)) + last.pair_counts[ep_rank]
+                message = torch.zeros(1 + len(self._layers) + num_sums, dtype=torch.int64)
+                outbox.verdict = (message, self._recv(message, peer, self._tag(1, len(self._layers))))
 
     def _receive_answers(self, plan: DispatchPlan, own: torch.Tensor | None) -> None:
         pair = 0
         for ep_rank, peer in enumerate(self._expert_ranks):
             num_pairs = plan.pair_counts[ep_rank]
+            rows = self._returns[pair : pair + num_pairs]
+            pair += num_pairs
             if peer == self._rank:
                 if own is not None:
-                    self._returns[pair : pair + num_pairs] = own
-            elif num_pairs:
-                outbox = self._outboxes[peer]
+                    rows.copy_(own)
+                continue
+            outbox = self._outboxes[peer]
+            if num_pairs:
                 assert outbox.awaited is not None
                 self._wait(outbox.awaited, peer)
                 outbox.answered()
-            pair += num_pairs
+            outbox.answer_sums.append(row_checksums(rows))
+
+    def _judge(self, ep_rank: int, verdict: Int64Array, received: Sequence[Int64Array]) -> Iterator[BadRow]:
+        """A shard's verdict on this rank's rows, and its answers' checksums against those of what came here."""
+        num_layers = len(self._layers)
+        if int(checksums(verdict[1:].view(np.int32)[None])[0]) != int(verdict[0]):
+            yield self._bad(Fault.HEAD, Direction.RETURN, self._rank, ep_rank, self._layers[-1])
+            return
+        statuses, sent = verdict[1 : 1 + num_layers].tolist(), verdict[1 + num_layers :]
+        if not any(statuses) and np.array_equal(np.concatenate(received), sent):
+            return
+        start = 0
+        for layer_id, status, sums in zip(self._layers, statuses, received, strict=True):
+            if status:
+                yield self._status_as_bad_row(status, self._rank, ep_rank, layer_id)
+            if status != _HEAD_DAMAGED:  # else nothing was computed
+                expected = sent[start : start + len(sums)]
+                start += len(sums)
+                for row in (expected != sums).nonzero()[0].tolist():
+                    yield self._bad(Fault.DAMAGED, Direction.RETURN, self._rank, ep_rank, layer_id, row)
 
     # -- an expert rank's half
 
@@ -155,7 +237,8 @@ class GlooExchange:
             assert inbox.posted is not None
             self._wait(inbox.posted, source)
             inbox.answer = None  # heard again: it has our last answer
-            parts.append(self._open(inbox.buffer, source, layer_id))
+            inbox.verdict = None
+            parts.append(self._open(inbox, source, layer_id))
         if not parts:
             return ExchangeHandle(layer_id, plan, self._returns[:0], self._no_slots)
         counts = tuple((source, rows.shape[0], num_pairs) for source, rows, _, num_pairs in parts)
@@ -170,18 +253,39 @@ class GlooExchange:
         rows = x.index_select(0, torch.from_numpy(plan.row_to_token[mine]))
         return self._rank, rows, torch.from_numpy(plan.row_slot_ids[mine]), plan.pair_counts[self._ep_rank]
 
-    def _open(self, buffer: torch.Tensor, source: int, layer_id: int) -> tuple[int, torch.Tensor, torch.Tensor, int]:
-        words = buffer.numpy()
+    def _open(self, inbox: "_Inbox", source: int, layer_id: int) -> tuple[int, torch.Tensor, torch.Tensor, int]:
+        """Check and unpack one message. One with a damaged head counts as empty: its layout cannot be believed."""
+        words = inbox.buffer.numpy()
         magic, num_rows, num_pairs, sent_layer, sent_step = words[:5].tolist()
-        if magic != _MAGIC or sent_layer != layer_id or sent_step != self._step_id & 0x7FFFFFFF:
+        top_k = self._shape.top_k
+        start = _rows_at(num_rows, top_k)
+        is_whole = _head_is_whole(words, num_rows, top_k, start + num_rows * self._row_words)
+        if not is_whole:
+            num_rows = num_pairs = start = 0
+        elif magic != _MAGIC or sent_layer != layer_id or sent_step != self._step_id & 0x7FFFFFFF:
             self.abort()
             raise self._error(
                 ExchangeError, f"rank {source} sent layer {sent_layer} of step {sent_step}: out of turn", source
             )
-        top_k, start = self._shape.top_k, _rows_at(num_rows, self._shape.top_k)
-        slot_ids = words[_HEAD_WORDS : _HEAD_WORDS + num_rows * top_k].reshape(num_rows, top_k)
-        rows = words[start : start + num_rows * self._row_words].reshape(num_rows, self._row_words)
-        return source, torch.from_numpy(rows).view(self._shape.dtype), torch.from_numpy(slot_ids), num_pairs
+        slots_at = _HEAD_WORDS + 2 * num_rows
+        slot_ids = words[slots_at : slots_at + num_rows * top_k].reshape(num_rows, top_k)
+        row_words = words[start : start + num_rows * self._row_words].reshape(num_rows, self._row_words)
+        rows = torch.from_numpy(row_words).view(self._shape.dtype)
+        sums = words[_HEAD_WORDS:slots_at].view(np.int64)
+        status = _status_of(rows, row_words, sums) if is_whole else _HEAD_DAMAGED
+        inbox.statuses.append(status)
+        if status:
+            self._seen.append(self._status_as_bad_row(status, source, self._ep_rank, layer_id))
+        return source, rows, torch.from_numpy(slot_ids), num_pairs
+
+    def _send_verdicts(self) -> None:
+        for source in self._remote_sources():
+            inbox = self._inboxes[source]
+            parts = [np.zeros(1, np.int64), np.array(inbox.statuses, np.int64), *inbox.answer_sums]
+            verdict = np.concatenate(parts)
+            verdict[0] = checksums(verdict[1:].view(np.int32)[None])[0]
+            message = torch.from_numpy(verdict)
+            inbox.verdict = (message, self._send(message, source, self._tag(1, len(self._layers))))
 
     def _post(self, source: int, turn: int) -> None:
         inbox = self._inboxes[source]
@@ -193,7 +297,25 @@ class GlooExchange:
         return _rows_at(num_rows, self._shape.top_k) + num_rows * self._row_words
 
     def _tag(self, direction: int, turn: int) -> int:
-        return ((self._step_id * len(self._layers) + turn) * 2 + direction) % _TAG_SPACE
+        """`turn` = len(layers) is the verdict's."""
+        return ((self._step_id * (len(self._layers) + 1) + turn) * 2 + direction) % _TAG_SPACE
+
+    def _remote_sources(self) -> list[int]:
+        return [source for source in self._all_sources if source != self._rank]
+
+    def _status_as_bad_row(self, status: int, source: int, ep_rank: int, layer_id: int) -> BadRow:
+        if status == _HEAD_DAMAGED:
+            return self._bad(Fault.HEAD, Direction.DISPATCH, source, ep_rank, layer_id)
+        fault = Fault.NOT_FINITE if status & 1 else Fault.DAMAGED
+        return self._bad(fault, Direction.DISPATCH, source, ep_rank, layer_id, status // 2 - 1)
+
+    def _bad(
+        self, fault: Fault, direction: Direction, source: int, ep_rank: int, layer_id: int, row: int = -1
+    ) -> BadRow:
+        shard = self._shard_ids[ep_rank]
+        return BadRow(
+            fault=fault, direction=direction, source=source, ep_rank=ep_rank, layer_id=layer_id, row=row, shard=shard
+        )
 
     def _send(self, tensor: torch.Tensor, peer: int, tag: int) -> Work:
         try:
@@ -235,12 +357,15 @@ class GlooExchange:
 class _Inbox:
     """What one source sends here. Its receive is posted when the rows of the layer before have been multiplied."""
 
-    __slots__ = ("answer", "buffer", "posted")
+    __slots__ = ("answer", "answer_sums", "buffer", "posted", "statuses", "verdict")
 
     def __init__(self) -> None:
         self.buffer = torch.empty(0, dtype=torch.int32)
         self.posted: Work | None = None
         self.answer: tuple[torch.Tensor, Work] | None = None  # kept until the source is heard again
+        self.verdict: tuple[torch.Tensor, Work] | None = None  # likewise
+        self.statuses: list[int] = []  # of each turn's dispatch
+        self.answer_sums: list[Int64Array] = []  # [pairs] of each turn's answer
 
     def reserve(self, num_words: int) -> None:
         if self.buffer.numel() < num_words:
@@ -251,16 +376,20 @@ class _Outbox:
     """What goes to one expert rank. A buffer is written again only after the peer answered; until then it is kept and
     another one is taken (an empty message has no answer)."""
 
-    __slots__ = ("_array", "_buffer", "_kept", "awaited")
+    __slots__ = ("_array", "_buffer", "_kept", "answer_sums", "awaited", "verdict")
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.int32)
         self._array = self._buffer.numpy()
         self._kept: list[tuple[torch.Tensor, Work]] = []
         self.awaited: Work | None = None  # the answer's receive
+        self.answer_sums: list[Int64Array] = []  # [pairs] of what came in each turn
+        self.verdict: tuple[torch.Tensor, Work] | None = None
 
-    def fill(self, plan: DispatchPlan, rows: slice, num_pairs: int, step_id: int, words: Int32Array) -> torch.Tensor:
-        """Write the message for the plan's `rows`; `words` [num_tokens, row_words] is the batch."""
+    def fill(
+        self, plan: DispatchPlan, rows: slice, num_pairs: int, step_id: int, words: Int32Array, sums: Int64Array
+    ) -> torch.Tensor:
+        """Write the message for the plan's `rows` of the batch `words` [num_tokens, row_words], with its checksums."""
         num_rows, row_words = rows.stop - rows.start, words.shape[1]
         start = _rows_at(num_rows, plan.top_k)
         end = start + num_rows * row_words
@@ -268,11 +397,16 @@ class _Outbox:
             self._buffer = torch.empty(end, dtype=torch.int32)
             self._array = self._buffer.numpy()
         array = self._array
+        array[:_HEAD_WORDS] = 0
         array[:5] = (_MAGIC, num_rows, num_pairs, plan.layer_id, step_id & 0x7FFFFFFF)
+        slots_at = _HEAD_WORDS + 2 * num_rows
+        slots_end = slots_at + num_rows * plan.top_k
         if num_rows:
-            array[_HEAD_WORDS : _HEAD_WORDS + num_rows * plan.top_k] = plan.row_slot_ids[rows].reshape(-1)
-            gathered = array[start:end].reshape(num_rows, row_words)
-            words.take(plan.row_to_token[rows], axis=0, out=gathered, mode="clip")
+            tokens = plan.row_to_token[rows]
+            array[_HEAD_WORDS:slots_at].view(np.int64)[:] = sums[tokens]
+            array[slots_at:slots_end] = plan.row_slot_ids[rows].reshape(-1)
+            words.take(tokens, axis=0, out=array[start:end].reshape(num_rows, row_words), mode="clip")
+        array[_SUM_WORDS].view(np.int64)[:] = checksums(array[None, :slots_end])
         return self._buffer[:end]
 
     def sent(self, message: torch.Tensor, work: Work) -> None:
@@ -284,5 +418,24 @@ class _Outbox:
 
 
 def _rows_at(num_rows: int, top_k: int) -> int:
-    """Word at which the rows begin: behind head and slot ids, at a multiple of 64 bytes."""
-    return _HEAD_WORDS + (num_rows * top_k + 15) // 16 * 16
+    """Word at which the rows begin: behind head, checksums and slot ids, at a multiple of 64 bytes."""
+    return _HEAD_WORDS + (num_rows * (2 + top_k) + 15) // 16 * 16
+
+
+def _head_is_whole(words: Int32Array, num_rows: int, top_k: int, end: int) -> bool:
+    if num_rows < 0 or end > len(words):
+        return False
+    before = words[: _HEAD_WORDS + num_rows * (2 + top_k)].copy()
+    claimed = int(before[_SUM_WORDS].view(np.int64)[0])
+    before[_SUM_WORDS] = 0
+    return int(checksums(before[None])[0]) == claimed
+
+
+def _status_of(rows: torch.Tensor, words: Int32Array, claimed: Int64Array) -> int:
+    """See _HEAD_DAMAGED."""
+    sums = checksums(words)
+    if not np.array_equal(sums, claimed):
+        return 2 * (1 + int((sums != claimed).nonzero()[0][0]))
+    if not all_finite(rows):
+        return 2 * (1 + non_finite_rows(rows)[0]) + 1
+    return 0

@@ -25,6 +25,7 @@ from .epoch import Epoch, Member, StepHeader
 from .exchange import Exchange, LocalExchange, RowShape
 from .exchange_gloo import GlooExchange
 from .group import RendezvousStore, build_gloo, use_batch_scheduling
+from .guard import Guard, OnSuspect
 from .leader import BidPlaced, EpochInstalled, GraceOver, IssueHeader, Leader, LeaderEvent, StepDone
 from .placement import Placement
 from .step import Step
@@ -63,6 +64,10 @@ class _Prepared:
     rank: int
     exchange: Exchange
 
+    @property
+    def shard_ids(self) -> list[str]:
+        return [self.epoch.members[rank].member_id for rank in self.epoch.expert_ranks]
+
 
 class ClusterMesh:
     """One member. Attention members listen for those that they may lead; `member` says where."""
@@ -76,11 +81,13 @@ class ClusterMesh:
         shape: RowShape,
         options: MeshOptions,
         on_trouble: OnTrouble | None = None,
+        on_suspect: OnSuspect | None = None,  # engine thread: a shard whose rows are bad again and again
         listen: bool = True,
     ) -> None:
         use_batch_scheduling()
         self._experts, self._shape, self._options = experts, shape, options
         self._on_trouble = on_trouble
+        self.guard = Guard(on_suspect=on_suspect)
         self._on_header: OnHeader = _drop
         self._lock = threading.RLock()
         self._step_over = threading.Condition(self._lock)
@@ -168,6 +175,8 @@ class ClusterMesh:
             shape=self._shape,
             load=self._load if self._experts is not None else None,
             on_done=lambda error: self._step_done(prepared, header.step_id, error),
+            guard=self.guard,
+            shard_ids=prepared.shard_ids,
         )
         return self._step
 

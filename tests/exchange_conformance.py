@@ -128,4 +128,5 @@ def _check_step(rank: int, epoch: Epoch, exchange: Exchange, shape: RowShape, he
             assert returned.equal(x[token] * factor), f"{case.name}: layer {layer_id} came back wrong on rank {rank}"
             assert source_plan.num_pairs == int((ids >= 0).sum())
             pairs += source_plan.num_pairs
+    assert list(exchange.verify()) == []
     return pairs

@@ -24,7 +24,7 @@ class Cluster(process_world.ProcessWorld):
         super().__init__(mesh_worlds.member_process, len(roles), roles, exchange)
         self.roles = roles
         self.members = self.ask_all("member")
-        self.key = ""
+        self.key = self.leader_id = ""
 
     def ask(self, rank, method, *args):
         self.connections[rank].send((method, args))
@@ -53,7 +53,13 @@ class Cluster(process_world.ProcessWorld):
 
     def enter(self, epoch, ranks=None):
         assert self.ask_all("prepare", epoch, ranks=ranks) == [None] * len(epoch.members)
-        assert self.ask_all("commit", epoch.number, ranks=ranks) == [None] * len(epoch.members)
+        everybody = list(range(len(self.connections)) if ranks is None else ranks)
+        # The leader in force is told first: its last step ends before another member leads.
+        first = [r for r in everybody if self.members[r].member_id == self.leader_id]
+        assert self.ask_all("commit", epoch.number, ranks=first) == [None] * len(first)
+        others = [r for r in everybody if r not in first]
+        assert self.ask_all("commit", epoch.number, ranks=others) == [None] * len(others)
+        self.leader_id = epoch.members[epoch.leader_rank].member_id
 
     def submit_more(self, rank, batches):
         """Enough to be sure that some run in the epoch that was just committed."""
