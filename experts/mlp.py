@@ -1,12 +1,15 @@
 """The expert product of one shard: rows in, one unweighted row per (row, expert) out.
 
-Pairs are sorted by slot, every expert with rows gets a segment of at least `min_rows` rows (padding repeats a row
-and is dropped), then w13, silu_mul, w2. Only experts that have rows are touched: a segmented loop over them, or,
-where nearly all local experts have few rows each (decode of a small model), one batched product over all, which
-saves the loop. Both give the same bits: a pair's result depends on its row and its expert, not on the other rows,
-their order, the capacity or the number of local experts (`numerics.py`). There is never a loop over tokens. Planned
-with NumPy: a decode step's indices are a few hundred numbers, where a torch call costs more than the work."""
+On a GPU that the kernels serve, `device_experts.py` holds the experts and multiplies in a few launches without a host
+sync. Everywhere else, here: pairs are sorted by slot, every expert with rows gets a segment of at least `min_rows`
+rows (padding repeats a row and is dropped), then w13, silu_mul, w2. Only experts that have rows are touched: a
+segmented loop over them, or, where nearly all local experts have few rows each (decode of a small model), one batched
+product over all, which saves the loop. Both give the same bits: a pair's result depends on its row and its expert,
+not on the other rows, their order, the capacity or the number of local experts (`numerics.py`). There is never a loop
+over tokens. Planned with NumPy: a decode step's indices are a few hundred numbers, where a torch call costs more than
+the work."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +17,13 @@ import torch
 
 from ..checkpoint import Checkpoint, ProgressCallback, ProgressMeter
 from ..errors import EpochError
+from ..kernels.expert_layer import why_no_kernels
 from ..numerics import MAX_ROWS, Numerics, select_numerics, silu_mul
 from ..router.placement import Placement
+from .device_experts import DeviceExperts, PlacedExperts, expected_pairs
 from .weights import LayerExperts, expert_bytes_on_disk, expert_shapes, load_layer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,7 +31,8 @@ class ResidentPlacement:
     """What this rank holds under one placement version."""
 
     version: int
-    layers: dict[int, LayerExperts]  # by layer id, MoE layers only
+    ep_size: int
+    layers: dict[int, LayerExperts | PlacedExperts]  # by layer id, MoE layers only
 
 
 class LocalExpertMLP:
@@ -49,6 +57,12 @@ class LocalExpertMLP:
         )
         self._resident: dict[int, ResidentPlacement] = {}
         self._current: ResidentPlacement | None = None
+        self._on_device = _experts_on_device(checkpoint, dtype, torch.device(device))
+
+    @property
+    def graph_version(self) -> int:
+        """Changes when CUDA graphs captured with `forward` in them hold no longer."""
+        return 0 if self._on_device is None else self._on_device.graph_version
 
     def set_placement(self, placement: Placement, ep_rank: int) -> None:
         if placement.version in self._resident:
@@ -64,10 +78,10 @@ class LocalExpertMLP:
         meter = ProgressMeter(f"experts of ep_rank {ep_rank}", total, self.progress)
         layers = {layer_id: self._resident_or_loaded(layer_id, ids, meter) for layer_id, ids in wanted.items()}
         meter.finish()
-        made = ResidentPlacement(placement.version, layers)
+        made = ResidentPlacement(placement.version, placement.ep_size, layers)
         self._resident[placement.version] = made
         if self._current is None:
-            self._current = made
+            self._use(made)
 
     def use_placement(self, version: int) -> None:
         made = self._resident.get(version)
@@ -76,20 +90,24 @@ class LocalExpertMLP:
                 f"placement {version} is not resident here (resident: {sorted(self._resident)}); "
                 "prepare it with set_placement before the epoch is entered"
             )
-        self._current = made
+        self._use(made)
         for old in [v for v in self._resident if v < version]:
             del self._resident[old]
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of all resident experts, each tensor once."""
-        tensors = {t.data_ptr(): t for r in self._resident.values() for e in r.layers.values() for t in (e.w13, e.w2)}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
+        """Bytes of all resident experts, each tensor once; on a GPU free places too."""
+        held = [experts for resident in self._resident.values() for experts in resident.layers.values()]
+        pools = {id(e.pool): e.pool for e in held if isinstance(e, PlacedExperts)}
+        tensors = {t.data_ptr(): t for e in held if isinstance(e, LayerExperts) for t in (e.w13, e.w2)}
+        return sum(p.num_bytes for p in pools.values()) + sum(t.nbytes for t in tensors.values())
 
     @torch.inference_mode()
     def forward(self, layer_id: int, rows: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
         assert self._current is not None, "forward before any set_placement"
         experts = self._current.layers[layer_id]
+        if isinstance(experts, PlacedExperts):
+            return self._device_rows(layer_id, rows, slot_ids)
         plan = plan_segments(slot_ids.cpu().numpy(), experts.w13.shape[0], self.numerics.min_rows)
         if plan.num_pairs == 0:
             return rows.new_empty(0, rows.shape[1])
@@ -103,15 +121,54 @@ class LocalExpertMLP:
             out = _segmented_linear(hidden, experts.w2_t, plan)
         return out.index_select(0, torch.from_numpy(plan.result_rows).to(rows.device))
 
-    def _resident_or_loaded(self, layer_id: int, ids: tuple[int, ...], meter: ProgressMeter) -> LayerExperts:
+    def _device_rows(self, layer_id: int, rows: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
+        assert self._on_device is not None
+        assert self._current is not None
+        pairs = expected_pairs(slot_ids.shape[0], slot_ids.shape[1], self._current.ep_size)
+        if slot_ids.device == rows.device:
+            return self._on_device.rows(layer_id, rows, slot_ids, expected_pairs=pairs)
+        wanted = (slot_ids.flatten() >= 0).nonzero().flatten()  # ids on the host: so is the number of pairs
+        out = self._on_device.rows(layer_id, rows, slot_ids.to(rows.device), expected_pairs=pairs)
+        return out.flatten(0, 1).index_select(0, wanted.to(rows.device))
+
+    def _use(self, made: ResidentPlacement) -> None:
+        self._current = made
+        if self._on_device is not None:
+            self._on_device.use(_placed(made.layers))
+
+    def _resident_or_loaded(
+        self, layer_id: int, ids: tuple[int, ...], meter: ProgressMeter
+    ) -> LayerExperts | PlacedExperts:
         """A layer whose slots did not change shares the older placement's tensors."""
         resident = [r.layers[layer_id] for r in list(self._resident.values())]
         same = next((e for e in resident if e.logical_ids == ids), None)
         if same is not None:
             return same
+        if self._on_device is not None:
+            older = [e for e in resident if isinstance(e, PlacedExperts)]
+            return self._on_device.place(layer_id, ids, older, meter)
+        on_host = [e for e in resident if isinstance(e, LayerExperts)]
         return load_layer(
-            self.checkpoint, layer_id, ids, dtype=self.dtype, device=self.device, resident=resident, meter=meter
+            self.checkpoint, layer_id, ids, dtype=self.dtype, device=self.device, resident=on_host, meter=meter
         )
+
+
+def _experts_on_device(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> DeviceExperts | None:
+    """Where the kernels run; None elsewhere, said in the log if that was a GPU."""
+    config = checkpoint.config
+    if device.type != "cuda" or not config.moe_layer_ids:
+        return None
+    width, hidden = config.moe_intermediate_size, config.hidden_size
+    one = torch.empty((), dtype=dtype, device=device)  # sizes alone: every expert is a view of one number
+    reason = why_no_kernels(one.expand(1, 2 * width, hidden), one.expand(1, hidden, width))
+    if reason is None:
+        return DeviceExperts(checkpoint, dtype=dtype, device=device)
+    logger.warning("experts run in plain torch, much slower than the kernels and with a host sync: %s", reason)
+    return None
+
+
+def _placed(layers: dict[int, LayerExperts | PlacedExperts]) -> dict[int, PlacedExperts]:
+    return {layer_id: experts for layer_id, experts in layers.items() if isinstance(experts, PlacedExperts)}
 
 
 def _held(ids: list[int]) -> tuple[int, ...]:

@@ -25,7 +25,9 @@ class LocalExperts(Protocol):
 
     def forward(self, layer_id: int, rows: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
         """rows [R, hidden], slot_ids [R, top_k] int32 (-1 none) -> [num_pairs, hidden]: one unweighted row per (row, k)
-        with an id >= 0, in row-major (row, k) order, contiguous, rows' dtype. Reads `rows`, keeps no view of it."""
+        with an id >= 0, in row-major (row, k) order, contiguous, rows' dtype. Reads `rows`, keeps no view of it.
+        Ids on a GPU, where the host does not know the number of pairs: [R, top_k, hidden] instead, no host sync, and
+        what stands at pairs of -1 means nothing."""
         ...
 
 

@@ -1,0 +1,148 @@
+"""The experts of one rank in a GPU's memory: what `mlp.py` holds and calls where the kernels run.
+
+A layer's experts lie in a pool of places (`kernels/expert_pool.py`), a few more than the rank has slots. A new
+placement loads what is missing into places that no version uses, while older versions serve; entering it copies the
+new table slot -> place into the one that the kernels read, so no address changes and captured graphs stay good. Only a
+placement that exchanges more experts of a layer than places are free gets a new pool; `graph_version` then changes,
+and graphs captured before it hold no longer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..checkpoint import Checkpoint, ProgressMeter
+from ..kernels.expert_layer import ExpertLayer
+from ..kernels.expert_pool import ExpertPool
+from .weights import load_layer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlacedExperts:
+    """One layer under one placement."""
+
+    logical_ids: tuple[int, ...]  # expert in each slot, -1 = empty
+    pool: ExpertPool
+    place_of_slot: torch.Tensor  # [num_slots] int32 on the device, -1 = empty slot
+
+
+class DeviceExperts:
+    """`place` may run in a background thread; `use` and `rows` in the engine's."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_spare: int = 2,
+        kernels: str = "cuda",
+    ) -> None:
+        """`num_spare` places of each layer beyond its slots: so many experts of a layer may change at once."""
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self.num_spare, self.kernels = num_spare, kernels
+        self.graph_version = 0
+        self._maps: dict[int, torch.Tensor] = {}  # by layer: the table that the kernels read, slot -> place
+        self._used: Mapping[int, PlacedExperts] = {}
+        on_gpu = device.type == "cuda"
+        self._loading = torch.cuda.Stream(device) if on_gpu else None
+        self._entered = torch.cuda.Event() if on_gpu else None  # everything before it read older versions
+
+    def place(
+        self,
+        layer_id: int,
+        logical_ids: tuple[int, ...],
+        resident: Sequence[PlacedExperts],
+        meter: ProgressMeter | None = None,
+    ) -> PlacedExperts:
+        """Make these experts resident beside all of `resident` and return where they are."""
+        if self._loading is None or self._entered is None:
+            return self._place(layer_id, logical_ids, resident, meter)
+        self._loading.wait_event(self._entered)
+        with torch.cuda.stream(self._loading):
+            placed = self._place(layer_id, logical_ids, resident, meter)
+        self._loading.synchronize()
+        return placed
+
+    def use(self, layers: Mapping[int, PlacedExperts]) -> None:
+        """From here on `rows` reads these. Enqueued on the current stream; nothing waits."""
+        for layer_id, placed in layers.items():
+            before, table = self._used.get(layer_id), self._maps.get(layer_id)
+            num_slots = placed.place_of_slot.numel()
+            if before is None or table is None or before.pool is not placed.pool or table.numel() < num_slots:
+                self._maps[layer_id] = placed.place_of_slot.clone()
+                self.graph_version += before is not None
+                continue
+            table[:num_slots].copy_(placed.place_of_slot)
+            table[num_slots:].fill_(-1)
+        self._used = dict(layers)
+        if self._entered is not None:
+            self._entered.record()
+
+    def rows(
+        self, layer_id: int, rows: torch.Tensor, slot_ids: torch.Tensor, *, expected_pairs: float | None = None
+    ) -> torch.Tensor:
+        """rows [R, hidden], slot_ids [R, top_k] int32 on the device -> [R, top_k, hidden]; pairs of -1 hold nothing of
+        meaning. No host sync; capturable after one call with the same R."""
+        layer = self._used[layer_id].pool.layer
+        return layer.rows(rows, slot_ids, expert_map=self._maps[layer_id], expected_pairs=expected_pairs)
+
+    def _place(
+        self,
+        layer_id: int,
+        logical_ids: tuple[int, ...],
+        resident: Sequence[PlacedExperts],
+        meter: ProgressMeter | None,
+    ) -> PlacedExperts:
+        wanted = sorted({i for i in logical_ids if i >= 0})
+        pool, free = self._pool_with_room(wanted, resident)
+        if pool is None:
+            pool = self._new_pool(layer_id, wanted, resident, len(logical_ids) + self.num_spare, meter)
+            free = pool.free_places((), wanted)
+        for place, logical in zip(free, [i for i in wanted if i not in pool.logical_ids]):
+            older = next((r.pool for r in resident if logical in r.pool.logical_ids), None)
+            if older is None:
+                pool.put(place, logical, self._load(layer_id, logical, meter))
+            else:
+                pool.put(place, logical, older.layer, older.logical_ids.index(logical))
+        place_of_slot = [pool.logical_ids.index(i) if i >= 0 else -1 for i in logical_ids]
+        return PlacedExperts(logical_ids, pool, torch.tensor(place_of_slot, dtype=torch.int32, device=self.device))
+
+    def _new_pool(
+        self,
+        layer_id: int,
+        wanted: Sequence[int],
+        resident: Sequence[PlacedExperts],
+        num_places: int,
+        meter: ProgressMeter | None,
+    ) -> ExpertPool:
+        if resident:
+            return ExpertPool(resident[-1].pool.layer, num_places)
+        first = wanted[0] if wanted else 0
+        one = self._load(layer_id, first, meter)
+        pool = ExpertPool(one, num_places)
+        pool.put(0, first, one)
+        return pool
+
+    def _pool_with_room(
+        self, wanted: Sequence[int], resident: Sequence[PlacedExperts]
+    ) -> tuple[ExpertPool | None, list[int]]:
+        """A resident pool (newest first) that can take what it lacks without touching what any version reads."""
+        for placed in reversed(resident):
+            pool = placed.pool
+            read = {i for r in resident if r.pool is pool for i in r.logical_ids if i >= 0}
+            used = {p for p, held in enumerate(pool.logical_ids) if held in read}
+            free = pool.free_places(used, wanted)
+            if len([i for i in wanted if i not in pool.logical_ids]) <= len(free):
+                return pool, free
+        return None, []
+
+    def _load(self, layer_id: int, logical: int, meter: ProgressMeter | None) -> ExpertLayer:
+        one = load_layer(self.checkpoint, layer_id, [logical], dtype=self.dtype, device=self.device, meter=meter)
+        return ExpertLayer(one.w13, one.w2, kernels=self.kernels)
+
+
+def expected_pairs(num_rows: int, top_k: int, ep_size: int) -> float:
+    """Pairs among rows that this rank was sent because at least one of their experts is here, routing being even."""
+    here = 1 / ep_size
+    return num_rows * top_k * here / (1 - (1 - here) ** top_k)

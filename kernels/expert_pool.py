@@ -1,0 +1,54 @@
+"""Places for one layer's experts in the kernels' form: they come and go while others are being multiplied by.
+
+Why: a rebalance must change neither an address that a CUDA graph holds nor an expert that a running step reads. So a
+layer's tensors have a fixed number of places, a new expert goes into a free one, and which id means which place is
+the `expert_map` that the kernels read from device memory."""
+
+import copy
+import dataclasses
+from collections.abc import Collection, Sequence
+
+import torch
+
+from .expert_layer import ExpertLayer
+
+
+class ExpertPool:
+    """`num_places` experts of one form and size; a place holds one logical expert, or nothing of meaning (-1)."""
+
+    def __init__(self, template: ExpertLayer, num_places: int) -> None:
+        """`template` gives form and sizes; nothing of it is kept."""
+        self.layer = copy.copy(template)
+        self.layer.num_local_experts = num_places
+        self.logical_ids = [-1] * num_places
+        empty = {name: t.new_empty(num_places, *t.shape[1:]) for name, t in _tensors(template).items()}
+        if template.packed is None:
+            self.layer.natural = tuple(empty.get(str(i)) for i in range(len(template.natural)))  # type: ignore[assignment]
+        else:
+            self.layer.packed = dataclasses.replace(template.packed, **empty)  # type: ignore[type-var]
+
+    def put(self, place: int, logical_id: int, source: ExpertLayer, source_place: int = 0) -> None:
+        """Copy one expert of a layer of the same form into `place`, on the current stream."""
+        self.logical_ids[place] = -1  # holds neither the old nor the new one until all of it is there
+        theirs = _tensors(source)
+        for name, tensor in _tensors(self.layer).items():
+            tensor[place].copy_(theirs[name][source_place])
+        self.logical_ids[place] = logical_id
+
+    def free_places(self, used: Collection[int], wanted: Sequence[int]) -> list[int]:
+        """Places that nobody uses and that hold nothing wanted, empty ones first."""
+        free = [p for p, held in enumerate(self.logical_ids) if p not in used and (held < 0 or held not in wanted)]
+        return sorted(free, key=lambda p: self.logical_ids[p] >= 0)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in _tensors(self.layer).values())
+
+
+def _tensors(layer: ExpertLayer) -> dict[str, torch.Tensor]:
+    """What a layer stores, by name; every tensor's first axis is the expert."""
+    if layer.packed is None:
+        stored = {str(i): value for i, value in enumerate(layer.natural)}
+    else:
+        stored = {field.name: getattr(layer.packed, field.name) for field in dataclasses.fields(layer.packed)}
+    return {name: value for name, value in stored.items() if isinstance(value, torch.Tensor)}
