@@ -13,7 +13,7 @@ from typing import Any
 import redis
 
 HOST = "127.0.0.1"
-START_S = 30.0
+START_S = 60.0
 
 
 class ValkeyProcess:
@@ -57,6 +57,8 @@ class ValkeyProcess:
                 with self.client() as client:
                     if client.ping():
                         return
+            except redis.AuthenticationError:
+                return  # it answers, and asks for its password
             except (redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError):
                 if time.monotonic() > deadline or (self._process is not None and self._process.poll() is not None):
                     raise
@@ -128,12 +130,11 @@ def sentinel(folder: Path, name: str = "main") -> Iterator[tuple[ValkeyProcess, 
     """A primary, its replica, and a sentinel that promotes the replica when the primary is away for half a second."""
     nodes: list[ValkeyProcess] = []
     try:
-        primary = ValkeyProcess(folder / "primary")
+        primary = ValkeyProcess(folder / "primary", "--repl-diskless-sync-delay", "0")
         nodes.append(primary)
-        replica = ValkeyProcess(
-            folder / "replica", "--replicaof", HOST, str(primary.port), "--repl-diskless-sync-delay", "0"
-        )
+        replica = ValkeyProcess(folder / "replica", "--replicaof", HOST, str(primary.port))
         nodes.append(replica)
+        _wait(lambda: _is_synchronised(replica))
         config = (
             f"sentinel monitor {name} {HOST} {primary.port} 1\n"
             f"sentinel down-after-milliseconds {name} 500\n"
@@ -153,6 +154,11 @@ def _knows_cluster(node: ValkeyProcess, num_nodes: int) -> bool:
         info = client.execute_command("CLUSTER", "INFO")
     text = info if isinstance(info, dict) else dict(line.split(":") for line in info.decode().split())
     return text["cluster_state"] == "ok" and int(text["cluster_known_nodes"]) == num_nodes
+
+
+def _is_synchronised(replica: ValkeyProcess) -> bool:
+    with replica.client() as client:
+        return bool(client.info("replication").get("master_link_status") == "up")
 
 
 def _knows_replica(watcher: ValkeyProcess, name: str) -> bool:

@@ -74,6 +74,15 @@ async def test_the_same_request_committed_twice_counts_once(store):
     assert len((await store.get("s1")).turns) == 1
 
 
+async def test_a_commit_that_is_repeated_late_counts_once_whatever_came_after_it(store):
+    for i in range(3):
+        assert await store.commit("s1", i, turn(request_id=f"r{i}")) == i + 1
+    assert [await store.commit("s1", i, turn(request_id=f"r{i}")) for i in (0, 1, 2)] == [1, 2, 3]
+    with pytest.raises(SessionConflict):
+        await store.commit("s1", 1, turn(request_id="r0"))
+    assert [t.request_id for t in (await store.get("s1")).turns] == ["r0", "r1", "r2"]
+
+
 async def test_owners_do_not_see_each_other(store):
     await store.commit("s1", 0, turn(), owner="alice")
     with pytest.raises(NotFound):

@@ -70,6 +70,7 @@ class Gateway:
         )
         self._store = SessionStore(config.redis_url, ttl_s=config.session_ttl_s)
         self._journal = Journal(config.redis_url)
+        await self._store.check()
         self._tier = AttentionTier(
             gateway_id=self.gateway_id,
             cluster_token=network.cluster_token,

@@ -12,6 +12,7 @@ one round trip a step, whatever the number of streams. Both keys expire a short 
 import asyncio
 import contextlib
 import logging
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,11 @@ from .session import PREFIX
 MAX_BATCH = 1024  # appends in one pipeline
 _log = logging.getLogger(__name__)
 
-# KEYS meta, outputs; ARGV head, ttl ms. 1 = begun, 0 = there is one already.
+# KEYS meta, outputs; ARGV head, ttl ms, name of this beginning. 1 = begun (also when run twice), 0 = there is one.
 _BEGIN = """
+if redis.call('HGET', KEYS[1], 'begun') == ARGV[3] then return 1 end
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-redis.call('HSET', KEYS[1], 'head', ARGV[1], 'fence', 1)
+redis.call('HSET', KEYS[1], 'head', ARGV[1], 'fence', 1, 'begun', ARGV[3])
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return 1
 """
@@ -76,7 +78,8 @@ class Journal:
 
     async def begin(self, owner: str, request_id: str, head: bytes) -> bool:
         """Before any work. False: this owner has a journal of this name already."""
-        return bool(await self._connection.eval(_BEGIN, _keys(owner, request_id), (head, self._ttl_ms)))
+        arguments = (head, self._ttl_ms, secrets.token_hex(8))
+        return bool(await self._connection.eval(_BEGIN, _keys(owner, request_id), arguments))
 
     async def take(self, owner: str, request_id: str) -> Recorded:
         """Read it and, unless it has ended, become its author."""

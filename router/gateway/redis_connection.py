@@ -55,6 +55,8 @@ class RedisConnection:
         """The call's answer; whatever goes wrong with Redis is SessionStoreUnavailable."""
         try:
             async with asyncio.timeout(2 * self._timeout_s), self._slots:
+                if isinstance(self.client, redis.RedisCluster):
+                    await self.client.initialize()  # before it knows the slots, redis-py asks any node
                 return await call
         except RedisError as error:
             raise failure(error) from error
