@@ -25,6 +25,8 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(VENV)/bin/python .link/expe
 	@echo "setting up: runtime packages (once, a few minutes)"
 	$(PIP) torch==2.13.0
 	$(PIP) --editable .
+	$(PIP) transformers
+	$(PIP) --no-deps xgrammar apache-tvm-ffi  # the extra `structured` less triton
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.runtime

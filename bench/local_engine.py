@@ -12,6 +12,7 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..cluster.attention.engine import Engine, StepObserver
+from ..cluster.attention.grammar import GrammarCompiler
 from ..cluster.attention.runner import Runner
 from ..config import CacheConfig, SchedulerConfig
 from ..experts.mlp import LocalExpertMLP
@@ -66,6 +67,7 @@ class LocalEngine:
             max_model_len=config.max_position_embeddings,
             enable_prefix_cache=cache.enable_prefix_cache,
             observer=observer,
+            grammars=GrammarCompiler.for_checkpoint(checkpoint.folder, runner.vocab_size),
         )
         self.mesh.start(self.engine.on_header)
         self.streams: dict[str, Stream] = {}

@@ -52,6 +52,9 @@ class RequestOptions(Sampling, total=False):
     history: Literal["drop", "keep"] | None  # whether a session's later prompts keep old thinking
     tools: Sequence[Mapping[str, Any]]
     tool_choice: str | None  # auto, none, required, or a tool's name
+    json_schema: str | Mapping[str, Any]  # what the answer must be; one of these three
+    regex: str
+    choice: Sequence[str]
 
 
 class GenerateOptions(RequestOptions, total=False):
@@ -90,9 +93,25 @@ def make_request(messages: Messages = "", **options: Unpack[RequestOptions]) -> 
             request.tool_choice.CopyFrom(pb.ToolChoice(mode=mode, name=name))
         if token_ids := options.get("token_ids"):
             request.token_ids.ids.extend(token_ids)
+        if (response_format := _encode_format(options)) is not None:
+            request.response_format.CopyFrom(response_format)
     except (TypeError, ValueError) as error:
         raise InvalidRequest("request", str(error), "values of the types in expertmesh.proto") from None
     return request
+
+
+def _encode_format(options: Mapping[str, Any]) -> pb.ResponseFormat | None:
+    given = [name for name in ("json_schema", "regex", "choice") if options.get(name) is not None]
+    if len(given) > 1:
+        raise InvalidRequest(given[1], options[given[1]], f"unset beside {given[0]}")
+    match given:
+        case ["json_schema"]:
+            return pb.ResponseFormat(json_schema=_as_json(options["json_schema"]))
+        case ["regex"]:
+            return pb.ResponseFormat(regex=options["regex"])
+        case ["choice"]:
+            return pb.ResponseFormat(choice=pb.Choices(values=options["choice"]))
+    return None
 
 
 def _encode_sampling(options: Mapping[str, Any]) -> pb.SamplingOptions:

@@ -49,6 +49,7 @@ from ..telemetry import (
     configure,
 )
 from .attention.engine import Engine, StepStats
+from .attention.grammar import GrammarCompiler
 from .attention.runner import Runner
 from .request_spans import RequestSpans
 
@@ -119,6 +120,7 @@ class AttentionReplica:
             max_model_len=max_model_len,
             enable_prefix_cache=config.cache.enable_prefix_cache,
             observer=self._steps,
+            grammars=GrammarCompiler.for_checkpoint(checkpoint.folder, runner.vocab_size),
         )
         self._steps.watch(engine.load)
         self._mesh.start(engine.on_header)

@@ -1,33 +1,14 @@
 """The contract with a model that thinks and calls tools: real engine, real link, real gateway, on loopback."""
 
 import asyncio
-import contextlib
 import json
-from collections.abc import AsyncIterator
-from pathlib import Path
 
-import torch
+from demo_world import TOKENIZER, demo_world
 
-from expertmesh.checkpoint import Checkpoint
-from expertmesh.client import AnswerDelta, AsyncClient, ReasoningDelta, ToolCallDelta
-from expertmesh.cluster.attention.engine import Engine
-from expertmesh.cluster.attention.runner import Runner
-from expertmesh.config import CacheConfig, SchedulerConfig
-from expertmesh.experts.mlp import LocalExpertMLP
+from expertmesh.client import AnswerDelta, ReasoningDelta, ToolCallDelta
 from expertmesh.request import FinishReason
-from expertmesh.router.exchange import RowShape
 from expertmesh.router.gateway.generation import GenerationConfig
-from expertmesh.router.gateway.link import LinkServer
-from expertmesh.router.gateway.server import GatewayServer
-from expertmesh.router.gateway.tier import AttentionTier
-from expertmesh.router.gateway.tokenizer import Tokenizer
-from expertmesh.router.mesh import LocalMesh
-from expertmesh.router.placement import uniform
 
-CHECKPOINT = Path(__file__).resolve().parents[1] / "deploy" / "demo_model" / "checkpoint"
-TOKENIZER = Tokenizer.for_checkpoint(CHECKPOINT)
-MAX_MODEL_LEN = 1024
-TOKEN = "t"
 CALCULATOR = {
     "name": "calculator",
     "description": "Evaluate an arithmetic expression.",
@@ -37,41 +18,6 @@ CALCULATOR = {
         "required": ["expression"],
     },
 }
-
-
-@contextlib.asynccontextmanager
-async def demo() -> AsyncIterator[AsyncClient]:
-    """A gateway in front of the demo model in this process; ends with every KV block free."""
-    torch.set_num_threads(1)
-    checkpoint = Checkpoint(CHECKPOINT)
-    model = checkpoint.config
-    runner = Runner.load(checkpoint, CacheConfig(num_blocks=1024))
-    placement = uniform(model.num_layers, model.num_experts, 1, moe_layers=model.moe_layer_ids)
-    shape = RowShape(hidden_size=model.hidden_size, top_k=model.top_k, dtype=torch.float32)
-    mesh = LocalMesh(LocalExpertMLP(checkpoint), placement, shape)
-    link = LinkServer(replica_id="attention-0", max_model_len=MAX_MODEL_LEN, cluster_token=TOKEN)
-    engine = Engine(runner, mesh, scheduler=SchedulerConfig(), publish=link.publish, max_model_len=MAX_MODEL_LEN)
-    mesh.start(engine.on_header)
-    engine.start()
-    await link.start(engine)
-    tier = AttentionTier(gateway_id="g", cluster_token=TOKEN)
-    tier.set_replicas({link.replica_id: link.address})
-    await tier.wait_connected(10)
-    config = GenerationConfig(model="demo", max_model_len=MAX_MODEL_LEN, vocab_size=model.vocab_size)
-    server = GatewayServer(config, tokenizer=TOKENIZER, tier=tier)
-    try:
-        async with AsyncClient(await server.start()) as client:
-            yield client
-        await server.drain(5)
-        load = engine.load()
-        assert (load.num_running, load.num_waiting) == (0, 0)
-        assert load.num_free_kv_blocks == load.num_kv_blocks
-    finally:
-        await server.stop()
-        await tier.close()
-        await link.stop()
-        engine.stop()
-        mesh.close()
 
 
 async def read(stream) -> tuple[list[int], str, str, list[ToolCallDelta]]:
@@ -91,11 +37,11 @@ async def read(stream) -> tuple[list[int], str, str, list[ToolCallDelta]]:
 async def test_a_budget_is_exact_from_0_to_64():
     question = "What is 4821 + 377?"
     closing = TOKENIZER.encode(GenerationConfig(model="", max_model_len=1, vocab_size=1).closing_text)
-    async with demo() as client:
+    async with demo_world() as world:
 
         async def ask(budget: int | None):
             options = {} if budget is None else {"thinking_budget": budget}
-            stream = client.generate(question, include_token_ids=True, max_tokens=200, **options)
+            stream = world.client.generate(question, include_token_ids=True, max_tokens=200, **options)
             return await read(stream), stream.finished
 
         (free, thought, answer, _), _ = await ask(None)
@@ -116,9 +62,9 @@ async def test_a_budget_is_exact_from_0_to_64():
 
 
 async def test_a_tool_loop():
-    async with demo() as client:
+    async with demo_world() as world:
         messages = [{"role": "user", "content": "Use the calculator to compute 4821 + 377."}]
-        stream = client.generate(messages, tools=[CALCULATOR])
+        stream = world.client.generate(messages, tools=[CALCULATOR])
         _, thought, answer, calls = await read(stream)
         assert stream.finished.reason is FinishReason.TOOL_CALLS
         assert "".join(c.name for c in calls) == "calculator"
@@ -130,15 +76,15 @@ async def test_a_tool_loop():
             {"role": "assistant", "content": answer, "reasoning_content": thought, "tool_calls": [call]},
             {"role": "tool", "content": "5198"},
         ]
-        stream = client.generate(messages, tools=[CALCULATOR])
+        stream = world.client.generate(messages, tools=[CALCULATOR])
         assert "5198" in await stream.answer()
         assert stream.finished.reason is FinishReason.STOP
 
 
 async def test_a_named_call_is_made_whether_the_model_thinks_or_not():
-    async with demo() as client:
+    async with demo_world() as world:
         for thinking in ("off", None):
-            stream = client.generate(
+            stream = world.client.generate(
                 "Use the calculator to compute 31 + 8.",
                 tools=[CALCULATOR],
                 tool_choice="calculator",

@@ -198,7 +198,7 @@ def _largest_of_few(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, tor
     ids, order = ids.sort(dim=1)
     values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
     ids = ids.gather(1, order)
-    tied = values[:, count - 1] == values[:, count]
+    tied = (values[:, count - 1] == values[:, count]) & (values[:, count] > -torch.inf)  # masked ids are all the same
     values, ids = values[:, :count], ids[:, :count]
     if tied.any():
         sorted_values, sorted_ids = logits[tied].sort(dim=1, descending=True, stable=True)

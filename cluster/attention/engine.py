@@ -30,16 +30,19 @@ from ...errors import (
     ReplicaLost,
     Unavailable,
 )
-from ...request import EngineLoad, EngineRequest, FinishReason, RequestOutput
+from ...request import AnswerGrammar, EngineLoad, EngineRequest, FinishReason, RequestOutput
 from ...router.contracts import Mesh, StepContext
 from ...router.epoch import StepHeader
 from .batch import ScheduledTokens, StepBatch
+from .grammar import Compiled, GrammarCompiler, GrammarState
 from .kv_cache import KVCache
 from .runner import Runner, StepResult
 from .scheduler import Scheduler
 from .sequence import Sequence
 
 _log = logging.getLogger(__name__)
+_NOT_FINITE = "the model's output for this request is not finite; nothing of it was cached"
+_NO_TOKEN = "the model's output for this request is not finite, or its response_format allows no token here"
 
 Publish = Callable[[list[RequestOutput]], None]
 
@@ -83,7 +86,15 @@ class _Abort:
     request_id: str
 
 
-_Event = EngineRequest | StepHeader | _Abort | _Stop
+@dataclass(frozen=True, slots=True)
+class _Constrained:
+    """A request whose grammar is ready, or why it is not."""
+
+    request: EngineRequest
+    grammar: Compiled | ExpertMeshError
+
+
+_Event = EngineRequest | _Constrained | StepHeader | _Abort | _Stop
 
 
 @dataclass(slots=True)
@@ -113,12 +124,13 @@ class Engine:
         enable_prefix_cache: bool = True,
         clock: Callable[[], float] = time.time,
         observer: StepObserver | None = None,
+        grammars: GrammarCompiler | None = None,
         on_failure: Callable[[ExpertMeshError], None] | None = None,
     ) -> None:
         """`on_failure` is called once, from the engine thread, if that thread fails (not when it is stopped): the place
         to leave the mesh, whose other members may be waiting for this one in the middle of a step."""
         self._runner, self._mesh, self._publish, self._clock, self._observer = runner, mesh, publish, clock, observer
-        self._on_failure = on_failure
+        self._on_failure, self._grammars = on_failure, grammars
         cache = KVCache(runner.num_blocks, runner.block_size, enable_prefix_cache=enable_prefix_cache)
         self.scheduler = Scheduler(scheduler, cache, max_model_len=max_model_len)
         # Shared with callers, under the lock.
@@ -160,7 +172,22 @@ class Engine:
             self.scheduler.check_queue(self._num_incoming + self.scheduler.num_waiting)
             self._live_ids.add(request.request_id)
             self._num_incoming += 1
+        if request.grammar is None:
             self._events.put(request)
+        else:
+            self._compile(request, request.grammar)
+
+    def _compile(self, request: EngineRequest, grammar: AnswerGrammar) -> None:
+        """Queue the request when its grammar is compiled: no step waits for that."""
+        try:
+            if self._grammars is None:
+                raise InvalidRequest("response_format", grammar.kind, "unset: this replica takes no grammars")
+            self._grammars.compile(grammar, lambda ready: self._events.put(_Constrained(request, ready)))
+        except ExpertMeshError:
+            with self._lock:
+                self._live_ids.discard(request.request_id)
+                self._num_incoming -= 1
+            raise
 
     def abort(self, request_id: str) -> None:
         """End a request with CANCELLED; its blocks are free within a step. Unknown ids are ignored."""
@@ -202,6 +229,8 @@ class Engine:
 
     def stop(self, timeout_s: float = 30.0) -> None:
         """End the thread; requests still at hand end with UNAVAILABLE."""
+        if self._grammars is not None:
+            self._grammars.close()
         self._events.put(_Stop.STOP)
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
@@ -241,13 +270,24 @@ class Engine:
                 self._headers.append(event)
             case EngineRequest():
                 self._admit(event)
+            case _Constrained(request, grammar):
+                self._admit_constrained(request, grammar)
             case _Abort(request_id):
                 self._end_early(request_id, FinishReason.CANCELLED)
             case _Stop.STOP:
                 self._stopping = True
 
-    def _admit(self, request: EngineRequest) -> None:
-        sequence = Sequence.of(request, arrival=self._num_arrivals, arrived_at=self._clock())
+    def _admit_constrained(self, request: EngineRequest, grammar: Compiled | ExpertMeshError) -> None:
+        if request.request_id not in self._live_ids or isinstance(grammar, ExpertMeshError):
+            with self._lock:
+                self._num_incoming -= 1
+            if isinstance(grammar, ExpertMeshError) and request.request_id in self._live_ids:
+                self._answer(request.request_id, FinishReason.ERROR, grammar)
+            return
+        self._admit(request, grammar())
+
+    def _admit(self, request: EngineRequest, grammar: GrammarState | None = None) -> None:
+        sequence = Sequence.of(request, arrival=self._num_arrivals, arrived_at=self._clock(), grammar=grammar)
         self._num_arrivals += 1
         try:
             self.scheduler.add(sequence)
@@ -323,7 +363,7 @@ class Engine:
             if sequence.finish_reason is not FinishReason.NONE:
                 continue
             if not sampled.finite[row]:
-                error = ExpertMeshError("the model's output for this request is not finite; nothing of it was cached")
+                error = ExpertMeshError(_NOT_FINITE if sequence.grammar is None else _NO_TOKEN)
                 self._finish(sequence, FinishReason.ERROR, error)
                 continue
             token_id = sampled.token_ids[row]
@@ -349,7 +389,10 @@ class Engine:
 
     def _end_early(self, request_id: str, reason: FinishReason, error: ExpertMeshError | None = None) -> None:
         sequence = self.scheduler.get(request_id)
-        if sequence is not None and sequence.finish_reason is FinishReason.NONE:
+        if sequence is None:
+            if request_id in self._live_ids:  # its grammar is being compiled
+                self._answer(request_id, reason, error)
+        elif sequence.finish_reason is FinishReason.NONE:
             self._finish(sequence, reason, error)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: ExpertMeshError | None = None) -> None:

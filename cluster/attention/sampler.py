@@ -1,7 +1,7 @@
-"""Logits -> the next token of each row: penalties, greedy or drawn, forced tokens, log probabilities.
+"""Logits -> the next token of each row: penalties, grammar, greedy or drawn, forced tokens, log probabilities.
 
 Each row is decided from its own logits, parameters and tokens alone, whatever the batch. Order of the rules, that of
-transformers: penalties, temperature, top-k, top-p over what is left, min-p, draw (`draw.py`)."""
+transformers: penalties, the answer's grammar, temperature, top-k, top-p over what is left, min-p, draw (`draw.py`)."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -37,12 +37,13 @@ class Sampler:
         Log probabilities are those of the model's own distribution over the tokenizer's vocabulary: before penalties,
         temperature and truncation, whatever was drawn."""
         logits = logits[:, : self.vocab_size]
-        simple = all(is_simple(s.request.sampling) for s in sequences)
+        simple = all(s.grammar is None and is_simple(s.request.sampling) for s in sequences)
         wanted = [] if simple else [i for i, s in enumerate(sequences) if s.request.sampling.num_logprobs >= 0]
         unmodified = logits[wanted] if wanted else None
         if not simple:
             for row, sequence in enumerate(sequences):
                 _penalize(logits, row, sequence)
+                _constrain(logits, row, sequence)
         ids, maxima = _argmax(logits)
         finite = np.isfinite(maxima)
         if not simple:
@@ -100,6 +101,16 @@ def _penalize(logits: torch.Tensor, row: int, sequence: Sequence) -> None:
     if sequence.num_output_tokens < sampling.min_tokens:
         stops = [i for i in sampling.stop_token_ids if i < logits.shape[1]]
         logits[row, torch.tensor(stops, dtype=torch.int64, device=logits.device)] = -torch.inf
+
+
+def _constrain(logits: torch.Tensor, row: int, sequence: Sequence) -> None:
+    """Only what the answer's grammar allows; a token that the thinking budget forces is not asked about."""
+    if sequence.grammar is None or (sequence.thinking is not None and sequence.thinking.forced_id is not None):
+        return
+    mask = sequence.grammar.mask()
+    if mask is not None:
+        allowed = np.unpackbits(mask.view(np.uint8), count=logits.shape[1], bitorder="little")
+        logits[row].masked_fill_(torch.from_numpy(allowed == 0).to(logits.device), -torch.inf)
 
 
 def _logprobs(logits: torch.Tensor, token_ids: list[int], counts: list[int]) -> list[TokenLogprob]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...request import EngineRequest, FinishReason
+from .grammar import GrammarState
 from .kv_cache import BlockTable
 from .thinking import ThinkingState
 
@@ -26,6 +27,7 @@ class Sequence:
     num_tokens: int  # known
     table: BlockTable
     thinking: ThinkingState | None = None
+    grammar: GrammarState | None = None  # of the answer
     num_computed_tokens: int = 0  # in KV
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when first admitted
     num_preemptions: int = 0
@@ -34,16 +36,20 @@ class Sequence:
     finish_reason: FinishReason = field(default=FinishReason.NONE)
 
     @classmethod
-    def of(cls, request: EngineRequest, *, arrival: int = 0, arrived_at: float = 0.0) -> "Sequence":
+    def of(
+        cls,
+        request: EngineRequest,
+        *,
+        arrival: int = 0,
+        arrived_at: float = 0.0,
+        grammar: GrammarState | None = None,
+    ) -> "Sequence":
         num_prompt, num_output = len(request.prompt_ids), len(request.output_ids)
         token_ids = np.empty(num_prompt + num_output + 32, dtype=np.int64)
         token_ids[:num_prompt] = request.prompt_ids
         token_ids[num_prompt : num_prompt + num_output] = request.output_ids
         thinking = ThinkingState(request.thinking) if request.thinking is not None else None
-        if thinking is not None:
-            for token_id in request.output_ids:
-                thinking.accept(token_id)
-        return cls(
+        sequence = cls(
             request=request,
             arrival=arrival,
             arrived_at=arrived_at,
@@ -52,7 +58,11 @@ class Sequence:
             num_tokens=num_prompt + num_output,
             table=BlockTable(salt=request.prefix_salt),
             thinking=thinking,
+            grammar=grammar,
         )
+        for token_id in request.output_ids:
+            sequence._fold(token_id)
+        return sequence
 
     @property
     def request_id(self) -> str:
@@ -79,8 +89,16 @@ class Sequence:
             self.token_ids = grown
         self.token_ids[self.num_tokens] = token_id
         self.num_tokens += 1
+        self._fold(token_id)
+
+    def _fold(self, token_id: int) -> None:
+        """What the next token may be follows from those accepted."""
+        forced = False
         if self.thinking is not None:
+            forced = self.thinking.forced_id is not None
             self.thinking.accept(token_id)
+        if self.grammar is not None:
+            self.grammar.accept(token_id, forced=forced)
 
     def finish_after(self, token_id: int, *, forced: bool, max_model_len: int) -> FinishReason:
         """Why the sequence ends now that `token_id` is its last token; NONE = it goes on.

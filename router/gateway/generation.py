@@ -26,6 +26,7 @@ from .forced_call import call_beginning
 from .pending import PendingCommits
 from .plan import CLOSING_TEXT, GenerationConfig, GenerationPlan, turn_settings
 from .prompt import Prompts
+from .response_format import answer_grammar, check_format
 from .session import SessionRecord
 from .streaming import Generation, Shared
 from .tokenizer import Tokenizer
@@ -80,6 +81,7 @@ class Generations:
         """Check the request and make everything the engine needs; no work has started when this returns."""
         received_at = self._clock()
         validation.check_input(request)
+        check_format(request)
         stop = validation.stop_strings(request.sampling)
         tools = validation.tool_definitions(request.tools, request.tool_choice)
         turn = await self._open_turn(request, tools, owner)
@@ -89,11 +91,15 @@ class Generations:
         spliced = self._prompts.splice(turn.session, turn.settings)
         prompt_ids = await self._prompts.ids(request, turn.messages, turn.session, tools, turn.thinking, spliced)
         state = prompt_state(prompt_ids, self.tokenizer.special_ids)
+        grammar = await answer_grammar(
+            request, self.tokenizer, state, tools=bool(tools), vocab_size=self._prompts.vocab_size
+        )
         engine_request = EngineRequest(
             request_id=request.request_id or secrets.token_hex(12),
             prompt_ids=tuple(prompt_ids),
             sampling=self._sampling(request, len(prompt_ids)),
             thinking=self._budget(turn.thinking, state),
+            grammar=grammar,
             deadline=0.0 if remaining_s is None or request.resumable else self._wall_clock() + remaining_s,
             prefix_salt=prefix_salt(owner),
             traceparent=traceparent,
@@ -102,7 +108,7 @@ class Generations:
             request=engine_request,
             state=state,
             stop=stop,
-            strip_answer=request.HasField("chat"),
+            strip_answer=request.HasField("chat") and not request.HasField("response_format"),
             tools=bool(tools),
             forced_call=self._forced_call(request.tool_choice),
             include_token_ids=request.include_token_ids,

@@ -60,6 +60,7 @@ class Tokenizer:
         self.chat_template = _chat_template(self.folder, self._config)
         self.defaults = _defaults(generation)
         self.special_ids = self._find_special_ids(generation)
+        self.added_ids = frozenset(self._tokenizer.get_added_tokens_decoder())  # tokens that no text is encoded from
         self._pieces: dict[int, bytes] = {}
         self._texts: dict[int, str | None] = {}
 
