@@ -119,6 +119,10 @@ class AsyncStream(AsyncIterator[Event]):
     def finished(self) -> Finished | None:
         return self._route.finished
 
+    @property
+    def num_resumed(self) -> int:
+        return self._route.num_resumed
+
     async def __anext__(self) -> Event:
         while True:
             try:

@@ -126,6 +126,11 @@ class Stream(Iterator[Event]):
         """The last event, once it came."""
         return self._route.finished
 
+    @property
+    def num_resumed(self) -> int:
+        """Calls beyond the first that it took: gateways that were lost under it, and tries to find one."""
+        return self._route.num_resumed
+
     def __next__(self) -> Event:
         while True:
             try:

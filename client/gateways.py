@@ -124,6 +124,7 @@ class Route:
         """`next_offset` None: begin it; else it runs, or has run, and goes on with that event."""
         self.request = request
         self.finished: Finished | None = None
+        self.num_resumed = 0  # times that the stream went on in another call
         self._gateways, self._clock = gateways, clock
         self._deadline = None if timeout_s is None else clock() + timeout_s
         self._next_offset = next_offset  # of the first event that has not come; None = nothing is known to run
@@ -137,6 +138,7 @@ class Route:
         metadata = self._gateways.metadata("Generation")
         if self._next_offset is None:
             return self._gateways.method("Generation", "Generate")(self.request, timeout=timeout_s, metadata=metadata)
+        self.num_resumed += self.finished is None and bool(self._num_failed)
         resume = pb.ResumeRequest(request_id=self.request.request_id, from_offset=self._next_offset)
         return self._gateways.method("Generation", "Resume")(resume, timeout=timeout_s, metadata=metadata)
 
