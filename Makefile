@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-gpu lint format parity bench memory prefix preemption idle eval-demo \
+.PHONY: demo test test-gpu lint format parity bench memory prefix preemption bit-flips idle eval-demo \
   served-equals-offline proto setup clean
 
 setup: $(VENV)/.runtime
@@ -71,6 +71,10 @@ proto: $(VENV)/.test
 
 parity preemption prefix memory: $(VENV)/.test
 	$(PY) -m expertmesh.bench.$@
+
+# Bits turned over in exchanged rows and in expert weights: none silent, no token changed.
+bit-flips: $(VENV)/.test
+	$(PY) -m expertmesh.bench.bit_flips
 
 bench: $(VENV)/.test
 	$(PY) -m expertmesh.bench.serve

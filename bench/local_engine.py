@@ -18,7 +18,7 @@ from ..config import CacheConfig, SchedulerConfig
 from ..experts.mlp import LocalExpertMLP
 from ..request import EngineRequest, FinishReason, RequestOutput
 from ..router.exchange import RowShape
-from ..router.mesh import LocalMesh
+from ..router.mesh import ClusterMesh, LocalMesh
 from ..router.placement import uniform
 
 
@@ -48,17 +48,13 @@ class LocalEngine:
         scheduler: SchedulerConfig | None = None,
         batch_invariant: bool = True,
         observer: StepObserver | None = None,
+        mesh: ClusterMesh | None = None,  # experts elsewhere
     ) -> None:
         scheduler = scheduler or SchedulerConfig()
         checkpoint = Checkpoint(folder)
         config = checkpoint.config
         runner = Runner.load(checkpoint, cache, batch_invariant=batch_invariant)
-        placement = uniform(config.num_layers, config.num_experts, 1, moe_layers=config.moe_layer_ids)
-        shape = RowShape(hidden_size=config.hidden_size, top_k=config.top_k, dtype=torch.float32)
-        experts = LocalExpertMLP(checkpoint) if config.num_experts else None
-        self.mesh = LocalMesh(
-            experts, placement, shape, max_prefill_tokens_per_step=scheduler.max_prefill_tokens_per_step
-        )
+        self.mesh = mesh or _alone(checkpoint, scheduler)
         self.engine = Engine(
             runner,
             self.mesh,
@@ -124,3 +120,15 @@ class LocalEngine:
                     stream.end = output
             self._num_steps += 1
             self._changed.notify_all()
+
+
+def _alone(checkpoint: Checkpoint, scheduler: SchedulerConfig) -> LocalMesh:
+    """A mesh of one, with all experts."""
+    config = checkpoint.config
+    placement = uniform(config.num_layers, config.num_experts, 1, moe_layers=config.moe_layer_ids)
+    return LocalMesh(
+        LocalExpertMLP(checkpoint) if config.num_experts else None,
+        placement,
+        RowShape(hidden_size=config.hidden_size, top_k=config.top_k, dtype=torch.float32),
+        max_prefill_tokens_per_step=scheduler.max_prefill_tokens_per_step,
+    )

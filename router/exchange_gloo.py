@@ -406,7 +406,8 @@ class _Outbox:
             array[_HEAD_WORDS:slots_at].view(np.int64)[:] = sums[tokens]
             array[slots_at:slots_end] = plan.row_slot_ids[rows].reshape(-1)
             words.take(tokens, axis=0, out=array[start:end].reshape(num_rows, row_words), mode="clip")
-        array[_SUM_WORDS].view(np.int64)[:] = checksums(array[None, :slots_end])
+        array[slots_end:start] = 0
+        array[_SUM_WORDS].view(np.int64)[:] = checksums(array[None, :start])
         return self._buffer[:end]
 
     def sent(self, message: torch.Tensor, work: Work) -> None:
@@ -423,9 +424,10 @@ def _rows_at(num_rows: int, top_k: int) -> int:
 
 
 def _head_is_whole(words: Int32Array, num_rows: int, top_k: int, end: int) -> bool:
+    """Everything before the rows, padding included: no bit of a message is unchecked."""
     if num_rows < 0 or end > len(words):
         return False
-    before = words[: _HEAD_WORDS + num_rows * (2 + top_k)].copy()
+    before = words[: _rows_at(num_rows, top_k)].copy()
     claimed = int(before[_SUM_WORDS].view(np.int64)[0])
     before[_SUM_WORDS] = 0
     return int(checksums(before[None])[0]) == claimed

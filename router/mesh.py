@@ -16,6 +16,7 @@ from time import monotonic
 
 import numpy as np
 import numpy.typing as npt
+from torch.distributed import ProcessGroup
 
 from ..config import ClusterConfig, ExchangeConfig
 from ..errors import EpochError, ExpertMeshError, ReplicaLost
@@ -435,15 +436,19 @@ class ClusterMesh:
         if len(epoch.members) == 1:
             return LocalExchange()
         options = self._options.exchange
-        group = build_gloo(epoch, rank, interface=self._options.interface, timeout_s=options.epoch_timeout_s)
         return GlooExchange(
-            group,
+            self._build_group(epoch, rank),
             epoch,
             rank,
             self._shape,
             timeout_base_s=options.timeout_base_s,
             timeout_per_row_s=options.timeout_per_row_s,
         )
+
+    def _build_group(self, epoch: Epoch, rank: int) -> ProcessGroup:
+        """The wire; fault injection puts another one here (`bench/bit_flips.py`)."""
+        timeout_s = self._options.exchange.epoch_timeout_s
+        return build_gloo(epoch, rank, interface=self._options.interface, timeout_s=timeout_s)
 
     def _connect(self, leader: Member) -> None:
         with self._lock:

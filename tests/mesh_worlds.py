@@ -5,6 +5,7 @@ import collections
 import os
 import pickle
 import queue
+import random
 import signal
 import threading
 from multiprocessing.connection import Connection
@@ -12,11 +13,13 @@ from typing import Any
 
 import torch
 
+from expertmesh.bench.flipping_wire import Flip, FlippingMesh
 from expertmesh.cluster.member_agent import MemberAgent
 from expertmesh.config import ExchangeConfig
-from expertmesh.errors import ExpertMeshError, Unavailable
+from expertmesh.errors import ExpertMeshError, GuardError, Unavailable
 from expertmesh.router.epoch import Epoch, Member, StepHeader
 from expertmesh.router.exchange import RowShape
+from expertmesh.router.guard import BadRow
 from expertmesh.router.mesh import ClusterMesh, MeshOptions
 from expertmesh.router.placement import Placement, uniform
 
@@ -96,7 +99,13 @@ class MemberProcess:
     the steps that headers name."""
 
     def __init__(
-        self, rank: int, connection: Connection, roles: str, exchange: ExchangeConfig, name: str = "member"
+        self,
+        rank: int,
+        connection: Connection,
+        roles: str,
+        exchange: ExchangeConfig,
+        name: str = "member",
+        mesh_type: type[ClusterMesh] = ClusterMesh,
     ) -> None:
         self.connection = connection
         self.headers = queue.SimpleQueue[StepHeader | str]()  # or "end", or "work": look for batches
@@ -106,8 +115,9 @@ class MemberProcess:
         self.troubles: list[str] = []
         self.steps_served: collections.Counter[int] = collections.Counter()  # by epoch
         self.dies = False
+        self.seen: list[tuple[int, BadRow]] = []  # (step id, what its guard named)
         role = roles[rank]
-        self.mesh = ClusterMesh(
+        self.mesh = mesh_type(
             f"{name}{rank}#0",
             attention=role in "ab",
             experts=TinyExperts() if role in "eb" else None,
@@ -163,6 +173,12 @@ class MemberProcess:
         version, rows = self.mesh.load()
         return dict(self.steps_served), self.troubles, version, int(rows.sum())
 
+    def guarded(self) -> list[tuple[int, BadRow]]:
+        return self.seen
+
+    def flips(self) -> list[Flip]:
+        return self.mesh.wire.flips
+
     def _engine(self) -> None:
         while (header := self.headers.get()) != "end":
             if isinstance(header, StepHeader):
@@ -187,11 +203,20 @@ class MemberProcess:
         except (ExpertMeshError, RuntimeError) as error:
             if batch is not None:  # as an engine does: the same batch runs again
                 self.batches.appendleft(batch)
+            if isinstance(error, GuardError):
+                self.seen += [(error.step_id, row) for row in error.bad]
             self.outputs.put((batch[0] if batch else -1, f"{type(error).__name__}: {error}", header.epoch))
 
 
 def member_process(rank: int, connection: Connection, roles: str, exchange: ExchangeConfig) -> None:
     MemberProcess(rank, connection, roles, exchange).run()
+
+
+def flipping_process(rank: int, connection: Connection, roles: str, exchange: ExchangeConfig, rate: float) -> None:
+    """A member on a wire that turns bits over in so large a part of its messages."""
+    process = MemberProcess(rank, connection, roles, exchange, mesh_type=FlippingMesh)
+    process.mesh.rate, process.mesh.generator = rate, random.Random(rank)
+    process.run()
 
 
 class CallByTcp:
