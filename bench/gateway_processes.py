@@ -4,6 +4,7 @@ The engine is the demo model, whole, in one process behind the real link. Proces
 the imports and the tokenizer, so that a gateway is up in a fraction of a second."""
 
 import asyncio
+import logging
 import multiprocessing as mp
 import os
 import signal
@@ -93,6 +94,7 @@ def _serve_gateway(pipe: Connection, plan: GatewayPlan) -> None:
 
 
 async def _gateway(pipe: Connection, plan: GatewayPlan) -> None:
+    logging.disable(logging.WARNING)  # that Redis is away is what the runs are about; a lost turn is an error
     tier = AttentionTier(gateway_id=f"gateway-{os.getpid()}", cluster_token=plan.cluster_token)
     tier.set_replicas({"attention-0": plan.link_address})
     await tier.wait_connected(START_S)
