@@ -1,0 +1,230 @@
+"""`make chaos`: streams through a cluster whose processes are killed and stopped every few seconds.
+
+The demo model on three Ray nodes of this host (each with a loopback address of its own): 2 attention replicas, 4 shards
+with a redundant copy of every expert, a gateway on each node, Redis with persistence. First every request runs
+undisturbed; then the same requests run again and again, 32 at a time, while a seeded series of faults strikes. Held to:
+every stream completes, token by token what the undisturbed run said, and afterwards nothing is left over.
+
+    python -P -m expertmesh.bench.chaos [--minutes 8] [--streams 500] [--seed 1] [--only shard-kill,...]
+
+Exits 1 where it falls short; the last line is one JSON object of figures."""
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..client import AnswerDelta, AsyncClient, ReasoningDelta, ToolCallDelta
+from ..errors import ExpertMeshError
+from .chaos_faults import FAULTS, Fault, FaultReport
+from .chaos_world import HANG_S, ChaosWorld, leftovers, processes_now
+
+CONCURRENCY = 32
+NUM_REQUESTS = 64
+PAUSE_S = (2.0, 5.0)  # between two faults
+STREAM_TIMEOUT_S = 180.0
+LIMITS = {"kill_p50_s": 0.5, "kill_p99_s": 2.0, "stop_s": HANG_S + 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request that may be made again and says the same."""
+
+    text: str
+    thinking: str
+    temperature: float
+    seed: int
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one stream said, and when its tokens came."""
+
+    token_ids: list[int] = field(default_factory=list)
+    came_at: list[float] = field(default_factory=list)
+    began_at: float = 0.0
+    error: str = ""
+
+    def pause_around(self, moment: float) -> float | None:
+        """The longest wait that ended in the five seconds after `moment`; None where no token was due."""
+        gaps = [b - a for a, b in zip(self.came_at, self.came_at[1:], strict=False) if b > moment and a < moment + 5.0]
+        return max(gaps, default=None)
+
+
+def asks(seed: int, count: int = NUM_REQUESTS) -> list[Ask]:
+    """Questions that the demo model thinks about, half of them sampled with a seed."""
+    draw = random.Random(seed)
+    return [
+        Ask(
+            f"What is {draw.randint(10, 9999)} {draw.choice('+-')} {draw.randint(10, 9999)}?",
+            draw.choice(("on", "on", "on", "off")),
+            draw.choice((0.0, 0.9)),
+            i,
+        )
+        for i in range(count)
+    ]
+
+
+async def run_stream(client: AsyncClient, ask: Ask) -> Outcome:
+    outcome = Outcome(began_at=time.monotonic())
+    try:
+        stream = client.generate(
+            ask.text,
+            thinking=ask.thinking,  # type: ignore[arg-type]
+            temperature=ask.temperature,
+            seed=ask.seed,
+            max_tokens=400,
+            include_token_ids=True,
+            resumable=True,
+            timeout_s=STREAM_TIMEOUT_S,
+        )
+        async for event in stream:
+            if isinstance(event, AnswerDelta | ReasoningDelta | ToolCallDelta):
+                outcome.token_ids += event.token_ids
+                outcome.came_at += [time.monotonic()] * len(event.token_ids)
+        if stream.finished is None:
+            outcome.error = "the stream ended without a last event"
+    except ExpertMeshError as error:
+        outcome.error = f"{type(error).__name__}: {error}"
+    return outcome
+
+
+async def strike(world: ChaosWorld, draw: random.Random, faults: Sequence[Fault], ends_at: float) -> list[FaultReport]:
+    """Fault after fault until `ends_at`; each kind once in a random order before any comes again."""
+    reports: list[FaultReport] = []
+    deck: list[Fault] = []
+    while time.monotonic() < ends_at:
+        await asyncio.sleep(draw.uniform(*PAUSE_S))
+        if not deck:
+            deck = draw.sample(list(faults), len(faults))
+        fault = deck.pop()
+        report = await asyncio.to_thread(fault.strike, world, draw)
+        reports.append(report)
+        say(f"{report}")
+    return reports
+
+
+async def run(arguments: argparse.Namespace, world: ChaosWorld) -> dict[str, Any]:
+    draw = random.Random(arguments.seed)
+    wanted = asks(arguments.seed)
+    faults = [f for f in FAULTS if not arguments.only or f.name in arguments.only.split(",")]
+    async with AsyncClient(world.gateways) as client:
+        limit = asyncio.Semaphore(CONCURRENCY)
+
+        async def limited(ask: Ask) -> Outcome:
+            async with limit:
+                return await run_stream(client, ask)
+
+        began_at = time.monotonic()
+        truth = await asyncio.gather(*map(limited, wanted))
+        if failed := [o.error for o in truth if o.error]:
+            raise SystemExit(f"undisturbed streams failed: {failed[0]}")
+        num_tokens = sum(len(o.token_ids) for o in truth)
+        say(f"undisturbed: {len(truth)} streams, {num_tokens} tokens in {time.monotonic() - began_at:.1f} s")
+        ends_at = time.monotonic() + 60.0 * arguments.minutes
+        striking = asyncio.create_task(strike(world, draw, faults, ends_at))
+        outcomes: list[tuple[int, Outcome]] = []
+
+        async def worker() -> None:
+            while time.monotonic() < ends_at or len(outcomes) + CONCURRENCY <= arguments.streams:
+                index = draw.randrange(len(wanted))
+                outcomes.append((index, await run_stream(client, wanted[index])))
+
+        await asyncio.gather(*(worker() for _ in range(CONCURRENCY)))
+        reports = await striking
+    broken = [(i, o) for i, o in outcomes if o.error]
+    other = [(i, o) for i, o in outcomes if not o.error and o.token_ids != truth[i].token_ids]
+    for index, outcome in broken[:5] + other[:5]:
+        say(f"stream of {wanted[index]}: {outcome.error or 'other tokens'} ({len(outcome.token_ids)} tokens)")
+    return {
+        "streams": len(outcomes),
+        "complete": len(outcomes) - len(broken),
+        "identical": len(outcomes) - len(broken) - len(other),
+        "tokens": sum(len(o.token_ids) for _, o in outcomes),
+        "faults": {f.name: sum(r.fault == f.name for r in reports) for f in faults},
+        "pauses": pauses(reports, [o for _, o in outcomes]),
+    }
+
+
+def pauses(reports: Sequence[FaultReport], outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
+    """By kind of fault: the longest wait of any stream around each strike, median and 99th percentile over strikes."""
+    found: dict[str, list[float]] = {}
+    for report in reports:
+        if report.at is None:
+            continue
+        waits = [p for o in outcomes if (p := o.pause_around(report.at)) is not None]
+        if waits:
+            found.setdefault(report.fault, []).append(max(waits))
+    return {
+        name: {
+            "n": len(waits),
+            "p50_s": round(statistics.median(waits), 3),
+            "p99_s": round(sorted(waits)[min(len(waits) - 1, int(0.99 * len(waits)))], 3),
+        }
+        for name, waits in found.items()
+    }
+
+
+def verdict(figures: dict[str, Any], streams: int) -> list[str]:
+    """What falls short. Pauses are goals: reported, and named here only as such by `goals_missed`."""
+    wrong = []
+    if figures["streams"] < streams:
+        wrong.append(f"{figures['streams']} streams ran, {streams} were wanted")
+    if figures["complete"] < figures["streams"]:
+        wrong.append(f"{figures['streams'] - figures['complete']} streams did not complete")
+    if figures["identical"] < figures["complete"]:
+        wrong.append(f"{figures['complete'] - figures['identical']} streams said other tokens")
+    if figures["left"]:
+        wrong.append(f"left over: {figures['left']}")
+    return wrong
+
+
+def goals_missed(figures: dict[str, Any]) -> list[str]:
+    missed = []
+    kill, stop = figures["pauses"].get("shard-kill"), figures["pauses"].get("shard-stop")
+    if kill and kill["p50_s"] > LIMITS["kill_p50_s"]:
+        missed.append(f"pause of a shard's SIGKILL p50 {kill['p50_s']} s, goal {LIMITS['kill_p50_s']} s")
+    if kill and kill["p99_s"] > LIMITS["kill_p99_s"]:
+        missed.append(f"pause of a shard's SIGKILL p99 {kill['p99_s']} s, goal {LIMITS['kill_p99_s']} s")
+    if stop and stop["p99_s"] > LIMITS["stop_s"]:
+        missed.append(f"pause of a shard's SIGSTOP {stop['p99_s']} s, goal {LIMITS['stop_s']} s")
+    return missed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8.0, help="of faults")
+    parser.add_argument("--streams", type=int, default=500, help="at least so many")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", default="", metavar="FAULT,...", help=f"of {', '.join(f.name for f in FAULTS)}")
+    arguments = parser.parse_args()
+    before = processes_now()
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, ChaosWorld(Path(folder), say) as world:
+        figures = asyncio.run(run(arguments, world))
+        figures["left"] = world.not_settled()
+    figures["left"] += leftovers(before)
+    figures["seed"], figures["hang_deadline_s"] = arguments.seed, HANG_S
+    wrong = verdict(figures, arguments.streams)
+    figures["goals_missed"] = goals_missed(figures)
+    for line in wrong:
+        say(f"FALLS SHORT: {line}")
+    for line in figures["goals_missed"]:
+        say(f"goal missed: {line}")
+    print(json.dumps(figures), flush=True)
+    return 1 if wrong else 0
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
