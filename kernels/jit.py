@@ -26,7 +26,7 @@ import torch
 from ..errors import KernelError
 from . import wgmma
 
-SUPPORTED_ARCHS = ("sm_80", "sm_90a", "sm_100a")  # what the CPU checks compile for
+SUPPORTED_ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a")  # what the CPU checks compile for
 _DIRECTORY = Path(__file__).parent
 _INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"', re.MULTILINE)
 _COMMON_FLAGS = ("--std=c++17", "--ptxas-options=-v")

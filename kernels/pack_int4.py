@@ -60,11 +60,11 @@ def from_gptq(
             )
     q = _nibbles(qweight).permute(0, 2, 1).reshape(in_features, out_features)
     zeros = _nibbles(qzeros).flatten(1) + 1 & 15
-    return _plain(q.T, scales.T, zeros.T)
+    return _plain(q.T, scales.T, None if bool((zeros == 8).all()) else zeros.T)
 
 
 def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> Int4Matrix:
-    """AWQ's three tensors of one linear layer."""
+    """AWQ's three tensors of one linear layer; always with zero points, so that all experts have one form."""
     in_features, out_features = qweight.shape[0], 8 * qweight.shape[1]
     _check_groups("AWQ", in_features, out_features, scales, qzeros, qweight.shape[1])
     place = torch.tensor([AWQ_ORDER.index(c) for c in range(8)], device=qweight.device)
@@ -135,9 +135,8 @@ def _nibbles(words: torch.Tensor) -> torch.Tensor:
     return unpack_nibbles(words.contiguous().view(torch.uint8)).unflatten(-1, (-1, 8))
 
 
-def _plain(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Int4Matrix:
-    symmetric = bool((zeros == 8).all())
-    return Int4Matrix(pack_nibbles(q.contiguous()), scales.contiguous(), None if symmetric else zeros.contiguous())
+def _plain(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> Int4Matrix:
+    return Int4Matrix(pack_nibbles(q.contiguous()), scales.contiguous(), None if zeros is None else zeros.contiguous())
 
 
 def _join(parts: list[Int4Matrix], how: Callable[[list[torch.Tensor]], torch.Tensor]) -> Int4Matrix:

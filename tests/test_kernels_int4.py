@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from expertmesh.errors import KernelError
-from expertmesh.kernels import pack_int4, reference
+from expertmesh.kernels import jit, pack_int4, reference
+from expertmesh.kernels.expert_layer import ExpertLayer
+from expertmesh.kernels.grouped_gemm_mma import SHARED_BYTES, choose_mma_plan
 from expertmesh.kernels.pack_int4 import AWQ_ORDER, Int4Matrix, dequantize_int4, from_awq, from_gptq, random_int4
 from expertmesh.kernels.pack_mma import pack_mma, unpack_mma
 
@@ -37,7 +39,7 @@ def test_checkpoint_tensors_come_back_as_the_weights_they_stand_for(kind, symmet
     zeros = torch.full((2, outputs), 8) if symmetric else torch.randint(0, 16, (2, outputs), generator=generator)
     scales = (torch.rand(2, outputs, generator=generator) * 0.01).half()
     made = from_gptq(*gptq_tensors(q, zeros, scales)) if kind == "gptq" else from_awq(*awq_tensors(q, zeros, scales))
-    assert (made.zeros is None) == symmetric
+    assert (made.zeros is None) == (symmetric and kind == "gptq")
     expected = torch.empty(outputs, inputs, dtype=torch.float64)
     for i in range(inputs):
         for o in range(outputs):
@@ -116,9 +118,70 @@ def test_a_lane_finds_its_fragment_in_sixteen_bytes():
             assert word >> (4 * register) & 0x000F000F == int(q[row, column]) | int(q[row, column + 1]) << 16
 
 
+def test_an_e4m3_lane_finds_the_bytes_of_a_register_sixteen_bits_apart():
+    """w2, output row 16 + g (+ 8): register 0 and 2 widen bytes 0 and 2 of a word, 1 and 3 its bytes 1 and 3."""
+    w13, w2, *scales = layer("w8a16", 128, 128)
+    block = pack_mma(w13, w2, *scales).w2[0, 0, 0]
+    raw = w2.view(torch.uint8)[0]
+    g, t = 2, 1
+    vector = block[: 4 * 4 * 512].view(4, 4, 32, 2, 8)[1, 3, 4 * g + t]  # 16 outputs, vector, lane, step, byte
+    for step in range(2):
+        for register in range(4):
+            row, column = 16 + g + 8 * (register & 1), 16 * (6 + step) + 8 * (register >> 1) + 2 * t
+            first = 4 * (register >> 1) + (register & 1)
+            assert vector[step, [first, first + 2]].tolist() == raw[row, [column, column + 1]].tolist()
+
+
 def test_int4_reference_is_the_product_of_the_dequantised_weights():
     w13, w2 = random_int4(3, 128, 128, zeros=True)
     x, ids = torch.randn(6, 128), torch.tensor([[0, -1], [2, 1], [1, 0], [-1, -1], [2, 0], [1, 2]], dtype=torch.int32)
     plain = [dequantize_int4(w, torch.float64) for w in (w13, w2)]
     expected = reference.expert_rows(x, ids, *plain, dtype=torch.float64)
     assert torch.equal(pack_int4.expert_rows_int4(x, ids, w13, w2, dtype=torch.float64), expected)
+
+
+# ------------------------------------------------------------------------------------------------- plans, compilation
+CAPABILITIES = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90a": (9, 0), "sm_100a": (10, 0)}
+
+
+def test_the_torch_path_takes_every_form():
+    x, ids = (
+        torch.randn(5, 256).bfloat16(),
+        torch.tensor([[0, 2], [1, -1], [2, 2], [-1, -1], [0, 1]], dtype=torch.int32),
+    )
+    w13, w2 = random_int4(3, 256, 128)
+    expected = pack_int4.expert_rows_int4(x, ids, w13, w2, dtype=torch.float64)
+    got = ExpertLayer(w13, w2, kernels="torch").rows(x, ids).double()
+    assert (got - expected).norm() < 4e-3 * expected.norm()
+    (q13, s13), (q2, s2) = (reference.quantize_blocks(dequantize_int4(w)) for w in (w13, w2))
+    plain = [reference.dequantize_blocks(q, s, dtype=torch.float64) for q, s in ((q13, s13), (q2, s2))]
+    expected = reference.expert_rows(x, ids, *plain, dtype=torch.float64)
+    got = ExpertLayer(q13, q2, s13, s2, kernels="torch", form="w8a16").rows(x, ids).double()
+    assert (got - expected).norm() < 4e-3 * expected.norm()
+    with pytest.raises(KernelError, match="int4, not as w8a16"):
+        ExpertLayer(w13, w2, form="w8a16")
+
+
+@pytest.mark.parametrize("arch", jit.SUPPORTED_ARCHS)
+def test_plans_fit_the_shared_memory_of_every_architecture(arch):
+    limit = SHARED_BYTES.get(CAPABILITIES[arch], 227 << 10)
+    for form in ("bf16", "w8a16", "int4"):
+        for pairs in (1, 64, 512, 65536):
+            plan = choose_mma_plan(form, pairs, 16, has_zeros=form == "int4", capability=CAPABILITIES[arch])
+            assert plan.stages >= 2
+            assert plan.ctas * (plan.shared_bytes + 2048) <= limit + 1024
+            assert (2 * 768) % plan.m_rows == 0
+
+
+@pytest.mark.parametrize("arch", jit.SUPPORTED_ARCHS)
+@pytest.mark.parametrize("form", ["bf16", "w8a16", "int4"])
+def test_mma_kernels_compile_for_every_architecture_without_spills(form, arch):
+    plans = {
+        choose_mma_plan(form, rows * 16, 16, has_zeros=zeros, capability=CAPABILITIES[arch])
+        for rows in (1, 20, 100)
+        for zeros in ((False, True) if form == "int4" else (False,))
+    }
+    for plan in plans:
+        use = jit.compile_only("grouped_gemm_mma.cu", arch, plan.defines(2048, 768, 8)).use()
+        assert [u.name for u in use] == ["grouped_gemm_mma"]
+        assert all(u.clean for u in use), (plan, use)
