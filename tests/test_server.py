@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from expertmesh.bench import fuzz_http2
 from expertmesh.config import TelemetryConfig
 from expertmesh.errors import InvalidRequest, Overloaded
 from expertmesh.proto import expertmesh_pb2 as pb
@@ -482,3 +483,22 @@ async def test_a_bug_is_internal_without_a_traceback(monkeypatch):
         error = await world.refused(world.generation.Generate(pb.GenerateRequest(prompt="a")))
         assert error.code() is grpc.StatusCode.INTERNAL
         assert error.details() == "internal error: TypeError"
+
+
+async def test_a_path_that_is_no_utf8_ends_its_call_alone():
+    """grpcio 1.84 and 1.85 end the whole server on it."""
+    headers = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/\xff"), (b":authority", b"x")]
+    headers += [(b"te", b"trailers"), (b"content-type", b"application/grpc")]
+    async with gateway(say("x")) as world:
+        host, port = world.server.address.rsplit(":", 1)
+        reader, writer = await asyncio.open_connection(host, int(port))
+        request = fuzz_http2.frame(fuzz_http2.HEADERS, 5, 1, fuzz_http2.header_block(headers))
+        writer.write(fuzz_http2.PREFACE + fuzz_http2.frame(fuzz_http2.SETTINGS, 0, 0) + request)
+        async with asyncio.timeout(60):
+            received = b""
+            while b"grpc-status" not in received:  # its answer
+                data = await reader.read(1 << 16)
+                assert data, "the server hung up"
+                received += data
+        writer.close()
+        assert text_of(await world.generate(prompt="a")) == "x"
