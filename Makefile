@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test test-gpu lint format parity bench memory prefix preemption bit-flips idle eval-demo \
-  served-equals-offline proto setup clean
+  served-equals-offline proto setup clean ray-up-test wheel
 
 setup: $(VENV)/.runtime
 
@@ -39,6 +39,15 @@ demo: $(VENV)/.runtime
 
 test: $(VENV)/.test
 	$(PY) -m pytest -m "not gpu"
+
+# `ray up` on three pseudo-hosts, load until the expert tier grows, `ray down`; needs root. `make test` has a short form.
+ray-up-test: $(VENV)/.test
+	RAY_UP_TEST=whole RAY_UP_LOG=$(RAY_UP_LOG) $(PY) -m pytest -s tests/test_deploy_ray_up.py
+
+# What `ray up deploy/cluster.yaml` installs on every host.
+wheel: $(VENV)/.runtime
+	rm -rf dist && $(VENV)/bin/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	cp constraints.txt dist/
 
 # On a GPU host with torch, CuPy and pytest of its own: no set-up, the checkout is used in place.
 test-gpu: | .link/expertmesh
