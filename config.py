@@ -83,6 +83,20 @@ class ExchangeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScrubConfig:
+    """Checks of expert weights at rest, in the background."""
+
+    period_s: float = 60.0  # a whole round, where the share allows it; 0 = off
+    max_share: float = 0.02  # of one core
+
+    def __post_init__(self) -> None:
+        if self.period_s < 0:
+            raise ConfigError("scrub.period_s", self.period_s, "0 (off) or seconds")
+        if not 0 < self.max_share <= 1:
+            raise ConfigError("scrub.max_share", self.max_share, "above 0 and at most 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TelemetryConfig:
     """Off by default. `otlp_endpoint` or `console` switches spans on; metrics_port (network) switches metrics on."""
 
@@ -157,6 +171,7 @@ class ClusterConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    scrub: ScrubConfig = field(default_factory=ScrubConfig)
     autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
     rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)

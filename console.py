@@ -195,6 +195,7 @@ def status_table(topology: pb.Topology, health: dict[str, str]) -> str:
     rows = [head, *(_member_row(m) for m in topology.members)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f"faults at {m.member_id}: {m.faults}" for m in topology.members if m.faults]
     for decision in topology.decisions[-SHOWN_DECISIONS:]:
         lines.append(f"{datetime.fromtimestamp(decision.at, UTC):%H:%M:%S} UTC  {decision.text}")
     return "\n".join(lines)

@@ -31,6 +31,10 @@ METRIC_KV_USED = "expertmesh_kv_blocks_used"
 METRIC_KV_TOTAL = "expertmesh_kv_blocks_total"
 METRIC_EXPERT_ROWS = "expertmesh_expert_rows"  # (token, expert) rows computed
 METRIC_EXPERT_SECONDS = "expertmesh_expert_busy_seconds"
+METRIC_BAD_ROWS = "expertmesh_bad_rows"  # exchanged rows that arrived damaged or not finite, since start
+METRIC_STEP_REPLAYS = "expertmesh_step_replays"  # steps run again because of them
+METRIC_WEIGHT_FAULTS = "expertmesh_weight_faults"  # damaged experts found, since start
+METRIC_SCRUB_ROUND = "expertmesh_scrub_round_seconds"  # that the last round over all resident experts took
 METRIC_EPOCH = "expertmesh_epoch"
 METRIC_PLACEMENT = "expertmesh_placement_version"
 

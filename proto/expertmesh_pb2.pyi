@@ -474,7 +474,7 @@ class Decision(_message.Message):
     def __init__(self, at: _Optional[float] = ..., text: _Optional[str] = ...) -> None: ...
 
 class MemberStatus(_message.Message):
-    __slots__ = ("member_id", "attention", "expert", "state", "ep_rank", "pid", "node", "num_running", "num_waiting", "num_free_kv_blocks", "num_kv_blocks", "num_physical_experts", "num_rows", "busy_fraction", "weight_bytes", "age_s", "num_steps", "step_s", "exchange_s")
+    __slots__ = ("member_id", "attention", "expert", "state", "ep_rank", "pid", "node", "num_running", "num_waiting", "num_free_kv_blocks", "num_kv_blocks", "num_physical_experts", "num_rows", "busy_fraction", "weight_bytes", "age_s", "num_steps", "step_s", "exchange_s", "faults")
     MEMBER_ID_FIELD_NUMBER: _ClassVar[int]
     ATTENTION_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
@@ -494,6 +494,7 @@ class MemberStatus(_message.Message):
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     EXCHANGE_S_FIELD_NUMBER: _ClassVar[int]
+    FAULTS_FIELD_NUMBER: _ClassVar[int]
     member_id: str
     attention: bool
     expert: bool
@@ -513,7 +514,8 @@ class MemberStatus(_message.Message):
     num_steps: int
     step_s: float
     exchange_s: float
-    def __init__(self, member_id: _Optional[str] = ..., attention: _Optional[bool] = ..., expert: _Optional[bool] = ..., state: _Optional[str] = ..., ep_rank: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_kv_blocks: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., num_physical_experts: _Optional[int] = ..., num_rows: _Optional[int] = ..., busy_fraction: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., age_s: _Optional[float] = ..., num_steps: _Optional[int] = ..., step_s: _Optional[float] = ..., exchange_s: _Optional[float] = ...) -> None: ...
+    faults: str
+    def __init__(self, member_id: _Optional[str] = ..., attention: _Optional[bool] = ..., expert: _Optional[bool] = ..., state: _Optional[str] = ..., ep_rank: _Optional[int] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_free_kv_blocks: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., num_physical_experts: _Optional[int] = ..., num_rows: _Optional[int] = ..., busy_fraction: _Optional[float] = ..., weight_bytes: _Optional[int] = ..., age_s: _Optional[float] = ..., num_steps: _Optional[int] = ..., step_s: _Optional[float] = ..., exchange_s: _Optional[float] = ..., faults: _Optional[str] = ...) -> None: ...
 
 class GatewayMessage(_message.Message):
     __slots__ = ("hello", "submit", "abort")

@@ -42,6 +42,7 @@ class ProcessStatus:
     num_rows: int = 0  # (token, expert) rows computed since start
     busy_fraction: float = 0.0  # computing rows / wall, over the last window
     weight_bytes: int = 0
+    faults: str = ""  # damaged rows and weights that were found here since start, for people; "" = none
 
     @property
     def attention(self) -> bool:
