@@ -214,6 +214,7 @@ _SECTIONS: dict[str, type] = {
     "scheduler": SchedulerConfig,
     "network": NetworkConfig,
     "exchange": ExchangeConfig,
+    "scrub": ScrubConfig,
     "autoscaling": AutoscalingConfig,
     "rebalance": RebalanceConfig,
     "telemetry": TelemetryConfig,
