@@ -16,6 +16,10 @@ class BalancerConfig:
     max_num_waiting: int = 1024  # queue bound of one replica
     affinity_slack: int = 4  # requests that a conversation's replica may be behind the best one
     retry_after_s: float = 1.0  # told to those who are shed
+    # When a replica has room. What it has not room for waits at the gateway, where the order is fair (`tier.py`).
+    max_num_seqs: int = 256  # requests that a replica runs at once
+    queue_ahead: int = 8  # requests that may wait at a replica, so that it never starves between two reports
+    max_unreported_tokens: int = 4096  # prompt tokens sent since its last report: about two steps of prefill
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +30,7 @@ class ReplicaView:
     connected: bool
     load: EngineLoad
     num_unreported: int = 0  # requests sent by this gateway since `load` was reported
+    num_unreported_tokens: int = 0  # of their prompts
 
     @property
     def num_waiting(self) -> int:
@@ -34,6 +39,23 @@ class ReplicaView:
     @property
     def depth(self) -> int:
         return self.load.num_running + self.num_waiting
+
+
+def has_room(replica: ReplicaView, config: BalancerConfig) -> bool:
+    """Whether it would start one more request soon."""
+    return (
+        replica.load.num_waiting <= config.queue_ahead
+        and replica.depth < config.max_num_seqs + config.queue_ahead
+        and replica.num_unreported_tokens < config.max_unreported_tokens
+    )
+
+
+def pick_with_room(replicas: Sequence[ReplicaView], config: BalancerConfig, *, affinity: str = "") -> str | None:
+    """As `pick`, among those that have room; None: none has. NoReplica: none can be reached."""
+    roomy = [r for r in replicas if r.connected and not r.load.draining and has_room(r, config)]
+    if not roomy and any(r.connected and not r.load.draining for r in replicas):
+        return None
+    return pick(roomy, config, affinity=affinity)
 
 
 def pick(

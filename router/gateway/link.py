@@ -15,7 +15,7 @@ import contextlib
 import hmac
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 import grpc
@@ -184,8 +184,10 @@ class LinkServer(pb_grpc.LinkServicer):
                 del self._routes[request_id]
                 link.forget(message.abort.handle)
                 self._engine.abort(request_id)
+                link.wake()  # there may be room again
         elif kind == "submit":
             handle = message.submit.handle
+            link.num_submitted += 1
             request_id = f"{message.submit.request_id}@{link.name}.{handle}"  # one engine serves several gateways
             link.request_ids[handle] = request_id
             self._routes[request_id] = (link, handle)
@@ -228,12 +230,13 @@ class LinkServer(pb_grpc.LinkServicer):
         told = None
         while True:
             load = encode_load(self._engine.load(), draining=self._draining)
+            news = (load, link.num_submitted)  # the gateway counts what it sent until a report comes after it
             messages = link.take(self._num_steps, load)
-            if not messages and load != told:
+            if not messages and news != told:
                 messages = [pb.ReplicaMessage(load=load)]
             for message in messages:
                 await context.write(message)
-            told = load
+            told = news
             if not link.has_unsent:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(link.woken.wait(), LOAD_PERIOD_S)
@@ -243,10 +246,11 @@ class LinkServer(pb_grpc.LinkServicer):
 class _GatewayLink:
     """Replica's end of one link: handles in use, and what has not been sent yet."""
 
-    __slots__ = ("_rejects", "_step", "_tokens", "name", "request_ids", "woken")
+    __slots__ = ("_rejects", "_step", "_tokens", "name", "num_submitted", "request_ids", "woken")
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.num_submitted = 0
         self.request_ids: dict[int, str] = {}  # handle -> request id in the engine
         self.woken = asyncio.Event()
         self._step = pb.StepTokens()
@@ -301,12 +305,15 @@ class LinkClient:
         gateway_id: str,
         cluster_token: str,
         max_message_bytes: int = 64 << 20,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_change` is called after each report of load and each end of a connection."""
         self.replica_id, self.address = replica_id, address
         self.connected = asyncio.Event()
         self.load = _NO_LOAD
-        self.num_unreported = 0  # requests sent since `load`
+        self.num_unreported = self.num_unreported_tokens = 0  # requests, and tokens of their prompts, sent since `load`
         self.max_model_len = 0
+        self._on_change = on_change
         self._gateway_id, self._cluster_token, self._max_message_bytes = gateway_id, cluster_token, max_message_bytes
         self._streams: dict[int, RequestStream] = {}
         self._next_handle = 1
@@ -326,6 +333,7 @@ class LinkClient:
         self._next_handle += 1
         stream = self._streams[handle] = RequestStream(self, handle, request)
         self.num_unreported += 1
+        self.num_unreported_tokens += len(request.prompt_ids)
         self._send(pb.GatewayMessage(submit=encode_submit(handle, request)))
         return stream
 
@@ -380,6 +388,7 @@ class LinkClient:
             self._outbox.clear()
             writer = asyncio.create_task(self._write(call))
             self.connected.set()
+            self._on_change()
             while (message := await call.read()) is not grpc.aio.EOF:
                 self._take(message)
             await call
@@ -417,13 +426,15 @@ class LinkClient:
 
     def _take_load(self, load: pb.ReplicaLoad) -> None:
         self.load = decode_load(load)
-        self.num_unreported = 0
+        self.num_unreported = self.num_unreported_tokens = 0
+        self._on_change()
 
     def _lose(self, why: str) -> None:
         streams, self._streams = self._streams, {}
-        self.load, self.num_unreported = _NO_LOAD, 0
+        self.load, self.num_unreported, self.num_unreported_tokens = _NO_LOAD, 0, 0
         for stream in streams.values():
             stream.fail(ReplicaLost(f"attention replica {self.replica_id} at {self.address}: {why}"))
+        self._on_change()
 
 
 class RequestStream(AsyncIterator[RequestOutput]):

@@ -61,7 +61,8 @@ def trailing_metadata(error: ExpertMeshError) -> tuple[tuple[str, str | bytes], 
     _add(status, info)
     if isinstance(error, InvalidRequest):
         bad = error_details_pb2.BadRequest()
-        bad.field_violations.add(field=error.field[:100], description=f"expected {error.expected}"[:200])
+        field, expected = getattr(error, "field", ""), getattr(error, "expected", "")  # not of one that a replica sent
+        bad.field_violations.add(field=field[:100], description=f"expected {expected}"[:200] if expected else "")
         _add(status, bad)
     metadata: list[tuple[str, str | bytes]] = []
     if error.retry_after_s is not None:
