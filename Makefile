@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-gpu lint format parity bench memory prefix preemption bit-flips idle eval-demo \
+.PHONY: demo test test-gpu sanitize-gpu lint format parity bench memory prefix preemption bit-flips idle eval-demo \
   served-equals-offline proto setup clean ray-up-test wheel
 
 setup: $(VENV)/.runtime
@@ -52,6 +52,13 @@ wheel: $(VENV)/.runtime
 # On a GPU host with torch, CuPy and pytest of its own: no set-up, the checkout is used in place.
 test-gpu: | .link/expertmesh
 	PYTHONPATH=.link python3 -P -m pytest -m gpu tests/*_gpu.py
+
+# The ugly shapes under compute-sanitizer; every tensor an allocation of its own, so that a read past its end shows.
+sanitize-gpu: | .link/expertmesh
+	for tool in memcheck racecheck; do \
+	  PYTHONPATH=.link PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    python3 -P -m pytest -m gpu tests/test_kernels_sanitize_gpu.py || exit 1; \
+	done
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -23,14 +23,21 @@ import torch
 from . import bench_inputs, bench_peers, bench_report, reference
 from .bench_clock import Call, Ceilings, measure_ceilings, median_us
 from .bench_inputs import FORMS, MODELS, TOP_K, Draw, Shape, Weights
-from .bench_operations import gemm_us, operation_times, stage_times
+from .bench_operations import gemm_us, operation_times, plan_for, stage_times
 from .bench_report import Cell
 from .expert_layer import ExpertLayer
 from .grouped_gemm import enable_watchdog
+from .grouped_gemm_mma import MmaPlan
 from .pack import WeightForm
-from .plan import GemmPlan, choose_plan
+from .plan import GemmPlan
 
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
+FEW_TOKENS = (1, 8, 32, 64)  # what int4 is for
+DEFAULT_CELLS: tuple[tuple[Shape, tuple[int, ...]], ...] = (
+    *((Shape("235b", n, form), TOKENS) for n in (16, 128) for form in ("bf16", "fp8")),
+    *((Shape("235b", n, form), (64,) if form == "fp8" else FEW_TOKENS) for n in (16, 128) for form in ("fp8", "int4")),
+    *((Shape(model, n, form), FEW_TOKENS) for model, n in (("30b", 128), ("480b", 16)) for form in ("fp8", "int4")),
+)
 WRONG_PEER = 0.1  # relative difference from us above which a peer computed something else
 
 
@@ -101,6 +108,9 @@ def parse() -> argparse.Namespace:
 
 
 def chosen_cells(options: argparse.Namespace) -> Iterator[tuple[Shape, str, tuple[int, ...]]]:
+    if options.default:
+        yield from ((shape, "uniform", tokens) for shape, tokens in DEFAULT_CELLS)
+        return
     models = list(MODELS) if options.all else options.model.split(",")
     shards = (8, 16, 64, 128) if options.all else _numbers(options.locals)
     forms = FORMS if options.all else options.form.split(",")
@@ -118,8 +128,8 @@ def measure(
 ) -> Iterator[Cell]:
     weights = bench_inputs.make_weights(shape)
     layer = bench_inputs.make_layer(shape, weights)
-    case = bench_peers.Case(shape, weights)
-    peers = [] if options.no_peers or options.plans else bench_peers.peers_present(shape.form)
+    case = bench_peers.Case(shape, weights.w13, weights.w2, weights.scales)  # type: ignore[arg-type]
+    peers = [] if options.no_peers or options.plans else bench_peers.peers_present(shape.form)  # none has our int4
     for num_tokens in tokens:
         draws = bench_inputs.make_draws(shape, num_tokens, routing)
         expected_pairs = num_tokens * TOP_K * shape.num_local / shape.num_experts
@@ -133,7 +143,7 @@ def measure(
                 torch.cuda.synchronize()
                 continue
             us = median_us(calls)
-            chosen = plan or choose_plan(layer.packed.form, expected_pairs, shape.num_local)  # type: ignore[union-attr]
+            chosen = plan or plan_for(layer, expected_pairs)
             error, bound = worst_error(shape, layer, draws[0], weights, chosen)
             notes = [] if plan is None else [f"plan {describe(plan)}"]
             if options.stages:
@@ -191,20 +201,19 @@ def peer_times(
     return whole, products
 
 
-def worst_error(shape: Shape, layer: ExpertLayer, d: Draw, weights: Weights, plan: GemmPlan) -> tuple[float, float]:
+def worst_error(
+    shape: Shape, layer: ExpertLayer, d: Draw, weights: Weights, plan: GemmPlan | MmaPlan
+) -> tuple[float, float]:
     """(relative error of the first 4 tokens that have a local expert, its bound), against float64 on the numbers that
     the form holds; fp8 also against unquantised rows, by the looser bound (then the pair nearer its bound is given)."""
     some = (d.ids >= 0).any(-1).nonzero().flatten()[:4]
     got = layer.combined(d.x, d.ids, d.weights, plan=plan)[some].double()
     x, ids, topk_weights = d.x[some], d.ids[some], d.weights[some]
-    exact = [weights.w13, weights.w2]
-    found = []
+    y = reference.expert_rows(x, ids, *weights.exact(), dtype=torch.float64)
+    found = [(y, 6e-2 if shape.form == "fp8" else 1e-2)]
     if shape.form == "fp8":
-        y = reference.expert_rows_fp8(x, ids, *exact, *weights.scales, dtype=torch.float64)
+        y = reference.expert_rows_fp8(x, ids, weights.w13, weights.w2, *weights.scales, dtype=torch.float64)  # type: ignore[arg-type]
         found.append((y, 1e-2))
-        exact = [reference.dequantize_blocks(w, s) for w, s in zip(exact, weights.scales)]
-    y = reference.expert_rows(x, ids, *exact, dtype=torch.float64)
-    found.append((y, 6e-2 if shape.form == "fp8" else 1e-2))
     errors = []
     for y, bound in found:
         expected = reference.combine(y, ids, topk_weights, dtype=torch.float64)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from . import reference
-from .bench_clock import DEVICE, Ceilings
-from .expert_layer import ExpertLayer
+from .bench_clock import DEVICE, FP8, Ceilings
+from .expert_layer import ExpertLayer, LayerForm
+from .pack_int4 import Int4Matrix, dequantize_int4, random_int4
 
 MODELS = {
     "30b": (2048, 768, 128),
@@ -17,9 +18,8 @@ MODELS = {
     "480b": (6144, 2560, 160),
 }  # hidden, intermediate, experts
 TOP_K = 8
-FORMS = ("bf16", "fp8")
-BYTES_PER_WEIGHT = {"bf16": 2.0, "fp8": 1.0}
-FP8_PRODUCT_FORMS = ("fp8",)  # the floor's matrix rate is that of e4m3
+FORMS: tuple[LayerForm, ...] = ("bf16", "fp8", "w8a16", "int4")
+BYTES_PER_WEIGHT = {"bf16": 2.0, "fp8": 1.0, "w8a16": 1.0, "int4": 0.5 + 2 / 128}  # int4 with its groups' scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Shape:
 
     model: str
     num_local: int
-    form: str
+    form: LayerForm
 
     @property
     def hidden(self) -> int:
@@ -65,31 +65,46 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Local experts in the checkpoint's layout; scales are empty for bf16."""
+    """Local experts in the checkpoint's layout; e4m3 has scales of 128x128 blocks."""
 
-    w13: torch.Tensor
-    w2: torch.Tensor
-    scales: tuple[torch.Tensor, ...]
+    w13: torch.Tensor | Int4Matrix
+    w2: torch.Tensor | Int4Matrix
+    scales: tuple[torch.Tensor, ...] = ()
+
+    def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The numbers that they stand for."""
+        if isinstance(self.w13, Int4Matrix) or isinstance(self.w2, Int4Matrix):
+            assert isinstance(self.w13, Int4Matrix)
+            assert isinstance(self.w2, Int4Matrix)
+            return dequantize_int4(self.w13), dequantize_int4(self.w2)
+        if self.scales:
+            return reference.dequantize_blocks(self.w13, self.scales[0]), reference.dequantize_blocks(
+                self.w2, self.scales[1]
+            )
+        return self.w13, self.w2
 
 
 def make_weights(shape: Shape) -> Weights:
+    if shape.form == "int4":
+        return Weights(*random_int4(shape.num_local, shape.hidden, shape.intermediate, device=DEVICE))
     torch.manual_seed(3)
+    is_fp8 = shape.form != "bf16"
     sizes = ((2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate))
-    dtype = torch.float8_e4m3fn if shape.form == "fp8" else torch.bfloat16
+    dtype = FP8 if is_fp8 else torch.bfloat16
     out = [torch.empty(shape.num_local, *size, dtype=dtype, device=DEVICE) for size in sizes]
     scales = [torch.empty(shape.num_local, r // 128, c // 128, device=DEVICE) for r, c in sizes]
     for w, s in zip(out, scales):
         for e in range(shape.num_local):
             sample = torch.randn(w.shape[1:], device=DEVICE) * 0.02
-            if shape.form == "fp8":
+            if is_fp8:
                 w[e], s[e] = reference.quantize_blocks(sample)
             else:
                 w[e] = sample.to(dtype)
-    return Weights(out[0], out[1], tuple(scales) if shape.form == "fp8" else ())
+    return Weights(out[0], out[1], tuple(scales) if is_fp8 else ())
 
 
 def make_layer(shape: Shape, weights: Weights) -> ExpertLayer:
-    return ExpertLayer(weights.w13, weights.w2, *weights.scales, kernels="cuda")
+    return ExpertLayer(weights.w13, weights.w2, *weights.scales, kernels="cuda", form=shape.form)
 
 
 def make_draws(shape: Shape, num_tokens: int, routing: str) -> list[Draw]:
@@ -127,5 +142,5 @@ def flops(draws: list[Draw], shape: Shape) -> float:
 
 def floor_us(draws: list[Draw], shape: Shape, ceilings: Ceilings) -> float:
     row_bytes = 2 * draws[0].x.shape[0] * shape.hidden * 2
-    rate = ceilings.fp8_tflops if shape.form in FP8_PRODUCT_FORMS else ceilings.bf16_tflops
+    rate = ceilings.fp8_tflops if shape.form == "fp8" else ceilings.bf16_tflops
     return max((touched_bytes(draws, shape) + row_bytes) / ceilings.read_gbps / 1e3, flops(draws, shape) / rate / 1e6)

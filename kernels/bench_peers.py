@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .bench_clock import DEVICE, FP8, Call
-from .bench_inputs import TOP_K, Draw, Shape, Weights
+from .bench_inputs import TOP_K, Draw, Shape
 
 _kept_open = ExitStack()  # vLLM reads its configuration from a context
 
@@ -28,7 +28,9 @@ class Case:
     """One layer's weights as the peers take them, and what they derive from those, kept for all its draws."""
 
     shape: Shape
-    weights: Weights
+    w13: torch.Tensor
+    w2: torch.Tensor
+    scales: tuple[torch.Tensor, ...]
     derived: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -88,21 +90,21 @@ def ordered(d: Draw, num_local: int) -> OrderedRows:
 
 # --------------------------------------------------------------------------------------------------------------- torch
 def _torch_bf16(case: Case, d: Draw) -> Call:
-    o, w = ordered(d, case.shape.num_local), case.weights
+    o = ordered(d, case.shape.num_local)
     h = torch.randn(o.rows.shape[0], case.shape.intermediate, dtype=torch.bfloat16, device=DEVICE)
     product = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm
-    a, b = w.w13.transpose(1, 2), w.w2.transpose(1, 2)
+    a, b = case.w13.transpose(1, 2), case.w2.transpose(1, 2)
     return lambda: (product(o.rows, a, offs=o.ends), product(h, b, offs=o.ends))
 
 
 def _torch_fp8(case: Case, d: Draw) -> Call:
     """One scale a row and a column, not 128x128 blocks: an easier format, rows quantised beforehand."""
-    o, w, s = ordered(d, case.shape.num_local), case.weights, case.shape
+    o, s = ordered(d, case.shape.num_local), case.shape
     num_pairs = o.rows.shape[0]
     x, h = o.rows.to(FP8), torch.randn(num_pairs, s.intermediate, device=DEVICE).to(FP8)
     ones = torch.ones(num_pairs, device=DEVICE)
     scales = [torch.ones(s.num_local, n, device=DEVICE) for n in (2 * s.intermediate, s.hidden)]
-    a, b = w.w13.transpose(1, 2), w.w2.transpose(1, 2)
+    a, b = case.w13.transpose(1, 2), case.w2.transpose(1, 2)
 
     def call() -> None:
         for rows, weight, scale in ((x, a, scales[0]), (h, b, scales[1])):
@@ -149,11 +151,11 @@ def _flashinfer_built() -> bool:
 def _vllm_triton(case: Case, d: Draw) -> Call:
     from vllm.model_executor.layers.fused_moe import fused_experts
 
-    w, expert_map, quant = case.weights, case.expert_map, _quant_config(*case.weights.scales)
+    expert_map, quant = case.expert_map, _quant_config(*case.scales)
     return lambda: fused_experts(
         d.x,
-        w.w13,
-        w.w2,
+        case.w13,
+        case.w2,
         d.weights,
         d.all_ids,
         global_num_experts=case.shape.num_experts,
@@ -210,7 +212,7 @@ def _modular_kernel(case: Case, backend: str) -> tuple[Any, torch.Tensor, torch.
     )
     from vllm.model_executor.layers.fused_moe.oracle import fp8, unquantized
 
-    s, w = case.shape, case.weights
+    s = case.shape
     ep_size = s.num_experts // s.num_local
     parallel = FusedMoEParallelConfig(
         tp_size=1,
@@ -244,17 +246,17 @@ def _modular_kernel(case: Case, backend: str) -> tuple[Any, torch.Tensor, torch.
         kernel = unquantized.make_unquantized_moe_kernel(
             FUSED_MOE_UNQUANTIZED_CONFIG, config, kind, unquantized.backend_to_kernel_cls(kind)
         )
-        return kernel, _up_first(w.w13), w.w2
+        return kernel, _up_first(case.w13), case.w2
     if backend == "deepgemm":
         from vllm.model_executor.layers.quantization.utils.fp8_utils import prepare_fp8_moe_layer_for_deepgemm
 
         kind = fp8.Fp8MoeBackend.DEEPGEMM
-        clones = (t.clone() for t in (w.w13, w.w2, *w.scales))  # it changes them in place
+        clones = (t.clone() for t in (case.w13, case.w2, *case.scales))  # it changes them in place
         w13, w2, *scales = prepare_fp8_moe_layer_for_deepgemm(*clones, (128, 128))
     else:
         kind = fp8.Fp8MoeBackend.FLASHINFER_CUTLASS
-        w13, w2 = _up_first(w.w13.view(torch.uint8)).view(FP8), w.w2
-        scales = [_up_first(w.scales[0]), w.scales[1]]
+        w13, w2 = _up_first(case.w13.view(torch.uint8)).view(FP8), case.w2
+        scales = [_up_first(case.scales[0]), case.scales[1]]
     return fp8.make_fp8_moe_kernel(_quant_config(*scales), config, fp8.backend_to_kernel_cls(kind)[0], kind), w13, w2
 
 
@@ -268,7 +270,7 @@ def _deepgemm_masked(case: Case, d: Draw) -> Call | None:
     """One padded slab of rows per expert, for decode sizes."""
     import vllm.third_party.deep_gemm as deep_gemm
 
-    s, w = case.shape, case.weights
+    s = case.shape
     if d.x.shape[0] > 512:
         return None
     counts = torch.bincount(d.ids[d.ids >= 0].long(), minlength=s.num_local).to(torch.int32)
@@ -279,10 +281,10 @@ def _deepgemm_masked(case: Case, d: Draw) -> Call | None:
     out2 = torch.empty_like(x)
     if s.form == "bf16":
         product = deep_gemm.m_grouped_bf16_gemm_nt_masked
-        return lambda: (product(x, w.w13, out1, counts, expected), product(h, w.w2, out2, counts, expected))
+        return lambda: (product(x, case.w13, out1, counts, expected), product(h, case.w2, out2, counts, expected))
     product = deep_gemm.m_grouped_fp8_gemm_nt_masked
     qx, qh = _with_unit_scales(x), _with_unit_scales(h)
-    w13, w2 = (w.w13, w.scales[0]), (w.w2, w.scales[1])
+    w13, w2 = (case.w13, case.scales[0]), (case.w2, case.scales[1])
     return lambda: (product(qx, w13, out1, counts, expected), product(qh, w2, out2, counts, expected))
 
 
@@ -290,7 +292,7 @@ def _deepgemm_contiguous(case: Case, d: Draw) -> Call | None:
     """Rows in expert order, each expert's padded to 128."""
     import vllm.third_party.deep_gemm as deep_gemm
 
-    s, w = case.shape, case.weights
+    s = case.shape
     if d.x.shape[0] < 128:
         return None
     counts = torch.bincount(d.ids[d.ids >= 0].long(), minlength=s.num_local)
@@ -302,10 +304,10 @@ def _deepgemm_contiguous(case: Case, d: Draw) -> Call | None:
     out2 = torch.empty_like(x)
     if s.form == "bf16":
         product = deep_gemm.m_grouped_bf16_gemm_nt_contiguous
-        return lambda: (product(x, w.w13, out1, experts), product(h, w.w2, out2, experts))
+        return lambda: (product(x, case.w13, out1, experts), product(h, case.w2, out2, experts))
     product = deep_gemm.m_grouped_fp8_gemm_nt_contiguous
     qx, qh = _with_unit_scales(x), _with_unit_scales(h)
-    w13, w2 = (w.w13, w.scales[0]), (w.w2, w.scales[1])
+    w13, w2 = (case.w13, case.scales[0]), (case.w2, case.scales[1])
     return lambda: (product(qx, w13, out1, experts), product(qh, w2, out2, experts))
 
 

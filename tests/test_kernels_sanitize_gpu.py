@@ -1,0 +1,74 @@
+"""The ugly shapes in few calls, for compute-sanitizer (`make sanitize-gpu`), which slows every access down.
+
+Every tensor should be an allocation of its own there (PYTORCH_NO_CUDA_MEMORY_CACHING=1), so that a read past its end is
+seen. Values are checked by the other tests; here a call must only be clean, and finite where something is local."""
+
+import pytest
+import torch
+
+from expertmesh.kernels import reference
+from expertmesh.kernels.expert_layer import ExpertLayer
+from expertmesh.kernels.gate_topk import gate_topk
+from expertmesh.kernels.pack_int4 import random_int4
+from expertmesh.kernels.plan import all_plans
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+DEVICE = "cuda"
+HIDDEN, INTERMEDIATE, TOP_K, NUM_LOCAL = 256, 128, 8, 5
+
+
+def shapes():
+    """name -> ids [num_rows, top_k]"""
+    generator = torch.Generator().manual_seed(0)
+    any_ids = torch.randint(-1, NUM_LOCAL + 1, (70, TOP_K), generator=generator, dtype=torch.int32)
+    one = torch.full((133, TOP_K), -1, dtype=torch.int32)
+    one[:, 3] = NUM_LOCAL - 1
+    many = torch.randint(0, NUM_LOCAL, (270, TOP_K), generator=generator, dtype=torch.int32)  # several CTAs route
+    return {
+        "one row": any_ids[:1],
+        "one pair": torch.where(torch.arange(TOP_K) == 2, 1, -1).to(torch.int32)[None],
+        "rows that fill no tile": any_ids,
+        "all to the last expert": one,
+        "nothing local": torch.full((9, TOP_K), -1, dtype=torch.int32),
+        "an expert without rows": torch.where(any_ids == 2, -1, any_ids),
+        "many": many,
+    }
+
+
+def make_layers():
+    w13 = torch.randn(NUM_LOCAL, 2 * INTERMEDIATE, HIDDEN, device=DEVICE) * 0.05
+    w2 = torch.randn(NUM_LOCAL, HIDDEN, INTERMEDIATE, device=DEVICE) * 0.05
+    (q13, s13), (q2, s2) = reference.quantize_blocks(w13), reference.quantize_blocks(w2)
+    return {
+        "bf16": ExpertLayer(w13.bfloat16(), w2.bfloat16(), kernels="cuda"),
+        "fp8": ExpertLayer(q13, q2, s13, s2, kernels="cuda"),
+        "w8a16": ExpertLayer(q13, q2, s13, s2, kernels="cuda", form="w8a16"),
+        "int4": ExpertLayer(*random_int4(NUM_LOCAL, HIDDEN, INTERMEDIATE, device=DEVICE, zeros=True), kernels="cuda"),
+    }
+
+
+@pytest.fixture(scope="module")
+def layers():
+    return make_layers()
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp8", "w8a16", "int4"])
+@pytest.mark.parametrize("name", shapes())
+def test_ugly_shapes(layers, form, name):
+    ids = shapes()[name].to(DEVICE).contiguous()
+    x = torch.randn(len(ids), HIDDEN, device=DEVICE).bfloat16()
+    topk_weights = torch.rand(len(ids), TOP_K, device=DEVICE)
+    expert_map = torch.tensor([2, 0, -1, 4, 1], dtype=torch.int32, device=DEVICE)
+    every = all_plans(form) if form in ("bf16", "fp8") and name in ("rows that fill no tile", "many") else []
+    plans = [None, *(p for p in every if p.fits(HIDDEN, INTERMEDIATE))]
+    for plan in plans:
+        assert torch.isfinite(layers[form].combined(x, ids, topk_weights, plan=plan)).all()
+    assert torch.isfinite(layers[form].combined(x, ids, topk_weights, expert_map=expert_map)).all()
+
+
+def test_the_gate():
+    for num_tokens, num_experts, top_k in ((1, 128, 8), (5, 33, 3)):
+        ids, _ = gate_topk(torch.randn(num_tokens, num_experts, device=DEVICE), top_k)
+        assert ((ids >= 0) & (ids < num_experts)).all()
