@@ -7,6 +7,7 @@ from expertmesh.checkpoint import Checkpoint
 from expertmesh.experts.device_experts import DeviceExperts, expected_pairs
 from expertmesh.experts.mlp import LocalExpertMLP
 from expertmesh.make_checkpoint import make_checkpoint
+from expertmesh.numerics import Numerics
 from expertmesh.router.placement import uniform
 
 NUM_EXPERTS, HIDDEN, TOP_K = 12, 32, 3
@@ -48,7 +49,7 @@ def experts(checkpoint):
 @pytest.fixture(scope="module")
 def expected(checkpoint):
     """rows, logical ids -> [R, top_k, hidden] by the path of the CPU; zero where an id is -1."""
-    whole = LocalExpertMLP(checkpoint)
+    whole = LocalExpertMLP(checkpoint, Numerics())
     whole.set_placement(uniform(1, NUM_EXPERTS, 1), 0)
 
     def rows_of(rows, ids):
