@@ -6,10 +6,15 @@ for a format, in a thread."""
 
 import importlib
 import json
+import re
 from typing import Any
 
 from ..errors import MissingPackage
 from ..request import AnswerGrammar
+
+# The library's strings with a length may hold raw control characters, which JSON does not allow.
+_BOUNDED = re.compile(r'(_characters ::= \(\()\[\^\\"\\\\\\r\\n\]\)\)$', re.MULTILINE)
+_NO_CONTROLS = r'\1[^\\0-\\x1f\\"\\\\]))'
 
 
 def library() -> Any:
@@ -27,7 +32,8 @@ def parse(grammar: AnswerGrammar) -> Any:
         match grammar.kind:
             case "json_schema":
                 # One line, spaced as `json.dumps` does: free white space is where models lose themselves.
-                return kinds.from_json_schema(grammar.source, any_whitespace=False, strict_mode=True)
+                found = kinds.from_json_schema(grammar.source, any_whitespace=False, strict_mode=True)
+                return kinds.from_ebnf(_BOUNDED.sub(_NO_CONTROLS, str(found)))
             case "regex":
                 return kinds.from_regex(grammar.source)
             case "choice":

@@ -10,9 +10,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from .regex_limits import UnsupportedRegex, check_regex
+
 MAX_SCHEMA_BYTES = 32_768
 MAX_DEPTH = 32  # schemas inside schemas
-MAX_BOUNDED_STRINGS = 32  # minLength or maxLength: each may cost the compiler seconds with a large vocabulary
+MAX_BOUNDED_STRINGS = 16  # minLength or maxLength: each may cost the compiler seconds with a large vocabulary
 
 _NOTES = {
     "$comment", "$defs", "$id", "$schema", "default", "definitions", "deprecated", "description", "examples",
@@ -34,8 +36,10 @@ class Unsupported(ValueError):
     """Path and keyword of what is not taken, and why."""
 
 
-def check(text: str) -> Any:
-    """The schema as a value; Unsupported where it is none, is too large, or says what would not be enforced."""
+def check(text: str) -> str:
+    """The schema as the library takes it; Unsupported where it is none, or large, or says what would not be enforced.
+
+    A `oneOf` that was found to be disjoint becomes the `anyOf` that it equals: the library sees fewer of them."""
     if len(text.encode()) > MAX_SCHEMA_BYTES:
         raise Unsupported(f"at most {MAX_SCHEMA_BYTES} bytes, it has {len(text.encode())}")
     try:
@@ -43,7 +47,7 @@ def check(text: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise Unsupported(f"JSON: {error}") from None
     _Checker(schema).check(schema, "#", 0)
-    return schema
+    return json.dumps(schema, ensure_ascii=False)
 
 
 class _Checker:
@@ -74,7 +78,7 @@ class _Checker:
         elif whole in ("const", "enum"):
             self._check_values(node, whole, path)
         else:
-            self._check_branches(node[whole], whole, path, depth)
+            self._check_branches(node, whole, path, depth)
 
     def _check_typed(self, node: dict[str, Any], said: set[str], path: str, depth: int) -> None:
         if not said:
@@ -112,9 +116,20 @@ class _Checker:
             raise Unsupported(f"one of lengths, pattern and format at {path}")
         if "format" in said and node["format"] not in _FORMATS:
             raise Unsupported(f"a format of {', '.join(sorted(_FORMATS))} at {path}")
-        self._num_bounded += bounded
-        if self._num_bounded > MAX_BOUNDED_STRINGS:
-            raise Unsupported(f"at most {MAX_BOUNDED_STRINGS} strings with minLength or maxLength")
+        if "pattern" in said:
+            pattern = node["pattern"]
+            if not isinstance(pattern, str) or '"' in pattern or "\\\\" in pattern:
+                raise Unsupported(f"a pattern without quotes and backslashes as text at {path}")
+            try:
+                check_regex(pattern)
+            except UnsupportedRegex as error:
+                raise Unsupported(f"a pattern at {path} that is {error}") from None
+        if bounded:
+            self._num_bounded += 1
+            if self._num_bounded > MAX_BOUNDED_STRINGS:
+                raise Unsupported(f"at most {MAX_BOUNDED_STRINGS} strings with minLength or maxLength")
+        if not all(isinstance(node.get(key, 0), int) and node.get(key, 0) >= 0 for key in ("minLength", "maxLength")):
+            raise Unsupported(f"lengths of 0 or more at {path}")
 
     def _check_values(self, node: dict[str, Any], whole: str, path: str) -> None:
         values = node[whole] if whole == "enum" else [node[whole]]
@@ -124,7 +139,8 @@ class _Checker:
         if types is not None and not all(type_of(v) in _with_integer(types) for v in values):
             raise Unsupported(f"values of type {types} at {path}/{whole}")
 
-    def _check_branches(self, branches: Any, whole: str, path: str, depth: int) -> None:
+    def _check_branches(self, node: dict[str, Any], whole: str, path: str, depth: int) -> None:
+        branches = node[whole]
         if not isinstance(branches, list) or not branches:
             raise Unsupported(f"at least one schema at {path}/{whole}")
         if whole == "allOf" and len(branches) > 1:
@@ -139,6 +155,7 @@ class _Checker:
                         f"schemas at {path}/oneOf that differ in type or in a constant property that all require; "
                         "write anyOf where more than one may match"
                     )
+            node["anyOf"] = node.pop("oneOf")
 
     def _target(self, node: Any, path: str) -> Any:
         for _ in range(MAX_DEPTH):

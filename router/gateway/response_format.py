@@ -6,8 +6,6 @@ free, a turn that answers keeps the format."""
 
 import asyncio
 import json
-import re
-from typing import Any
 
 from ...errors import InvalidRequest
 from ...proto import expertmesh_pb2 as pb
@@ -15,12 +13,10 @@ from ...request import AnswerGrammar
 from ..grammar import library, parse
 from .conversation import State
 from .json_schema import Unsupported, check
+from .regex_limits import UnsupportedRegex, check_regex
 from .tokenizer import Tokenizer
 
-MAX_REGEX_BYTES = 4096
-MAX_REPEATS = 32  # {m,n}: each may cost the compiler seconds with a large vocabulary
 MAX_CHOICES, MAX_CHOICE_BYTES = 256, 1024
-_ESCAPES = set("dDwWsSnrtfv")  # of letters; the library takes others literally
 
 
 def check_format(request: pb.GenerateRequest) -> None:
@@ -35,7 +31,10 @@ def check_format(request: pb.GenerateRequest) -> None:
             except Unsupported as error:
                 raise InvalidRequest("response_format.json_schema", _shown(request), str(error)) from None
         case "regex":
-            _check_regex(request.response_format.regex)
+            try:
+                check_regex(request.response_format.regex)
+            except UnsupportedRegex as error:
+                raise InvalidRequest("response_format.regex", _shown(request), str(error)) from None
         case "choice":
             _check_choices(list(request.response_format.choice.values))
         case _:
@@ -70,11 +69,10 @@ async def answer_grammar(
     special = tokenizer.special_ids
     if not any(i < vocab_size for i in special.eos):
         raise InvalidRequest("response_format", "set", "unset: this model has no token that ends a turn")
-    source: Any = getattr(request.response_format, kind)
     separator = tokenizer.encode("\n\n")
     grammar = AnswerGrammar(
         kind=kind,
-        source=json.dumps(list(source.values)) if kind == "choice" else source,
+        source=_source(request.response_format, kind),
         starts_inside=state is State.REASONING,
         think_id=_id(special.think) if state is State.OPEN else -1,
         end_think_id=_id(special.end_think),
@@ -88,6 +86,15 @@ async def answer_grammar(
     return grammar
 
 
+def _source(response_format: pb.ResponseFormat, kind: str) -> str:
+    match kind:
+        case "json_schema":
+            return check(response_format.json_schema)
+        case "choice":
+            return json.dumps(list(response_format.choice.values))
+    return response_format.regex
+
+
 def _parse(grammar: AnswerGrammar) -> None:
     library()
     parse(grammar)
@@ -99,35 +106,6 @@ def _id(token_id: int | None) -> int:
 
 def _shown(request: pb.GenerateRequest) -> str:
     return str(getattr(request.response_format, request.response_format.WhichOneof("format") or "", ""))
-
-
-def _check_regex(regex: str) -> None:
-    def refuse(expected: str) -> InvalidRequest:
-        return InvalidRequest("response_format.regex", regex, expected)
-
-    if not 1 <= len(regex.encode()) <= MAX_REGEX_BYTES:
-        raise refuse(f"1..{MAX_REGEX_BYTES} bytes")
-    try:
-        re.compile(regex)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise refuse(f"a regular expression: {error}") from None
-    position, in_class = 0, False
-    while position < len(regex):
-        char = regex[position]
-        if char == "\\":
-            position += 1
-            escaped = regex[position]
-            if escaped.isalnum() and escaped not in _ESCAPES:
-                raise refuse(f"no \\{escaped}")
-        elif in_class:
-            in_class = char != "]"
-        elif char == "[":
-            in_class = True
-        elif (char == "^" and position) or (char == "$" and position < len(regex) - 1):
-            raise refuse(f"{char} at the {'beginning' if char == '^' else 'end'} alone")
-        position += 1
-    if regex.count("{") > MAX_REPEATS:
-        raise refuse(f"at most {MAX_REPEATS} bounded repetitions")
 
 
 def _check_choices(choices: list[str]) -> None:
