@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test test-gpu sanitize-gpu lint format parity bench memory prefix preemption bit-flips idle eval-demo \
-  served-equals-offline proto setup clean ray-up-test wheel
+  served-equals-offline contract gateway-kills redis-faults proto setup clean ray-up-test wheel
 
 setup: $(VENV)/.runtime
 
@@ -99,6 +99,20 @@ bench: $(VENV)/.test
 # The demo model's held-out set through a running cluster, and by the token against transformers.
 eval-demo: $(VENV)/.runtime
 	$(PY) -m expertmesh.deploy.demo_model.served_evaluate
+
+# What clients are promised, through grpcurl or buf and our clients; buf comes from npm where neither is installed.
+contract: $(VENV)/.runtime
+	@command -v grpcurl || command -v buf || test -x .cache/buf/node_modules/.bin/buf || \
+	  npm install --no-audit --no-fund --ignore-scripts --prefix .cache/buf @bufbuild/buf@1.75.0 || \
+	  echo "neither grpcurl, buf nor npm is here: the same calls go through generic reflection"
+	$(PY) -m expertmesh.bench.contract
+
+# Faults under running streams and conversations, 100 runs each.
+gateway-kills: $(VENV)/.test
+	$(PY) -m expertmesh.bench.gateway_kills
+
+redis-faults: $(VENV)/.test
+	$(PY) -m expertmesh.bench.redis_faults
 
 served-equals-offline: $(VENV)/.test
 	$(PY) -m expertmesh.deploy.demo_model.served_equals_offline

@@ -27,7 +27,11 @@ class ServedCluster:
         self.gateways: list[str] = []
 
     def __enter__(self) -> "ServedCluster":
-        self._start()
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_exception: object) -> None:

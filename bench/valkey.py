@@ -46,8 +46,13 @@ class ValkeyProcess:
         command = [str(get_binary_path()), str(self._config), *named, *self._arguments]
         self._process = subprocess.Popen(command, stdout=log, stderr=log)
         log.close()
-        if wait:
+        if not wait:
+            return
+        try:
             self.wait_ready()
+        except BaseException:
+            self.kill()
+            raise
 
     def wait_ready(self) -> None:
         """Until it answers, its data loaded."""
