@@ -23,7 +23,7 @@ class OutputStream(Protocol):
 
 
 class Tier(Protocol):
-    def generate(self, request: EngineRequest, *, affinity: str = "") -> OutputStream: ...
+    def generate(self, request: EngineRequest, *, affinity: str = "", owner: str = "") -> OutputStream: ...
 
 
 class Writer(Protocol):

@@ -8,6 +8,7 @@ goes on elsewhere (`resume.py`) first writes the events of what is recorded agai
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ... import telemetry as names
 from ...errors import SessionStoreUnavailable
@@ -143,12 +144,13 @@ class Generation:
     def _submit(self, affinity: str, output_ids: list[int]) -> OutputStream:
         tier, plan = self._shared.tier, self.plan
         request = replace(plan.request, output_ids=tuple(output_ids)) if output_ids else plan.request
+        submit = partial(tier.generate, affinity=affinity, owner=plan.owner)
         stream: OutputStream
         if plan.forced_call:
             finder = CallFinder(plan.state, self._shared.tokenizer)
-            stream = ForcedCallStream(lambda r: tier.generate(r, affinity=affinity), request, plan.forced_call, finder)
+            stream = ForcedCallStream(submit, request, plan.forced_call, finder)
         else:
-            stream = tier.generate(request, affinity=affinity)
+            stream = submit(request)
         self._stream = stream
         if self._cancelled:
             stream.abort()

@@ -1,5 +1,8 @@
 """The attention tier as a gateway sees it: links to all replicas, a choice per request, and failover.
 
+Where no replica has room for one more, requests wait at the gateway, where the order between API keys is fair
+(`waiting_room.py`); as long as there is room nothing of this is touched.
+
 A replica that dies takes no stream with it: the request goes to another one with the tokens so far (`output_ids`),
 which replays them and goes on. Draws are keyed by (seed, position), so it says what the first one would have said."""
 
@@ -10,8 +13,9 @@ from dataclasses import replace
 
 from ...errors import ExpertMeshError, NoReplica, Overloaded, ReplicaLost, Unavailable
 from ...request import EngineRequest, RequestOutput
-from .balancer import BalancerConfig, ReplicaView, pick
+from .balancer import BalancerConfig, ReplicaView, pick, pick_with_room
 from .link import LinkClient, RequestStream
+from .waiting_room import Ticket, WaitingRoom, WaitingRoomConfig
 
 FAILOVER_WAIT_S = 30.0  # a stream in flight waits so long for a replica to come (back)
 MAX_FAILOVERS = 8
@@ -26,10 +30,14 @@ class AttentionTier:
         gateway_id: str,
         cluster_token: str,
         config: BalancerConfig | None = None,
+        waiting: WaitingRoomConfig | None = None,
+        weights: Mapping[str, float] | None = None,
         max_message_bytes: int = 64 << 20,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`weights`: owner -> share of a full tier, 1 where there is none."""
         self.config = config or BalancerConfig()
+        self.waiting_room = WaitingRoom(waiting or WaitingRoomConfig(), weights or {}, clock)
         self.clock = clock
         self._gateway_id, self._cluster_token, self._max_message_bytes = gateway_id, cluster_token, max_message_bytes
         self._links: dict[str, LinkClient] = {}
@@ -51,6 +59,7 @@ class AttentionTier:
                     gateway_id=self._gateway_id,
                     cluster_token=self._cluster_token,
                     max_message_bytes=self._max_message_bytes,
+                    on_change=self._let_in,
                 )
 
     @property
@@ -78,21 +87,50 @@ class AttentionTier:
             for wait in waits:
                 wait.cancel()
 
-    def generate(self, request: EngineRequest, *, affinity: str = "") -> "TierStream":
-        """Submit to the best replica at once (NoReplica, QueueFull) and return its outputs."""
-        return TierStream(self, request, affinity)
+    def generate(self, request: EngineRequest, *, affinity: str = "", owner: str = "") -> "TierStream":
+        """Submit to the best replica, at once where one has room (NoReplica, QueueFull), and return its outputs."""
+        return TierStream(self, request, affinity, owner)
+
+    def admit(self, request: EngineRequest, affinity: str, owner: str) -> RequestStream | Ticket:
+        """A new request: to a replica if there is room and nobody waits, else it waits its turn."""
+        if request.output_ids:  # it goes on: it had its turn
+            return self.submit(request, affinity, set())
+        if not self.waiting_room:
+            replica_id = pick_with_room(self._views(), self.config, affinity=affinity)
+            if replica_id is not None:
+                return self._links[replica_id].generate(request)
+        return self.waiting_room.enter(owner, request, affinity)
 
     def submit(self, request: EngineRequest, affinity: str, excluded: set[str]) -> RequestStream:
-        views = [
+        """To the best replica now, whether there is room or not."""
+        return self._links[pick(self._views(), self.config, affinity=affinity, excluded=excluded)].generate(request)
+
+    def _let_in(self) -> None:
+        """As many of those who wait as there is room for. Called with each report of a replica, once a step."""
+        while self.waiting_room:
+            try:
+                if pick_with_room(self._views(), self.config) is None:
+                    return
+            except (NoReplica, Overloaded):
+                return
+            self.waiting_room.let_in(self._place)
+
+    def _place(self, ticket: Ticket) -> RequestStream:
+        replica_id = pick_with_room(self._views(), self.config, affinity=ticket.affinity)
+        assert replica_id is not None  # there was room a moment ago
+        return self._links[replica_id].generate(ticket.request)
+
+    def _views(self) -> list[ReplicaView]:
+        return [
             ReplicaView(
                 replica_id=k.replica_id,
                 connected=k.connected.is_set(),
                 load=k.load,
                 num_unreported=k.num_unreported,
+                num_unreported_tokens=k.num_unreported_tokens,
             )
             for k in self._links.values()
         ]
-        return self._links[pick(views, self.config, affinity=affinity, excluded=excluded)].generate(request)
 
     async def close(self) -> None:
         self.set_replicas({})
@@ -102,15 +140,21 @@ class AttentionTier:
 class TierStream(AsyncIterator[RequestOutput]):
     """Outputs of one request, over as many replicas as it takes. Closing it aborts the request."""
 
-    __slots__ = ("_closed", "_num_failovers", "_received", "_refused", "_request", "_stream", "_tier")
+    __slots__ = (
+        *("_closed", "_num_failovers", "_owner", "_received", "_refused", "_request", "_stream", "_ticket", "_tier"),
+        "_waited_s",
+    )
 
-    def __init__(self, tier: AttentionTier, request: EngineRequest, affinity: str) -> None:
-        self._tier, self._request = tier, request
+    def __init__(self, tier: AttentionTier, request: EngineRequest, affinity: str, owner: str) -> None:
+        self._tier, self._request, self._owner = tier, request, owner
         self._closed = asyncio.Event()
         self._received: list[int] = []
         self._num_failovers = 0
         self._refused: set[str] = set()  # replicas that are not asked again for this request
-        self._stream: RequestStream | None = tier.submit(request, affinity, set())
+        self._waited_s = 0.0  # for its turn; told with the first output
+        admitted = tier.admit(request, affinity, owner)
+        self._ticket = admitted if isinstance(admitted, Ticket) else None
+        self._stream: RequestStream | None = admitted if isinstance(admitted, RequestStream) else None
 
     @property
     def replica_id(self) -> str:
@@ -118,6 +162,8 @@ class TierStream(AsyncIterator[RequestOutput]):
         return self._stream.replica_id if self._stream is not None else ""
 
     async def __anext__(self) -> RequestOutput:
+        if self._ticket is not None:
+            await self._wait_for_turn(self._ticket)
         while True:
             stream = self._stream
             if stream is None or self._closed.is_set():
@@ -136,16 +182,35 @@ class TierStream(AsyncIterator[RequestOutput]):
                 self._stream = self._pass_over(stream.replica_id, error)
                 continue
             self._received.extend(output.token_ids)
+            if self._waited_s:
+                output.queue_s, self._waited_s = output.queue_s + self._waited_s, 0.0
             return output
 
     async def aclose(self) -> None:
         self.abort()
 
     def abort(self) -> None:
-        self._closed.set()
+        if not self._closed.is_set():
+            self._closed.set()
+            if self._ticket is None and not self._request.output_ids:
+                self._tier.waiting_room.charge(self._owner, self._request, len(self._received))
+        if self._ticket is not None:
+            self._tier.waiting_room.leave(self._ticket)
+            self._ticket = None
         if self._stream is not None:
             self._stream.abort()
             self._stream = None
+
+    async def _wait_for_turn(self, ticket: Ticket) -> None:
+        started = self._tier.clock()
+        while not ticket.admitted.done():
+            await asyncio.wait([ticket.admitted], timeout=FAILOVER_WAIT_S)
+            if not ticket.admitted.done() and not self._tier.num_connected:
+                self.abort()
+                raise NoReplica(f"no attention replica came within {FAILOVER_WAIT_S:g} s")
+        if self._ticket is not None:  # not aborted meanwhile
+            self._ticket, self._stream = None, ticket.admitted.result()
+            self._waited_s = self._tier.clock() - started
 
     def _pass_over(self, replica_id: str, error: ExpertMeshError) -> RequestStream:
         """One that answers refused (no room, leaving, failed): another one, or the refusal where there is none."""
