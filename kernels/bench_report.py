@@ -22,8 +22,7 @@ class Cell:
     us: float  # whole layer: ids and rows in, combined rows out
     gbps: float  # of weights touched
     tflops: float
-    error: float  # relative, against float64 on the numbers that the form holds
-    error_bound: float
+    errors: dict[str, tuple[float, float]]  # against what -> (relative error, its bound)
     gemms_us: float | None = None  # both products and SwiGLU alone
     layer_peers: dict[str, float] = field(default_factory=dict)
     gemm_peers: dict[str, float] = field(default_factory=dict)
@@ -80,8 +79,9 @@ def broken_musts(cells: Iterable[Cell]) -> list[str]:
     """What no run may show: an error above its bound, a cell clearly behind a peer of the same run."""
     found = []
     for cell in cells:
-        if not cell.error <= cell.error_bound:  # NaN too
-            found.append(f"{cell.title}: error {cell.error:.1e} above {cell.error_bound:.0e}")
+        for against, (error, bound) in cell.errors.items():
+            if not error <= bound:  # NaN too
+                found.append(f"{cell.title}: error {error:.1e} against {against}, bound {bound:.0e}")
         peer = cell.best_layer_peer
         if peer and cell.us > BEHIND_A_PEER * peer[1]:
             found.append(f"{cell.title}: {cell.us:.1f} us, {peer[0]} takes {peer[1]:.1f}")
@@ -104,7 +104,7 @@ def missed_goals(cells: Sequence[Cell], device: str) -> list[str]:
 def cell_line(cell: Cell) -> str:
     parts = [
         f"{cell.title}: {cell.us:.1f} us = {cell.ratio:.2f} x floor {cell.floor_us:.1f}, {cell.gbps:.0f} GB/s, "
-        f"{cell.tflops:.0f} TFLOP/s, error {cell.error:.1e}",
+        f"{cell.tflops:.0f} TFLOP/s, error {_errors(cell)}",
         f"whole-layer peers: {_peers(cell.layer_peers, cell.us)}",
     ]
     if cell.gemms_us is not None or cell.gemm_peers:
@@ -117,6 +117,12 @@ def cell_line(cell: Cell) -> str:
         shown = [f"{n} {us:.1f} ({_torch(other)})" for n, (us, other) in cell.operations.items()]
         lines.append("    alone, us (torch): " + ", ".join(shown))
     return "\n".join(lines)
+
+
+def _errors(cell: Cell) -> str:
+    if len(cell.errors) == 1:
+        return f"{next(iter(cell.errors.values()))[0]:.1e}"
+    return ", ".join(f"{error:.1e} ({against})" for against, (error, _) in cell.errors.items())
 
 
 def _torch(us: float | None) -> str:

@@ -18,8 +18,7 @@ CELL = Cell(
     us=109.0,
     gbps=2900.0,
     tflops=12.0,
-    error=3e-3,
-    error_bound=1e-2,
+    errors={"float64": (3e-3, 1e-2)},
 )
 
 
@@ -59,7 +58,7 @@ def test_int4_must_be_faster_than_fp8_of_the_same_cell():
 @pytest.mark.parametrize("error", [1.1e-2, float("nan"), float("inf")])
 def test_an_error_above_its_bound_breaks_a_must(error):
     assert broken_musts([cell()]) == []
-    assert len(broken_musts([cell(error=error)])) == 1
+    assert len(broken_musts([cell(errors={"same rows": (3e-3, 1e-2), "others": (error, 1e-2)})])) == 1
 
 
 def test_three_percent_behind_the_best_whole_layer_peer_breaks_a_must():
