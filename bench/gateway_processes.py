@@ -60,7 +60,7 @@ class _Process:
         return self._process.pid
 
     def kill(self) -> None:
-        """SIGKILL, and nothing of it is left when this returns."""
+        """SIGKILL, and nothing of it is left when this returns. Safe to call twice."""
         if self._process.exitcode is None:
             os.kill(self.pid, signal.SIGKILL)
         self._process.join()
@@ -80,6 +80,7 @@ class GatewayPlan:
     redis_url: str
     port: int = 0  # the same again, so that clients find a gateway that was started anew
     model: Path = MODEL  # its tokenizer
+    model_name: str = "demo"
     cluster_token: str = TOKEN
     max_model_len: int = 512
 
@@ -100,7 +101,7 @@ async def _gateway(pipe: Connection, plan: GatewayPlan) -> None:
     await tier.wait_connected(START_S)
     words = tokenizer(plan.model)
     server = GatewayServer(
-        GenerationConfig(model="demo", max_model_len=plan.max_model_len, vocab_size=words.vocab_size),
+        GenerationConfig(model=plan.model_name, max_model_len=plan.max_model_len, vocab_size=words.vocab_size),
         tokenizer=words,
         tier=tier,
         sessions=SessionStore(plan.redis_url),

@@ -65,7 +65,7 @@ class Pair:
         self.number, self.figures = number, figures
         self.redis = ValkeyProcess(folder, "--appendonly", "yes", "--appendfsync", "always")
         self.gateway = GatewayProcess(GatewayPlan(link_address, self.redis.url))
-        self.ledgers = [Ledger(f"p{number}-s{i}") for i in range(NUM_SESSIONS)]
+        self.ledgers: list[Ledger] = []
         self._stop = asyncio.Event()  # no further turns
 
     async def runs(self, kinds: Sequence[str]) -> None:
@@ -92,8 +92,10 @@ class Pair:
 
     async def _run(self, client: AsyncClient, index: int, kind: str) -> None:
         self._stop.clear()
+        self.ledgers = [Ledger(f"p{self.number}-r{index}-s{i}") for i in range(NUM_SESSIONS)]
         writers = [asyncio.create_task(self._write(client, ledger)) for ledger in self.ledgers]
-        in_flight = Ledger(f"p{self.number}-r{index}")
+        await self._all_have(writers, 1)
+        in_flight = Ledger(f"p{self.number}-r{index}-f")
         stream = client.generate("What is 17 + 25?", session_id=in_flight.session_id, seed=index, **LONG_TURN)
         await anext(stream)
         if kind == "stopped":
@@ -113,15 +115,14 @@ class Pair:
         else:
             await asyncio.to_thread(self.redis.start)
         await refusal
-        await self._all_went_on(writers)
+        await self._all_have(writers, 2)  # the one that the fault hit, and one begun after it
         self._stop.set()
         await asyncio.gather(*writers)
-        await self._check(client, in_flight)
-        for ledger in self.ledgers:
+        for ledger in (in_flight, *self.ledgers):
             await self._check(client, ledger)
+            await client.delete_session(ledger.session_id)
         self.figures.turns += 1
         self.figures.committed_later += was_later
-        await client.delete_session(in_flight.session_id)
 
     async def _write(self, client: AsyncClient, ledger: Ledger) -> None:
         """Turn after turn, each asked for until it is answered."""
@@ -161,11 +162,11 @@ class Pair:
         else:
             self._wrong("a new turn while Redis is away", AssertionError("was not refused"))
 
-    async def _all_went_on(self, writers: Sequence[asyncio.Task[None]]) -> None:
-        """Until every session has two more turns: the one that the fault hit, and one begun after it."""
-        counts = [len(ledger.finished) for ledger in self.ledgers]
+    async def _all_have(self, writers: Sequence[asyncio.Task[None]], num_more: int) -> None:
+        """Until every session has so many more turns."""
+        wanted = [len(ledger.finished) + num_more for ledger in self.ledgers]
         async with asyncio.timeout(SETTLE_S):
-            while any(len(k.finished) < n + 2 for k, n in zip(self.ledgers, counts, strict=True)):
+            while any(len(k.finished) < n for k, n in zip(self.ledgers, wanted, strict=True)):
                 for writer in writers:
                     if writer.done():
                         await writer

@@ -2,16 +2,13 @@
 
 import asyncio
 import contextlib
-import os
-import signal
-import sys
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 
 import grpc
 import pytest
 from gateway_world import MAX_MODEL_LEN, TOKEN, World, chat, gateway, rest, say, text_of, tokenizer
 
+from expertmesh.bench.gateway_processes import GatewayPlan, GatewayProcess
 from expertmesh.client import AnswerDelta, AsyncClient
 from expertmesh.proto import expertmesh_pb2 as pb
 from expertmesh.proto import expertmesh_pb2_grpc as pb_grpc
@@ -21,6 +18,7 @@ from expertmesh.router.gateway.journal import Journal
 from expertmesh.router.gateway.server import GatewayServer
 from expertmesh.router.gateway.session import SessionStore
 from expertmesh.router.gateway.tier import AttentionTier
+from expertmesh.router.gateway.tokenizer import QWEN3_FOLDER
 
 CALL = '<tool_call>\n{"name": "w", "arguments": {"at": "Köln"}}\n</tool_call>'
 REPLY = f"<think>\na thought 你\n</think>\n\nthe answer 👩‍👧 is\n{CALL}<|im_end|>"
@@ -94,6 +92,21 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.002)
 
 
+async def gateway_to_kill(world: World, redis_url: str) -> GatewayProcess:
+    """In a process of its own, before the same engine."""
+    plan = GatewayPlan(
+        world.link.address,
+        redis_url,
+        model=QWEN3_FOLDER,
+        model_name="tiny",
+        cluster_token=TOKEN,
+        max_model_len=MAX_MODEL_LEN,
+    )
+    child = GatewayProcess(plan)
+    await asyncio.to_thread(child.wait_ready)
+    return child
+
+
 async def undisturbed(world: World) -> list[pb.GenerateEvent]:
     world.engine.allow(-1)
     return [e async for e in world.generation.Generate(ask("undisturbed"))]
@@ -150,13 +163,9 @@ async def test_every_stream_of_a_killed_gateway_goes_on_elsewhere(redis_url):
     """SIGKILL with 24 streams at all stages; their clients resume at another gateway."""
     async with journal(redis_url) as two, gateway(say(REPLY), journal=two) as world:
         expected = comparable(await undisturbed(world))
-        script = Path(__file__).parent / "gateway_process.py"
-        child = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", str(script), world.link.address, redis_url,
-            stdout=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(script.parent)},
-        )  # fmt: skip
+        child = await gateway_to_kill(world, redis_url)
         try:
-            address = (await child.stdout.readline()).decode().strip()
+            address = child.address
             async with grpc.aio.insecure_channel(address) as channel:
                 stub = pb_grpc.GenerationStub(channel)
                 streams: list[tuple[str, list[pb.GenerateEvent]]] = []
@@ -173,13 +182,10 @@ async def test_every_stream_of_a_killed_gateway_goes_on_elsewhere(redis_url):
                     readers.append(asyncio.create_task(read(*streams[-1])))
                     await until(lambda: len(streams[-1][1]) > 0)
                     world.engine.allow(1)
-                child.send_signal(signal.SIGKILL)
-                await child.wait()
+                child.kill()
                 await asyncio.gather(*readers)
         finally:
-            if child.returncode is None:
-                child.kill()
-                await child.wait()
+            child.kill()
         world.engine.allow(-1)
         lengths = {len(events) for _, events in streams}
         assert len(lengths) > 5, "the streams were cut at different places"
@@ -277,21 +283,16 @@ async def test_without_redis_a_resumable_stream_does_not_start_and_a_running_one
 
 async def test_the_client_resumes_by_itself_when_its_gateway_is_killed(redis_url):
     async with journal(redis_url) as two, gateway(say(REPLY), journal=two) as world:
-        script = Path(__file__).parent / "gateway_process.py"
-        child = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", str(script), world.link.address, redis_url,
-            stdout=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(script.parent)},
-        )  # fmt: skip
-        address = (await child.stdout.readline()).decode().strip()
+        child = await gateway_to_kill(world, redis_url)
         world.engine.allow(4)
-        async with AsyncClient([address, world.server.address]) as client:
+        async with AsyncClient([child.address, world.server.address]) as client:
             stream = client.generate("hi", tools=[{"name": "w"}], resumable=True)
             events = [await stream.__anext__(), await stream.__anext__()]
-            child.send_signal(signal.SIGKILL)
-            await child.wait()
+            child.kill()
             world.engine.allow(-1)
             events += [e async for e in stream]
         assert [e.offset for e in events] == list(range(len(events)))
+        assert stream.num_resumed >= 1
         assert "".join(e.text for e in events if isinstance(e, AnswerDelta)) == "the answer 👩‍👧 is"
         assert events[-1].completion_tokens == NUM_TOKENS
 

@@ -52,7 +52,7 @@ async def test_of_fifty_writers_one_commits_and_no_turn_is_lost(store):
     assert len((await store.get("s1")).turns) == 1
 
 
-async def test_writers_that_retry_all_get_in_once_and_in_order(store):
+async def test_fifty_writers_that_retry_all_get_in_once_and_in_order(store):
     async def write(i: int) -> None:
         while True:
             record = await store.open("s1")
@@ -62,10 +62,10 @@ async def test_writers_that_retry_all_get_in_once_and_in_order(store):
             except SessionConflict:
                 continue
 
-    await asyncio.gather(*map(write, range(20)))
+    await asyncio.gather(*map(write, range(50)))
     record = await store.get("s1")
-    assert record.version == len(record.turns) == 20
-    assert {t.request_id for t in record.turns} == {f"r{i}" for i in range(20)}
+    assert record.version == len(record.turns) == 50
+    assert {t.request_id for t in record.turns} == {f"r{i}" for i in range(50)}
 
 
 async def test_the_same_request_committed_twice_counts_once(store):
