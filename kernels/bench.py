@@ -147,6 +147,11 @@ def measure(
             notes = [] if plan is None else [f"plan {describe(plan)}"]
             if options.stages:
                 notes += [f"{n} {t}" for n, t in stage_times(layer, draws, expected_pairs, plan).items()]
+            operations = operation_times(shape, layer, draws, expected_pairs) if options.operations else {}
+            if operations:
+                products = operations["grouped_gemm"][0]
+            else:
+                products = gemm_us(layer, draws, chosen) if gemm_peers else None
             yield Cell(
                 model=shape.model,
                 form=shape.form,
@@ -159,10 +164,10 @@ def measure(
                 gbps=bench_inputs.touched_bytes(draws, shape) / us / 1e3,
                 tflops=bench_inputs.flops(draws, shape) / us / 1e6,
                 errors=errors_of(shape, layer, draws[0], weights, chosen),
-                gemms_us=gemm_us(layer, draws, chosen) if options.operations or gemm_peers else None,
+                gemms_us=products,
                 layer_peers=layer_peers,
                 gemm_peers=gemm_peers,
-                operations=operation_times(shape, layer, draws, expected_pairs) if options.operations else {},
+                operations=operations,
                 note=", ".join(notes),
             )
         del draws
