@@ -25,10 +25,9 @@ from .bench_clock import Call, Ceilings, measure_ceilings, median_us
 from .bench_inputs import FORMS, MODELS, TOP_K, Draw, Shape, Weights
 from .bench_operations import gemm_us, operation_times, plan_for, stage_times
 from .bench_report import Cell
-from .expert_layer import ExpertLayer
+from .expert_layer import ExpertLayer, LayerForm
 from .grouped_gemm import enable_watchdog
-from .grouped_gemm_mma import MmaPlan
-from .pack import WeightForm
+from .grouped_gemm_mma import MmaPlan, make_plan
 from .plan import GemmPlan
 
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
@@ -87,7 +86,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--form", default="bf16,fp8", help=f"of {', '.join(FORMS)}")
     parser.add_argument("--routing", default="uniform", help="uniform, zipf")
     parser.add_argument(
-        "--plans", default="", help="compare plans m_rows x tile x stages x cluster x rows_wide: 128x64x9x1x0,..."
+        "--plans",
+        default="",
+        help="compare plans: m_rows x tile x stages x cluster x rows_wide (128x64x9x1x0,...), "
+        "of w8a16 and int4: m_rows x tile x ctas",
     )
     parser.add_argument("--stages", action="store_true", help="also time route, gather and products as they overlap")
     parser.add_argument("--operations", action="store_true", help="also time each operation alone (default cells do)")
@@ -145,13 +147,12 @@ def measure(
             us = median_us(calls)
             chosen = plan or plan_for(layer, expected_pairs)
             notes = [] if plan is None else [f"plan {describe(plan)}"]
-            if options.stages:
+            if options.stages and not isinstance(plan, MmaPlan):
                 notes += [f"{n} {t}" for n, t in stage_times(layer, draws, expected_pairs, plan).items()]
             operations = operation_times(shape, layer, draws, expected_pairs) if options.operations else {}
-            if operations:
-                products = operations["grouped_gemm"][0]
-            else:
-                products = gemm_us(layer, draws, chosen) if gemm_peers else None
+            products = operations["grouped_gemm"][0] if operations else None
+            if gemm_peers and products is None:
+                products = gemm_us(layer, draws, chosen)
             yield Cell(
                 model=shape.model,
                 form=shape.form,
@@ -244,21 +245,29 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def describe(plan: GemmPlan) -> str:
+def describe(plan: GemmPlan | MmaPlan) -> str:
+    if isinstance(plan, MmaPlan):
+        return f"{plan.m_rows}x{plan.tile}x{plan.ctas}"
     return f"{plan.m_rows}x{plan.tile}x{plan.stages}x{plan.cluster}x{int(plan.rows_wide)}"
 
 
-def parse_plans(text: str, form: str) -> list[GemmPlan | None]:
+def parse_plans(text: str, form: LayerForm) -> list[GemmPlan | MmaPlan | None]:
     if not text:
         return [None]
-    shapes = [[int(v) for v in p.split("x")] for p in text.split(",")]
-    kind: WeightForm = "fp8" if form == "fp8" else "bf16"
-    return [
-        GemmPlan(m_rows=m, tile=t, stages=s, cluster=c, rows_wide=bool(wide), form=kind) for m, t, s, c, wide in shapes
-    ]
+    plans: list[GemmPlan | MmaPlan | None] = []
+    for numbers in ([int(v) for v in p.split("x")] for p in text.split(",")):
+        if form == "w8a16" or form == "int4":
+            m_rows, tile, ctas = numbers
+            plans.append(make_plan(m_rows, tile, form, ctas=ctas))
+        else:
+            m_rows, tile, stages, cluster, wide = numbers
+            plans.append(
+                GemmPlan(m_rows=m_rows, tile=tile, stages=stages, cluster=cluster, rows_wide=bool(wide), form=form)
+            )
+    return plans
 
 
-def _layer_call(layer: ExpertLayer, d: Draw, expected_pairs: float, plan: GemmPlan | None) -> Call:
+def _layer_call(layer: ExpertLayer, d: Draw, expected_pairs: float, plan: GemmPlan | MmaPlan | None) -> Call:
     return lambda: layer.combined(d.x, d.ids, d.weights, expected_pairs=expected_pairs, plan=plan)
 
 
