@@ -7,9 +7,11 @@ the `expert_map` that the kernels read from device memory."""
 import copy
 import dataclasses
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 
+from ..errors import KernelError
 from .expert_layer import ExpertLayer
 
 
@@ -21,14 +23,17 @@ class ExpertPool:
         self.layer = copy.copy(template)
         self.layer.num_local_experts = num_places
         self.logical_ids = [-1] * num_places
-        empty = {name: t.new_empty(num_places, *t.shape[1:]) for name, t in _tensors(template).items()}
+        empty: dict[str, Any] = {name: t.new_empty(num_places, *t.shape[1:]) for name, t in _tensors(template).items()}
         if template.packed is None:
             self.layer.natural = tuple(empty.get(str(i)) for i in range(len(template.natural)))  # type: ignore[assignment]
         else:
-            self.layer.packed = dataclasses.replace(template.packed, **empty)  # type: ignore[type-var]
+            self.layer.packed = dataclasses.replace(template.packed, **empty)
 
     def put(self, place: int, logical_id: int, source: ExpertLayer, source_place: int = 0) -> None:
-        """Copy one expert of a layer of the same form into `place`, on the current stream."""
+        """Copy one expert of a layer of the same form into `place`, on the current stream. Raises KernelError where the
+        forms differ (one expert has zero points of its own, the others none)."""
+        if _kind(source) != _kind(self.layer):
+            raise KernelError(f"an expert of form {_kind(source)} in a layer of form {_kind(self.layer)}")
         self.logical_ids[place] = -1  # holds neither the old nor the new one until all of it is there
         theirs = _tensors(source)
         for name, tensor in _tensors(self.layer).items():
@@ -45,10 +50,21 @@ class ExpertPool:
         return sum(t.numel() * t.element_size() for t in _tensors(self.layer).values())
 
 
+def _kind(layer: ExpertLayer) -> dict[str, object]:
+    """All but the tensors: sizes and form."""
+    return {
+        name: value
+        for name, value in _stored(layer).items()
+        if value is not None and not isinstance(value, torch.Tensor)
+    }
+
+
 def _tensors(layer: ExpertLayer) -> dict[str, torch.Tensor]:
     """What a layer stores, by name; every tensor's first axis is the expert."""
+    return {name: value for name, value in _stored(layer).items() if isinstance(value, torch.Tensor)}
+
+
+def _stored(layer: ExpertLayer) -> dict[str, object]:
     if layer.packed is None:
-        stored = {str(i): value for i, value in enumerate(layer.natural)}
-    else:
-        stored = {field.name: getattr(layer.packed, field.name) for field in dataclasses.fields(layer.packed)}
-    return {name: value for name, value in stored.items() if isinstance(value, torch.Tensor)}
+        return {str(i): value for i, value in enumerate(layer.natural)}
+    return {field.name: getattr(layer.packed, field.name) for field in dataclasses.fields(layer.packed)}
