@@ -10,12 +10,14 @@ File format: 8 bytes little-endian header length, a JSON header {name: {dtype, s
 
 import json
 import math
+import os
 import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -99,18 +101,40 @@ class ProgressMeter:
         return progress
 
 
+class Files(Protocol):
+    """The files of one model, by name: here, or fetched when they are read (`model_source.py`)."""
+
+    def open(self, name: str, begin: int, end: int | None) -> int:
+        """A descriptor through which bytes [begin, end) can be read; None = to the end. The caller closes it."""
+
+    def size(self, name: str) -> int: ...
+
+
+class LocalFiles:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def open(self, name: str, begin: int, end: int | None) -> int:
+        return os.open(self._folder / name, os.O_RDONLY)
+
+    def size(self, name: str) -> int:
+        return (self._folder / name).stat().st_size
+
+
 class Checkpoint:
     """One folder. Opens a file's header only when a tensor in it is first asked for."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, files: Files | None = None) -> None:
+        """`files` brings the weights where they are not in the folder yet; all else is there."""
         self.folder = Path(folder)
+        self._files = files or LocalFiles(self.folder)
         if not self.folder.is_dir():
             raise CheckpointError(
                 "the folder does not exist; point --model at a downloaded model", file=str(self.folder)
             )
         self.config = ModelConfig.from_folder(self.folder)
         self.generation = GenerationDefaults.from_folder(self.folder, self.config)
-        self._weight_map = _read_weight_map(self.folder)
+        self._weight_map = self._read_weight_map(all_here=files is None)
         self._headers: dict[Path, dict[str, TensorEntry]] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -129,7 +153,7 @@ class Checkpoint:
                 tensor=name,
             )
         if path not in self._headers:
-            self._headers[path] = _read_header(path)
+            self._headers[path] = self._read_header(path)
         found = self._headers[path].get(name)
         if found is None:
             raise CheckpointError(
@@ -160,94 +184,105 @@ class Checkpoint:
             )
         element_bytes = DTYPES[entry.dtype].itemsize
         offset = entry.offset + (0 if index is None else index * dest.numel() * element_bytes)
-        _read_range(entry, name, offset, dest, meter)
+        self._read_range(entry, name, offset, dest, meter)
 
     def read(self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
         dest = torch.empty(shape, dtype=dtype, device=device)
         self.read_into(name, dest)
         return dest
 
+    def _read_weight_map(self, *, all_here: bool) -> dict[str, Path]:
+        """Tensor name -> file, from the index, else from the one file's own header, else from all files' headers."""
+        folder = self.folder
+        index = folder / INDEX_NAME
+        if index.exists():
+            try:
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                named = {str(name): folder / str(file) for name, file in weight_map.items()}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"the index cannot be read ({error}); {_AGAIN}", file=str(index)) from None
+            outside = next((str(p) for p in named.values() if p.parent != folder), None)
+            if outside is not None:
+                raise CheckpointError(
+                    f"the index names {outside}, which is not in the folder; {_AGAIN}", file=str(index)
+                )
+            missing = sorted({str(p) for p in named.values() if all_here and not p.exists()})
+            if missing:
+                raise CheckpointError(
+                    f"{len(missing)} file(s) named by the index are missing; {_AGAIN}", file=missing[0]
+                )
+            return named
+        single = not all_here or (folder / SINGLE_NAME).exists()
+        files = [folder / SINGLE_NAME] if single else sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError("no *.safetensors file in the folder; download the weights too", file=str(folder))
+        return {name: path for path in files for name in self._read_header(path)}
 
-def _read_weight_map(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the index, else from the one file's own header, else from all files' headers."""
-    index = folder / INDEX_NAME
-    if index.exists():
+    def _read_header(self, path: Path) -> dict[str, TensorEntry]:
+        def broken(problem: str, tensor: str = "") -> CheckpointError:
+            return CheckpointError(f"{problem}; {_AGAIN}", file=str(path), tensor=tensor)
+
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            named = {str(name): folder / str(file) for name, file in weight_map.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"the index cannot be read ({error}); {_AGAIN}", file=str(index)) from None
-        outside = next((str(p) for p in named.values() if p.parent != folder), None)
-        if outside is not None:
-            raise CheckpointError(f"the index names {outside}, which is not in the folder; {_AGAIN}", file=str(index))
-        missing = sorted({str(p) for p in named.values() if not p.exists()})
-        if missing:
-            raise CheckpointError(f"{len(missing)} file(s) named by the index are missing; {_AGAIN}", file=missing[0])
-        return named
-    files = [folder / SINGLE_NAME] if (folder / SINGLE_NAME).exists() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError("no *.safetensors file in the folder; download the weights too", file=str(folder))
-    return {name: path for path in files for name in _read_header(path)}
-
-
-def _read_header(path: Path) -> dict[str, TensorEntry]:
-    def broken(problem: str, tensor: str = "") -> CheckpointError:
-        return CheckpointError(f"{problem}; {_AGAIN}", file=str(path), tensor=tensor)
-
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
+            size = self._files.size(path.name)
+            with self._open(path, 0, min(8, size)) as file:
+                start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
             if not 2 <= length <= size - 8:
                 raise broken(f"truncated or not a safetensors file ({size} bytes, header of {length})")
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise broken(f"the file cannot be read ({error})") from None
-    except ValueError as error:
-        raise broken(f"the header is not JSON ({error})") from None
-    entries = {}
-    for name, info in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape = str(info["dtype"]), tuple(int(n) for n in info["shape"])
-            begin, end = (int(n) for n in info["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise broken(f"the header's entry cannot be read ({error})", name) from None
-        expected = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
-        if not 0 <= begin <= end or end - begin != expected:
-            raise broken(f"the header gives {end - begin} bytes to {dtype} {list(shape)} = {expected} bytes", name)
-        if 8 + length + end > size:
-            raise broken(f"truncated: the tensor ends at byte {8 + length + end} of a file of {size}", name)
-        entries[name] = TensorEntry(path, dtype, shape, 8 + length + begin, end - begin)
-    return entries
+            with self._open(path, 8, 8 + length) as file:
+                header = json.loads(file.read(length))
+        except OSError as error:
+            raise broken(f"the file cannot be read ({error})") from None
+        except ValueError as error:
+            raise broken(f"the header is not JSON ({error})") from None
+        entries = {}
+        for name, info in header.items():
+            if name == "__metadata__":
+                continue
+            try:
+                dtype, shape = str(info["dtype"]), tuple(int(n) for n in info["shape"])
+                begin, end = (int(n) for n in info["data_offsets"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise broken(f"the header's entry cannot be read ({error})", name) from None
+            expected = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
+            if not 0 <= begin <= end or end - begin != expected:
+                raise broken(f"the header gives {end - begin} bytes to {dtype} {list(shape)} = {expected} bytes", name)
+            if 8 + length + end > size:
+                raise broken(f"truncated: the tensor ends at byte {8 + length + end} of a file of {size}", name)
+            entries[name] = TensorEntry(path, dtype, shape, 8 + length + begin, end - begin)
+        return entries
 
+    def _read_range(
+        self, entry: TensorEntry, name: str, offset: int, dest: torch.Tensor, meter: ProgressMeter | None
+    ) -> None:
+        """Bytes of the file at `offset` -> dest, piece by piece, checking every value."""
+        flat = dest.view(-1)  # raises for a non-contiguous destination: our own mistake
+        dtype = DTYPES[entry.dtype]
+        direct = dest.dtype == dtype and dest.device.type == "cpu"
+        piece = _BUFFER_BYTES // dtype.itemsize
+        buffer = torch.empty(0 if direct else min(piece, flat.numel()), dtype=dtype)
+        with self._open(entry.file, offset, offset + flat.numel() * dtype.itemsize) as file:
+            for start in range(0, flat.numel(), piece):
+                target = flat[start : start + piece]
+                source = target if direct else buffer[: target.numel()]
+                _read_exactly(file, source.view(torch.uint8).numpy().data, entry, name)
+                if not direct:
+                    target.copy_(source)
+                if not _all_finite(source):
+                    raise CheckpointError(
+                        f"NaN or infinity among elements {start}..{start + target.numel() - 1} of the slice read; "
+                        "the weights are damaged: download the file again",
+                        file=str(entry.file),
+                        tensor=name,
+                    )
+                if meter is not None:
+                    meter.add(target.numel() * dtype.itemsize)
 
-def _read_range(entry: TensorEntry, name: str, offset: int, dest: torch.Tensor, meter: ProgressMeter | None) -> None:
-    """Bytes of the file at `offset` -> dest, piece by piece, checking every value."""
-    flat = dest.view(-1)  # raises for a non-contiguous destination: our own mistake
-    dtype = DTYPES[entry.dtype]
-    direct = dest.dtype == dtype and dest.device.type == "cpu"
-    piece = _BUFFER_BYTES // dtype.itemsize
-    buffer = torch.empty(0 if direct else min(piece, flat.numel()), dtype=dtype)
-    with entry.file.open("rb", buffering=0) as file:
-        file.seek(offset)
-        for start in range(0, flat.numel(), piece):
-            target = flat[start : start + piece]
-            source = target if direct else buffer[: target.numel()]
-            _read_exactly(file, source.view(torch.uint8).numpy().data, entry, name)
-            if not direct:
-                target.copy_(source)
-            if not _all_finite(source):
-                raise CheckpointError(
-                    f"NaN or infinity among elements {start}..{start + target.numel() - 1} of the slice read; "
-                    "the weights are damaged: download the file again",
-                    file=str(entry.file),
-                    tensor=name,
-                )
-            if meter is not None:
-                meter.add(target.numel() * dtype.itemsize)
+    def _open(self, path: Path, begin: int, end: int) -> FileIO:
+        """Unbuffered, at `begin`."""
+        file = FileIO(self._files.open(path.name, begin, end), "rb")
+        file.seek(begin)
+        return file
 
 
 def _read_exactly(file: FileIO, view: memoryview, entry: TensorEntry, name: str) -> None:

@@ -147,10 +147,28 @@ class RebalanceConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsConfig:
+    """How the files of a model that is named by URL or hub id come to each host (`model_source.py`)."""
+
+    cache_dir: str = "~/.cache/expertmesh"  # on each host; its processes share it
+    whole_files: bool = False  # fetch and verify whole files, not only the parts that hold a process's tensors
+    num_connections: int = 4  # of one process
+    timeout_s: float = 30.0  # without a byte
+    max_attempts: int = 6  # in a row without a byte
+    hub_endpoint: str = "https://huggingface.co"  # `serve` takes HF_ENDPOINT
+    hub_token: str = ""  # `serve` takes HF_TOKEN
+
+    def __post_init__(self) -> None:
+        for name in ("num_connections", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"weights.{name}", getattr(self, name), "a positive count")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
     """A whole cluster: what `expertmesh serve` starts."""
 
-    model: str = ""  # folder in Hugging Face layout
+    model: str = ""  # in Hugging Face layout: a folder, the URL of one, or a hub id ORG/NAME[@REVISION]
     served_model_name: str = ""  # default: the folder's name
     layout: Layout = "disaggregated"
     num_gateways: int = 1
@@ -175,6 +193,7 @@ class ClusterConfig:
     autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
     rebalance: RebalanceConfig = field(default_factory=RebalanceConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
 
     def __post_init__(self) -> None:
         for name in ("num_gateways", "num_attention_replicas", "num_expert_shards"):
@@ -218,6 +237,7 @@ _SECTIONS: dict[str, type] = {
     "autoscaling": AutoscalingConfig,
     "rebalance": RebalanceConfig,
     "telemetry": TelemetryConfig,
+    "weights": WeightsConfig,
 }
 
 

@@ -11,6 +11,7 @@
     ├── Unavailable               UNAVAILABLE         retry after retry_after_s
     │   ├── NoReplica
     │   ├── SessionStoreUnavailable
+    │   ├── DownloadFailed        a model's file did not come: url
     │   ├── ReplicaLost
     │   └── ExchangeError         names ep_rank, layer_id, step_id, epoch
     │       ├── ExchangeTimeout
@@ -20,6 +21,9 @@
     ├── RequestCancelled          CANCELLED
     ├── EpochError                FAILED_PRECONDITION a stale or impossible epoch or placement
     ├── CheckpointError           FAILED_PRECONDITION file, tensor
+    │   ├── ModelNotFound         the server has no such file, or not for us: url, status
+    │   ├── ChecksumMismatch      url, expected, actual
+    │   └── DiskFull              folder, needed and free bytes
     ├── ConfigError               FAILED_PRECONDITION field
     ├── StartupError              FAILED_PRECONDITION the cluster did not become ready
     ├── KernelError               FAILED_PRECONDITION no GPU, driver, architecture or kernel for this
@@ -123,6 +127,14 @@ class SessionStoreUnavailable(Unavailable):
     pass
 
 
+class DownloadFailed(Unavailable):
+    """Asked again several times; what came is kept, and the next try goes on from there."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(f"{url}: {reason}")
+        self.url, self.reason = url, reason
+
+
 class ReplicaLost(Unavailable):
     """`member_id` is set where the process itself is known to be gone: its operating system closed what it held."""
 
@@ -184,6 +196,28 @@ class CheckpointError(ExpertMeshError):
         where = ", ".join(x for x in (f"file {file}" if file else "", f"tensor {tensor}" if tensor else "") if x)
         super().__init__(f"{message} ({where})" if where else message)
         self.file, self.tensor = file, tensor
+
+
+class ModelNotFound(CheckpointError):
+    def __init__(self, url: str, *, status: int = 404) -> None:
+        asks = "; it asks who you are: set HF_TOKEN (weights.hub_token)" if status in (401, 403) else ""
+        super().__init__(f"the server says {status}: no such model, revision or file{asks}", file=url)
+        self.url, self.status = url, status
+
+
+class ChecksumMismatch(CheckpointError):
+    def __init__(self, url: str, *, expected: str, actual: str) -> None:
+        super().__init__(f"twice fetched, twice another SHA-256 than {expected}: {actual}", file=url)
+        self.url, self.expected, self.actual = url, expected, actual
+
+
+class DiskFull(CheckpointError):
+    """`needed` -1 = not known."""
+
+    def __init__(self, folder: str, *, needed: int, free: int) -> None:
+        wanted = f"{needed / 1e9:.1f} GB more are needed, " if needed >= 0 else ""
+        super().__init__(f"the disk is full: {wanted}{free / 1e9:.1f} GB are free; set weights.cache_dir", file=folder)
+        self.folder, self.needed, self.free = folder, needed, free
 
 
 class ConfigError(ExpertMeshError):

@@ -12,7 +12,6 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,7 +22,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ..config import ClusterConfig
 from ..errors import ConfigError, StartupError, Unavailable
 from ..experts.worker import ExpertShard
-from ..model_config import ModelConfig
+from ..model_source import describe_model, model_name, pinned
 from ..redis_server import EmbeddedRedis, resolve_url
 from ..router.gateway.deployment import Gateway
 from ..router.status import ClusterState
@@ -59,8 +58,8 @@ class Cluster:
         """`ray_address` names a running Ray ("auto", host:port); empty = a local one made for this cluster.
         `interrupted` is asked while waiting: true ends the start with KeyboardInterrupt."""
         if not config.model:
-            raise ConfigError("model", "", "a checkpoint folder in Hugging Face layout")
-        self.config = replace(config, model=str(Path(config.model).expanduser().resolve()))
+            raise ConfigError("model", "", "a folder in Hugging Face layout, the URL of one, or a hub id")
+        self.config = config
         self.gateways: tuple[str, ...] = ()
         self.conductor: ConductorClient | None = None
         self._ray_address = ray_address
@@ -116,7 +115,10 @@ class Cluster:
 
     def _check_checkpoint(self) -> None:
         """Fail at once on what config.json alone can tell; tensors and shapes are the replicas' to check."""
-        self._num_experts = ModelConfig.from_folder(self.config.model).num_experts
+        name = self.config.served_model_name or model_name(self.config.model)
+        model = pinned(self.config.model, self.config.weights)  # all hosts serve the same commit
+        self.config = replace(self.config, model=model, served_model_name=name)
+        self._num_experts = describe_model(model, self.config.weights).num_experts
         if self._num_experts and self.config.num_expert_ranks > self._num_experts:
             limit = f"at most {self._num_experts}, the number of experts"
             raise ConfigError("num_expert_shards", self.config.num_expert_ranks, limit)
@@ -130,8 +132,7 @@ class Cluster:
             here = self.config.on_node(ray.util.get_node_ip_address()).network.interface
             self._redis = EmbeddedRedis(host=here if self._ray_address else "")
             url = self._redis.url
-        name = self.config.served_model_name or Path(self.config.model).name
-        self.config = replace(self.config, network=network, redis_url=url, served_model_name=name)
+        self.config = replace(self.config, network=network, redis_url=url)
 
     def _start_ray(self) -> None:
         if not ray.is_initialized():

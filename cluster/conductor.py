@@ -22,6 +22,7 @@ from ..errors import EpochError, InvalidRequest
 from ..experts.eplb import EplbConfig
 from ..experts.placing import eplb_place
 from ..model_config import ModelConfig
+from ..model_source import describe_model
 from ..router.epoch import Epoch
 from ..router.placement import Placement
 from ..router.status import ClusterState, Decision, ExpertRows, ProcessStatus, ScaleWish
@@ -45,7 +46,9 @@ LOST_AFTER_S = 60.0  # a member that polls no more for so long is taken out of t
 CLOSING_PAUSE_S = 0.5
 MAX_FAILURES = 20
 MAX_DECISIONS = 50
-_HOPELESS = ("CheckpointError", "ConfigError", "StartupError", "KernelError")  # trying again cannot help
+# Trying again cannot help.
+_BROKEN_MODEL = ("CheckpointError", "ModelNotFound", "ChecksumMismatch", "DiskFull")
+_HOPELESS = (*_BROKEN_MODEL, "ConfigError", "StartupError", "KernelError")
 _log = logging.getLogger(__name__)
 
 
@@ -54,7 +57,7 @@ class Conductor:
 
     def __init__(self, config_text: str) -> None:
         self._config = ClusterConfig.from_json(config_text)
-        model = ModelConfig.from_folder(self._config.model)
+        model = describe_model(self._config.model, self._config.weights)
         self._eplb = EplbConfig(num_redundant=self._config.num_redundant_experts)
         self._book = LoadBook(model.num_layers, model.num_experts)
         self._rebalancer = Rebalancer(self._config.rebalance, self._eplb, self._book)

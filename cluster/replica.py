@@ -29,6 +29,7 @@ from ..experts.worker import (
     settle_on_cpu,
     state_of,
 )
+from ..model_source import open_model
 from ..request import EngineLoad
 from ..router.gateway.link import LinkServer
 from ..router.mesh import ClusterMesh, MeshOptions
@@ -81,7 +82,7 @@ class AttentionReplica:
             self._row_reporter = asyncio.create_task(report_rows_forever(conductor, self._load.rows))
 
     async def _build(self, config: ClusterConfig, make_agent: MakeAgent) -> Engine:
-        checkpoint = await asyncio.to_thread(Checkpoint, config.model)
+        checkpoint = await asyncio.to_thread(open_model, config.model, config.weights)
         runner = await asyncio.to_thread(load_runner, config, checkpoint, self._show)
         max_model_len = config.max_model_len or checkpoint.config.max_position_embeddings
         experts = None

@@ -24,7 +24,9 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("serve", help="start a cluster on a checkpoint folder")
     parser.description = "Start a cluster and serve until Ctrl-C. Ready when it prints the gateways' addresses."
     parser.add_argument(
-        "--model", metavar="DIR", help="checkpoint folder in Hugging Face layout (default: the demo model)"
+        "--model",
+        metavar="MODEL",
+        help="folder, URL of a folder, or hub id ORG/NAME[@REVISION] (default: the demo model)",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON of ClusterConfig fields")
     parser.add_argument("--layout", choices=("disaggregated", "colocated"))
@@ -65,6 +67,8 @@ def serve_config(arguments: argparse.Namespace, environ: Mapping[str, str]) -> C
     config = ClusterConfig()
     if arguments.config:
         config = from_mapping(ClusterConfig, read_mapping(Path(arguments.config)))
+    hub = {"weights.hub_token": environ.get("HF_TOKEN", ""), "weights.hub_endpoint": environ.get("HF_ENDPOINT", "")}
+    config = override(config, {path: value for path, value in hub.items() if value})
     fields = {name: value for name, value in environ.items() if name != API_KEY_VARIABLE}  # that is a client's
     config = override(config, environment_overrides(fields))
     flags = {

@@ -23,6 +23,7 @@ from ray import serve
 from ..checkpoint import Checkpoint, LoadProgress
 from ..config import ClusterConfig
 from ..errors import EpochError, ExchangeError, ExpertMeshError, ReplicaLost, Unavailable
+from ..model_source import open_model
 from ..numerics import select_numerics
 from ..router.epoch import StepHeader
 from ..router.exchange import RowShape
@@ -98,7 +99,7 @@ class ExpertShard:
         ]
 
     async def _build(self, config: ClusterConfig, make_agent: MakeAgent) -> "StepServer":
-        checkpoint = await asyncio.to_thread(Checkpoint, config.model)
+        checkpoint = await asyncio.to_thread(open_model, config.model, config.weights)
         self._experts = await asyncio.to_thread(load_experts, config, checkpoint, self._show)
         self._mesh = ClusterMesh(
             self.member_id,

@@ -10,7 +10,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    {"errors", "config", "request", "telemetry", "numerics", "checkpoint", "model_config", "redis_server"},
+    {
+        "errors",
+        "config",
+        "request",
+        "telemetry",
+        "numerics",
+        "checkpoint",
+        "model_config",
+        "model_source",
+        "remote_file",
+        "redis_server",
+    },
     {"kernels", "proto"},
     {"router"},
     {"experts"},

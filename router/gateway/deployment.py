@@ -15,6 +15,7 @@ from ray import serve
 from ...config import ClusterConfig
 from ...errors import NoReplica, Unavailable
 from ...model_config import ModelConfig
+from ...model_source import model_folder
 from ...telemetry import configure
 from ..status import ConductorLink, ProcessStatus, report_failure, report_forever
 from .api_keys import ApiKeys
@@ -59,8 +60,9 @@ class Gateway:
 
     async def _build(self, config: ClusterConfig, local_rank: int) -> GatewayServer:
         network = config.network
-        model = ModelConfig.from_folder(config.model)
-        tokenizer = await asyncio.to_thread(Tokenizer.for_checkpoint, config.model)
+        folder = await asyncio.to_thread(model_folder, config.model, config.weights)
+        model = ModelConfig.from_folder(folder)
+        tokenizer = await asyncio.to_thread(Tokenizer.for_checkpoint, folder)
         telemetry = configure(
             config.telemetry,
             role="gateway",
