@@ -229,14 +229,13 @@ class LinkServer(pb_grpc.LinkServicer):
         await context.write(pb.ReplicaMessage(hello=hello))
         told = None
         while True:
-            load = encode_load(self._engine.load(), draining=self._draining)
-            news = (load, link.num_submitted)  # the gateway counts what it sent until a report comes after it
+            load = encode_load(self._engine.load(), draining=self._draining, num_submitted=link.num_submitted)
             messages = link.take(self._num_steps, load)
-            if not messages and news != told:
+            if not messages and load != told:
                 messages = [pb.ReplicaMessage(load=load)]
             for message in messages:
                 await context.write(message)
-            told = news
+            told = load
             if not link.has_unsent:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(link.woken.wait(), LOAD_PERIOD_S)
@@ -311,7 +310,9 @@ class LinkClient:
         self.replica_id, self.address = replica_id, address
         self.connected = asyncio.Event()
         self.load = _NO_LOAD
-        self.num_unreported = self.num_unreported_tokens = 0  # requests, and tokens of their prompts, sent since `load`
+        self._unreported: deque[int] = deque()  # prompt tokens of each request sent that `load` does not know
+        self.num_unreported_tokens = 0
+        self._num_sent = 0  # requests, on this connection
         self.max_model_len = 0
         self._on_change = on_change
         self._gateway_id, self._cluster_token, self._max_message_bytes = gateway_id, cluster_token, max_message_bytes
@@ -325,6 +326,11 @@ class LinkClient:
     def num_in_flight(self) -> int:
         return len(self._streams)
 
+    @property
+    def num_unreported(self) -> int:
+        """Requests sent that `load` does not know."""
+        return len(self._unreported)
+
     def generate(self, request: EngineRequest) -> "RequestStream":
         """Submit at once; iterate for the outputs. ReplicaLost when there is no connection."""
         if not self.connected.is_set():
@@ -332,7 +338,8 @@ class LinkClient:
         handle = self._next_handle
         self._next_handle += 1
         stream = self._streams[handle] = RequestStream(self, handle, request)
-        self.num_unreported += 1
+        self._num_sent += 1
+        self._unreported.append(len(request.prompt_ids))
         self.num_unreported_tokens += len(request.prompt_ids)
         self._send(pb.GatewayMessage(submit=encode_submit(handle, request)))
         return stream
@@ -386,6 +393,7 @@ class LinkClient:
                 return
             self.max_model_len = first.hello.max_model_len
             self._outbox.clear()
+            self._forget_sent()
             writer = asyncio.create_task(self._write(call))
             self.connected.set()
             self._on_change()
@@ -426,12 +434,17 @@ class LinkClient:
 
     def _take_load(self, load: pb.ReplicaLoad) -> None:
         self.load = decode_load(load)
-        self.num_unreported = self.num_unreported_tokens = 0
+        while len(self._unreported) > self._num_sent - load.num_submitted:
+            self.num_unreported_tokens -= self._unreported.popleft()
         self._on_change()
+
+    def _forget_sent(self) -> None:
+        self.load, self._num_sent, self.num_unreported_tokens = _NO_LOAD, 0, 0
+        self._unreported.clear()
 
     def _lose(self, why: str) -> None:
         streams, self._streams = self._streams, {}
-        self.load, self.num_unreported, self.num_unreported_tokens = _NO_LOAD, 0, 0
+        self._forget_sent()
         for stream in streams.values():
             stream.fail(ReplicaLost(f"attention replica {self.replica_id} at {self.address}: {why}"))
         self._on_change()

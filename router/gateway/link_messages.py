@@ -147,13 +147,14 @@ def decode_output(request_id: str, tokens: pb.RequestTokens, *, with_logprobs: b
     return output
 
 
-def encode_load(load: EngineLoad, *, draining: bool) -> pb.ReplicaLoad:
+def encode_load(load: EngineLoad, *, draining: bool, num_submitted: int) -> pb.ReplicaLoad:
     return pb.ReplicaLoad(
         num_running=load.num_running,
         num_waiting=load.num_waiting,
         num_free_kv_blocks=load.num_free_kv_blocks,
         num_kv_blocks=load.num_kv_blocks,
         draining=load.draining or draining,
+        num_submitted=num_submitted,
     )
 
 

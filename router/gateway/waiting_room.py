@@ -1,7 +1,7 @@
 """Requests for which the tier has no room yet: they wait here in a fair order (`fair_queue.py`), bounded, until it has.
 
-Why at the gateway: a replica's own queue is first come, first served, so it is kept short; who waits here can be passed,
-may leave without a trace, and is refused early with an honest delay. A gateway is fair among its own clients."""
+Why at the gateway: a replica's own queue is first come, first served, so it is kept short; who waits here can be
+passed, may leave without a trace, and is refused early with an honest delay. Each gateway is fair by itself."""
 
 import asyncio
 from collections.abc import Callable, Mapping
