@@ -6,10 +6,16 @@ them (counts, slot ids, checksums, verdicts). Each flip must be named by the sou
 sampled streams with shared prefixes and a small KV pool, so that what a void step left in KV or in the prefix cache
 would be read again; each must equal its solo run in an undisturbed process.
 
+**Weights.** A whole engine in one process under traffic, its scrubber running; bits fall over in resident experts, ten
+at a time. Each must be named (layer, expert, slot) and repaired within a round of the scrub, the memory must be what it
+was, and streams after the last repair must be those of an undisturbed process. Streams that ran meanwhile may differ:
+the faults say how many of their rows are suspect.
+
 Exits 1 where a flip is silent or a token differs. The last line is JSON."""
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import multiprocessing
@@ -32,6 +38,7 @@ from ..cluster.attention.engine import StepStats
 from ..config import CacheConfig, SchedulerConfig
 from ..errors import ExpertMeshError, GuardError
 from ..experts.mlp import LocalExpertMLP
+from ..experts.scrub import Scrubber
 from ..make_checkpoint import PRESETS, make_checkpoint
 from ..request import EngineRequest
 from ..router.epoch import Epoch, StepHeader
@@ -52,13 +59,85 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -P -m expertmesh.bench.bit_flips", description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=1000, help="bits to turn over in exchanged messages (default 1000)")
     parser.add_argument("--rate", type=float, default=0.06, help="part of the messages that are hit (default 0.06)")
+    parser.add_argument("--weights", type=int, default=200, help="bits to turn over in expert weights (default 200)")
+    parser.add_argument("--period", type=float, default=1.0, help="seconds of a round of the scrub (default 1)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="expertmesh-flips-") as folder:
         make_checkpoint(folder, {**PRESETS["tiny-moe"], "vocab_size": 4096}, seed=3, dtype="float32")
+        weights = flip_weights(folder, arguments.weights, period_s=arguments.period)
+        print(f"weights: {weights}", file=sys.stderr)
         rows = flip_rows(folder, arguments.rows, rate=arguments.rate)
-    print(json.dumps({"ok": rows["ok"], "rows": rows}))
-    return 0 if rows["ok"] else 1
+    ok = rows["ok"] and weights["ok"]
+    print(json.dumps({"ok": ok, "rows": rows, "weights": weights}))
+    return 0 if ok else 1
+
+
+def flip_weights(folder: str | Path, wanted: int, *, period_s: float, at_once: int = 10) -> dict[str, Any]:
+    """`wanted` bits in resident experts of an engine that serves all the while."""
+    started, generator = time.monotonic(), random.Random(0)
+    logging.disable(logging.ERROR)  # hundreds of faults are named here
+    engine = LocalEngine(folder, cache=CacheConfig(num_blocks=512, enable_prefix_cache=False))
+    experts = engine.mesh.experts
+    assert isinstance(experts, LocalExpertMLP)
+    cells = [(layer_id, slot) for layer_id, held in experts.resident_layers() for slot in range(len(held.logical_ids))]
+    layers = dict(experts.resident_layers())
+    before = {layer_id: (held.w13.clone(), held.w2.clone()) for layer_id, held in layers.items()}
+    scrubber = Scrubber(experts, count_rows=engine.mesh.load, period_s=period_s, max_share=0.5)
+    engine.mesh.guard.heal = scrubber.check_layer
+    num_wrong, longest_s, most_rounds = 0, 0.0, 0
+    with engine:
+        requests = mixed_requests(8, engine.engine.vocab_size, longest=48)
+        truth = [engine.run([request])[0].token_ids for request in requests]
+        stop = threading.Event()
+        traffic = threading.Thread(target=_traffic, args=(engine, requests, stop))
+        traffic.start()
+        scrubber.start()
+        for _ in range(0, wanted, at_once):
+            chosen = {cell: generator.choice(("w13", "w2")) for cell in generator.sample(cells, at_once)}
+            rounds, known, hit_at = scrubber.num_rounds, scrubber.num_faults, time.monotonic()
+            for (layer_id, slot), part in chosen.items():
+                _flip_bit(getattr(layers[layer_id], part)[slot], generator)
+            while scrubber.num_faults < known + len(chosen) and scrubber.num_rounds < rounds + 10:
+                time.sleep(0.002)
+            longest_s = max(longest_s, time.monotonic() - hit_at)
+            most_rounds = max(most_rounds, scrubber.num_rounds - rounds)
+            named = {(fault.layer_id, fault.slot): fault for fault in scrubber.faults if fault.repaired_from}
+            num_wrong += sum(
+                cell not in named or layers[cell[0]].logical_ids[cell[1]] != named[cell].expert for cell in chosen
+            )
+            scrubber.faults.clear()
+        scrubber.stop()
+        stop.set()
+        traffic.join()
+        again = [replace(request, request_id=f"after-{request.request_id}") for request in requests]
+        num_different = sum(s.token_ids != t for s, t in zip(engine.run(again), truth, strict=True))
+    restored = all(h.w13.equal(before[i][0]) and h.w2.equal(before[i][1]) for i, h in layers.items())
+    found = scrubber.num_faults
+    return {
+        "flips": found,
+        "not_named_and_repaired": num_wrong,
+        "period_s": period_s,
+        "longest_s": round(longest_s, 2),
+        "most_rounds_begun": most_rounds,
+        "memory_restored": restored,
+        "streams_after_that_differ": num_different,
+        "seconds": round(time.monotonic() - started, 1),
+        "ok": found >= wanted and not num_wrong and most_rounds <= 1 and restored and not num_different,
+    }
+
+
+def _traffic(engine: LocalEngine, requests: Sequence[EngineRequest], stop: threading.Event) -> None:
+    for number in itertools.count():
+        if stop.is_set():
+            return
+        engine.run([replace(request, request_id=f"t{number}-{request.request_id}") for request in requests])
+
+
+def _flip_bit(tensor: torch.Tensor, generator: random.Random) -> None:
+    data = tensor.view(-1).view(torch.uint8).numpy()
+    bit = generator.randrange(8 * data.size)
+    data[bit // 8] ^= 1 << bit % 8
 
 
 def flip_rows(folder: str | Path, wanted: int, *, rate: float, count: int = 16, longest: int = 48) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from .membership import (
     Rejoin,
     Retire,
     Rollback,
+    Suspect,
     Trouble,
 )
 
@@ -93,6 +94,10 @@ class MemberAgent:
         """From any thread: the epoch broke here."""
         lost_id = error.member_id if isinstance(error, ReplicaLost) else ""
         self._report(Trouble(self._id, epoch, str(error), lost_id))
+
+    def on_suspect(self, suspect_id: str, reason: str) -> None:
+        """From any thread: this member's rows come back bad from there, or its weights cannot be repaired."""
+        self._report(Suspect(self._id, suspect_id, reason))
 
     def drain(self, timeout_s: float) -> bool:
         """Ask to leave and wait until nothing needs this member. False = not within the time."""

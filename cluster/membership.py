@@ -89,6 +89,15 @@ class Leave:
 
 
 @dataclass(frozen=True, slots=True)
+class Suspect:
+    """`suspect_id` gives bad rows again and again, as this member saw it: it is drained if others can do its work."""
+
+    member_id: str
+    suspect_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Lost:
     """Known to be dead (its process or node ended)."""
 
@@ -107,7 +116,9 @@ class Tick:
     pass
 
 
-Event = Join | Prepared | PrepareFailed | Committed | Alive | Trouble | Leave | Lost | PlacementRequested | Tick
+Event = (
+    Join | Prepared | PrepareFailed | Committed | Alive | Trouble | Leave | Suspect | Lost | PlacementRequested | Tick
+)
 
 
 # ---- commands, each to one member
@@ -269,6 +280,11 @@ class Membership:
             case Leave(member_id):
                 self.states[member_id] = State.DRAINING
                 return self._leave_at_once(member_id)
+            case Suspect(_, suspect_id, reason):
+                if self._can_spare(suspect_id):
+                    self.last_failure = f"{suspect_id} is drained: {reason}"
+                    return self._take(Leave(suspect_id), now)
+                self.last_failure = f"{suspect_id} is suspect, and nobody can take its place: {reason}"
             case Lost(member_id):
                 return self._give_up({member_id}, "its process ended")
             case PlacementRequested(placement):
@@ -535,6 +551,14 @@ class Membership:
                 return before.placement
             return Placement(version, asked.num_logical_experts, asked.ep_size, asked.physical_to_logical)
         return before.placement
+
+    def _can_spare(self, member_id: str) -> bool:
+        """It is a member, and others of its kinds stay."""
+        member = self.members.get(member_id)
+        if member is None or self.states.get(member_id) not in (State.READY, State.JOINING):
+            return False
+        others = [m for name, m in self.members.items() if name != member_id and self._usable(m)]
+        return any(m.attention for m in others) and any(m.expert for m in others)
 
     def _ids(self, state: State) -> list[str]:
         return [member_id for member_id, s in self.states.items() if s is state]

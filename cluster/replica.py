@@ -13,6 +13,7 @@ from dataclasses import replace
 from ..checkpoint import Checkpoint, LoadProgress, ProgressCallback
 from ..config import ClusterConfig
 from ..errors import ExpertMeshError, Unavailable
+from ..experts.scrub import Scrubber
 from ..experts.worker import (
     LEAVE_S,
     ExpertLoad,
@@ -20,6 +21,8 @@ from ..experts.worker import (
     compute_device,
     compute_dtype,
     config_here,
+    faults_of,
+    guard_gauges,
     is_batch_invariant,
     load_experts,
     node_name,
@@ -27,6 +30,7 @@ from ..experts.worker import (
     replica_name,
     row_shape,
     settle_on_cpu,
+    start_scrub,
     state_of,
 )
 from ..model_source import open_model
@@ -69,6 +73,7 @@ class AttentionReplica:
         self.member_id, self._conductor = replica_name(self._role), conductor
         self._detail, self._draining = "", False
         self._engine: Engine | None = None
+        self._scrubber: Scrubber | None = None
         self._row_reporter: asyncio.Task[None] | None = None  # of one that owns experts
         settle_on_cpu()
         self._reporter = asyncio.create_task(report_forever(conductor, self._status))
@@ -95,6 +100,7 @@ class AttentionReplica:
             shape=row_shape(config, checkpoint),
             options=MeshOptions.of(config),
             on_trouble=self._on_trouble,
+            on_suspect=lambda suspect_id, reason: self._agent.on_suspect(suspect_id, reason),
         )
         self._load = ExpertLoad(self._mesh, experts) if experts is not None else None
         self._link = LinkServer(
@@ -124,10 +130,13 @@ class AttentionReplica:
             grammars=GrammarCompiler.for_checkpoint(checkpoint.folder, runner.vocab_size),
         )
         self._steps.watch(engine.load)
+        self._agent = make_agent(self._mesh, self._conductor)
+        if experts is not None:
+            self._scrubber = start_scrub(config, self._mesh, experts, self._agent)
+        self._telemetry.watch(guard_gauges(self._mesh, self._scrubber))
         self._mesh.start(engine.on_header)
         engine.start()
         await self._link.start(spans.around(engine) if spans else engine)
-        self._agent = make_agent(self._mesh, self._conductor)
         self._agent.start()
         return engine
 
@@ -155,6 +164,8 @@ class AttentionReplica:
         self._engine.drain()
         await asyncio.to_thread(self._engine.wait_until_idle, DRAIN_S)
         await self._link.stop()
+        if self._scrubber is not None:
+            await asyncio.to_thread(self._scrubber.stop)
         await asyncio.to_thread(self._agent.drain, LEAVE_S)
         await asyncio.to_thread(self._agent.stop)
         await asyncio.to_thread(self._engine.stop)
@@ -189,6 +200,7 @@ class AttentionReplica:
             num_steps=self._steps.num_steps,
             step_s=self._steps.step_s,
             exchange_s=self._steps.exchange_s,
+            faults=faults_of(self._mesh, self._scrubber),
             **(self._load.read(busy_s) if self._load is not None else {}),
         )
 

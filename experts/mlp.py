@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from ..checkpoint import Checkpoint, ProgressCallback, ProgressMeter
-from ..errors import EpochError
+from ..errors import CheckpointError, EpochError
 from ..kernels.expert_layer import why_no_kernels
 from ..numerics import MAX_ROWS, Numerics, select_numerics, silu_mul
 from ..router.placement import Placement
 from .device_experts import DeviceExperts, PlacedExperts, expected_pairs
+from .truth import Truths
 from .weights import LayerExperts, expert_bytes_on_disk, expert_shapes, load_layer
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class LocalExpertMLP:
         )
         self._resident: dict[int, ResidentPlacement] = {}
         self._current: ResidentPlacement | None = None
+        self.truths = Truths(checkpoint, self.numerics, dtype)
         self._on_device = _experts_on_device(checkpoint, dtype, torch.device(device))
 
     @property
@@ -108,6 +110,10 @@ class LocalExpertMLP:
         experts = self._current.layers[layer_id]
         if isinstance(experts, PlacedExperts):
             return self._device_rows(layer_id, rows, slot_ids)
+        return self._host_rows(experts, rows, slot_ids)
+
+    @torch.inference_mode()
+    def _host_rows(self, experts: LayerExperts, rows: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
         plan = plan_segments(slot_ids.cpu().numpy(), experts.w13.shape[0], self.numerics.min_rows)
         if plan.num_pairs == 0:
             return rows.new_empty(0, rows.shape[1])
@@ -148,9 +154,44 @@ class LocalExpertMLP:
             older = [e for e in resident if isinstance(e, PlacedExperts)]
             return self._on_device.place(layer_id, ids, older, meter)
         on_host = [e for e in resident if isinstance(e, LayerExperts)]
-        return load_layer(
+        made = load_layer(
             self.checkpoint, layer_id, ids, dtype=self.dtype, device=self.device, resident=on_host, meter=meter
         )
+        self._verify(layer_id, made)
+        return made
+
+    def resident_layers(self) -> list[tuple[int, LayerExperts]]:
+        """What lies in host memory, layer by layer, of all resident placements."""
+        held = [pair for resident in list(self._resident.values()) for pair in resident.layers.items()]
+        return [(layer_id, experts) for layer_id, experts in held if isinstance(experts, LayerExperts)]
+
+    def _verify(self, layer_id: int, made: LayerExperts) -> None:
+        """Every slot against its truth, bytes and golden rows, before anything is computed with it. What does not fit
+        is read once more: CheckpointError where that does not help."""
+        if made.w13.device.type != "cpu":
+            return
+        slots = [slot for slot, logical in enumerate(made.logical_ids) if logical >= 0]
+        for slot in (bad := self._unlike_truth(layer_id, made, slots)):
+            logical = made.logical_ids[slot]
+            logger.error("expert %d of layer %d came damaged into slot %d: read again", logical, layer_id, slot)
+            self.truths.forget(layer_id, logical)  # either reading may have been the damaged one
+            for part, again in zip((made.w13[slot], made.w2[slot]), self.truths.read(layer_id, logical), strict=True):
+                part.copy_(again)
+        for slot in self._unlike_truth(layer_id, made, bad):
+            raise CheckpointError(
+                f"expert {made.logical_ids[slot]} of layer {layer_id} is not what another reading of the checkpoint "
+                "gives: its bytes are damaged on their way, or this machine computes wrong; replace it"
+            )
+
+    def _unlike_truth(self, layer_id: int, made: LayerExperts, slots: list[int]) -> list[int]:
+        bad, golden = [], self.truths.rows
+        for slot in slots:
+            logical, slot_ids = made.logical_ids[slot], torch.full((len(golden), 1), slot, dtype=torch.int32)
+            fits = self.truths.of(layer_id, logical).fits(made.w13[slot], made.w2[slot])
+            products = self._host_rows(made, golden, slot_ids)
+            if not fits or not self.truths.is_golden(layer_id, logical, products):
+                bad.append(slot)
+        return bad
 
 
 def _experts_on_device(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> DeviceExperts | None:

@@ -52,7 +52,7 @@ def load_layer(
             continue
         source = _find(logical, made, slot, resident)
         if source is None:
-            _read_expert(checkpoint, layer_id, logical, w13[slot], w2[slot], meter)
+            read_expert(checkpoint, layer_id, logical, w13[slot], w2[slot], meter)
         else:
             experts, its_slot = source
             w13[slot].copy_(experts.w13[its_slot])
@@ -79,14 +79,15 @@ def expert_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     return [(hidden, 2 * width), (width, hidden)]
 
 
-def _read_expert(
+def read_expert(
     checkpoint: Checkpoint,
     layer_id: int,
     logical: int,
     w13: torch.Tensor,
     w2: torch.Tensor,
-    meter: ProgressMeter | None,
+    meter: ProgressMeter | None = None,
 ) -> None:
+    """One expert of one layer straight into w13 [2 * width, hidden] and w2 [hidden, width]."""
     fused = f"model.layers.{layer_id}.mlp.experts."
     if fused + "gate_up_proj" in checkpoint:
         checkpoint.read_into(fused + "gate_up_proj", w13, index=logical, meter=meter)

@@ -41,10 +41,14 @@ from ..router.status import (
 from ..telemetry import (
     ATTR_EPOCH,
     ATTR_STEP_ID,
+    METRIC_BAD_ROWS,
     METRIC_EPOCH,
     METRIC_EXPERT_ROWS,
     METRIC_EXPERT_SECONDS,
     METRIC_PLACEMENT,
+    METRIC_SCRUB_ROUND,
+    METRIC_STEP_REPLAYS,
+    METRIC_WEIGHT_FAULTS,
     SPAN_EXPERT_STEP,
     Gauge,
     Span,
@@ -52,6 +56,7 @@ from ..telemetry import (
     configure,
 )
 from .mlp import LocalExpertMLP
+from .scrub import Scrubber, WeightFault
 from .weights import expert_shapes
 
 LEAVE_S = 25.0  # in good order: an epoch without this member; below Serve's graceful_shutdown_timeout_s
@@ -71,6 +76,8 @@ class Agent(Protocol):
     def stop(self) -> None: ...
 
     def on_trouble(self, epoch: int, error: ExpertMeshError) -> None: ...
+
+    def on_suspect(self, suspect_id: str, reason: str) -> None: ...
 
 
 MakeAgent = Callable[[ClusterMesh, ConductorLink], Agent]
@@ -111,6 +118,7 @@ class ExpertShard:
         )
         self._agent = make_agent(self._mesh, self._conductor)
         self._load = ExpertLoad(self._mesh, self._experts)
+        self._scrubber = start_scrub(config, self._mesh, self._experts, self._agent)
         self._telemetry = configure(
             config.telemetry,
             role="expert",
@@ -123,6 +131,7 @@ class ExpertShard:
                 Gauge(METRIC_EXPERT_ROWS, lambda: self._last.num_rows),
                 Gauge(METRIC_EPOCH, lambda: self._last.epoch),
                 Gauge(METRIC_PLACEMENT, lambda: self._mesh.load()[0]),
+                *guard_gauges(self._mesh, self._scrubber),
             ]
         )
         server = StepServer(self._mesh, self._telemetry)
@@ -146,6 +155,7 @@ class ExpertShard:
         self._draining = True
         for reporter in self._reporters:
             reporter.cancel()
+        await asyncio.to_thread(self._scrubber.stop)
         await asyncio.to_thread(self._agent.drain, LEAVE_S)
         await asyncio.to_thread(self._agent.stop)
         await asyncio.to_thread(self._server.stop)
@@ -168,6 +178,7 @@ class ExpertShard:
             pid=os.getpid(),
             node=node_name(),
             epoch=epoch.number if epoch else 0,
+            faults=faults_of(self._mesh, self._scrubber),
             **self._load.read(self._server.take_busy_s()),
         )
         return self._last
@@ -278,6 +289,39 @@ def load_experts(
         batch_invariant=is_batch_invariant(config), linear_shapes=shapes, batched_shapes=shapes, device=device
     )
     return LocalExpertMLP(checkpoint, numerics, dtype=dtype, device=device, progress=progress)
+
+
+def start_scrub(config: ClusterConfig, mesh: ClusterMesh, experts: LocalExpertMLP, agent: Agent) -> Scrubber:
+    """The background check of this process's experts; what cannot be repaired makes it leave."""
+
+    def on_fault(fault: WeightFault) -> None:
+        if not fault.repaired_from:
+            agent.on_suspect(mesh.member.member_id, str(fault))
+
+    scrub = config.scrub
+    scrubber = Scrubber(
+        experts, count_rows=mesh.load, period_s=scrub.period_s, max_share=scrub.max_share, on_fault=on_fault
+    )
+    mesh.guard.heal = scrubber.check_layer
+    if scrub.period_s:
+        scrubber.start()
+    return scrubber
+
+
+def faults_of(mesh: ClusterMesh, scrubber: Scrubber | None) -> str:
+    """For this process's report."""
+    return "; ".join(text for text in (mesh.guard.summary, scrubber.summary if scrubber else "") if text)
+
+
+def guard_gauges(mesh: ClusterMesh, scrubber: Scrubber | None) -> list[Gauge]:
+    gauges = [
+        Gauge(METRIC_BAD_ROWS, lambda: mesh.guard.num_bad_rows),
+        Gauge(METRIC_STEP_REPLAYS, lambda: mesh.guard.num_replays),
+    ]
+    if scrubber is not None:
+        gauges.append(Gauge(METRIC_WEIGHT_FAULTS, lambda: scrubber.num_faults))
+        gauges.append(Gauge(METRIC_SCRUB_ROUND, lambda: scrubber.round_s))
+    return gauges
 
 
 def row_shape(config: ClusterConfig, checkpoint: Checkpoint) -> RowShape:

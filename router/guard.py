@@ -133,10 +133,18 @@ class Guard:
         self.num_bad_rows = 0  # since start, those that this process received for others included
         self.num_replays = 0
         self.attempt = 0  # how often the present step was run in vain; shifts the choice among copies
+        # Called where own experts turn finite rows into others: checks a layer's weights, True where it repaired some.
+        self.heal: Callable[[int], bool] = lambda layer_id: False
+        self.last = ""  # the newest bad row, for people
         self._on_suspect, self._clock = on_suspect, clock
         self._recent: deque[tuple[float, str]] = deque()  # (when, member id)
         self._reported: dict[str, float] = {}
         self._undecided: list[BadRow] = []  # not finite; the next run of the step says whose fault it was
+
+    @property
+    def summary(self) -> str:
+        """For a status line; "" = nothing happened."""
+        return f"{self.num_bad_rows} bad rows, the last: {self.last}" if self.num_bad_rows else ""
 
     @property
     def accepts_non_finite(self) -> bool:
@@ -147,6 +155,7 @@ class Guard:
         self.num_bad_rows += len(bad)
         for row in bad:
             _log.warning("%s", row)
+            self.last = str(row)
 
     def failed(self, bad: Sequence[BadRow], *, step_id: int, epoch: int) -> GuardError:
         """The step of this process is void. Returns the error that makes it run again."""

@@ -184,6 +184,10 @@ class ClusterMesh:
     # -- what the member's agent uses
 
     @property
+    def experts(self) -> LocalExperts | None:
+        return self._experts
+
+    @property
     def epoch(self) -> Epoch | None:
         """The epoch in force here: the newest committed one (an idle member enters it with its next step)."""
         return self._committed.epoch if self._committed else None

@@ -209,7 +209,10 @@ class Step:
         if self._load is not None:
             counts = np.bincount(handle.slot_ids.numpy().ravel() + 1, minlength=self._load.shape[1] + 1)
             self._load[handle.layer_id] += counts[1:]
-        return self._experts.forward(handle.layer_id, handle.rows, handle.slot_ids)
+        products = self._experts.forward(handle.layer_id, handle.rows, handle.slot_ids)
+        if not all_finite(products) and all_finite(handle.rows) and self._guard.heal(handle.layer_id):
+            return self._experts.forward(handle.layer_id, handle.rows, handle.slot_ids)
+        return products
 
     def _fail(self, error: BaseException) -> None:
         self._next_turn = len(self._placement.moe_layers)

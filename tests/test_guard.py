@@ -182,6 +182,21 @@ def test_a_product_that_is_never_finite_is_let_through_after_two_replays():
     assert output[[0, 2]].equal(expected([(1, 3)])[1][[0, 2]])
 
 
+def test_an_owner_whose_product_is_not_finite_has_its_weights_checked_before_it_answers():
+    experts = SickExperts()
+    local = LocalMesh(experts, placement(1, 1), SHAPE)
+    headers, asked = [], []
+    local.start(headers.append)
+    local.guard.heal = lambda layer_id: asked.append(layer_id) or True  # repaired: multiply again
+    experts.sick = 1
+    local.bid(3, 0)
+    output = toy_model(local.enter(headers.pop()), 1, 3)
+    local.close()
+    assert output.equal(expected([(1, 3)])[1])
+    assert asked == [LAYERS[1]]
+    assert local.guard.num_bad_rows == 0
+
+
 # ---- on the wire
 
 

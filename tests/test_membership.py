@@ -27,6 +27,7 @@ from expertmesh.cluster.membership import (
     Retire,
     Rollback,
     State,
+    Suspect,
     Tick,
     Trouble,
     uniform_place,
@@ -100,6 +101,8 @@ def show_event(event):
             return "PlacementRequested"
         case Tick():
             return "Tick"
+        case Suspect(who, suspect_id, reason):
+            return f"Suspect {who}: {suspect_id}, {reason}"
         case Trouble(who, number, reason, lost_id) if lost_id:
             return f"Trouble {who} {number}: {reason}; lost {lost_id}"
         case PrepareFailed(who, number, reason) | Trouble(who, number, reason):
@@ -185,6 +188,22 @@ def test_a_dead_shard_is_left_out_and_its_successor_let_in():
     trace.say(Alive("e2"), at=20.0)  # it was only stopped for a while
     trace.say(Join(member("e2")))
     agree(trace, 4, ["a1", "e1", "e2x", "e2"], leader="a1")
+    trace.finish()
+
+
+def test_a_suspect_shard_is_drained_where_another_can_do_its_work():
+    trace = Trace("suspect", core(num_expert=1))
+    start(trace, ["a1", "e1"])
+    trace.say(Suspect("a1", "e1", "3 bad rows"), at=5.0)  # the only one: it serves on
+    assert trace.core.ready
+    trace.say(Join(member("e2")), at=6.0)
+    agree(trace, 2, ["a1", "e1", "e2"], leader="a1")
+    trace.say(Suspect("a1", "e1", "3 bad rows"), at=65.0)
+    trace.say(Suspect("a1", "e1", "3 bad rows"))  # another attention replica saw it too
+    agree(trace, 3, ["a1", "e2"], leader="a1")
+    trace.say(Committed("e1", 3))
+    trace.say(Suspect("a1", "e1", "late news"), at=70.0)
+    assert trace.core.ready
     trace.finish()
 
 
