@@ -144,7 +144,7 @@ async def _rest(report: Report, process: TargetProcess) -> None:
 def leaks(books: Books) -> dict[str, int]:
     """What must be zero at rest and is not. The link to the own replica is two of the connections."""
     counts = {k: v for k, v in asdict(books).items() if isinstance(v, int)}
-    names = ("num_running", "num_in_flight", "num_routes", "num_engine", "num_used_kv_blocks")
+    names = ("num_running", "num_waiting", "num_in_flight", "num_routes", "num_engine", "num_used_kv_blocks")
     left = {name: counts[name] for name in names if counts[name]}
     if books.num_connections > 2:
         left["num_connections"] = books.num_connections - 2

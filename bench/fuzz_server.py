@@ -24,6 +24,7 @@ from ..config import CacheConfig, SchedulerConfig
 from ..experts.mlp import LocalExpertMLP
 from ..router.exchange import RowShape
 from ..router.gateway.api_keys import ApiKeys, hash_of
+from ..router.gateway.balancer import BalancerConfig
 from ..router.gateway.generation import GenerationConfig
 from ..router.gateway.journal import Journal
 from ..router.gateway.link import LinkServer
@@ -31,6 +32,7 @@ from ..router.gateway.server import GatewayServer
 from ..router.gateway.session import SessionStore
 from ..router.gateway.tier import AttentionTier
 from ..router.gateway.tokenizer import Tokenizer
+from ..router.gateway.waiting_room import WaitingRoomConfig
 from ..router.mesh import LocalMesh
 from ..router.placement import uniform
 
@@ -47,6 +49,7 @@ class Books:
     """What must balance when nobody asks for anything."""
 
     num_running: int  # generations in the gateway
+    num_waiting: int  # in its waiting room
     num_in_flight: int  # requests on the gateway's links
     num_routes: int  # requests that the replica's end of the link knows
     num_engine: int  # running and waiting in the engine
@@ -121,7 +124,12 @@ async def _serve(pipe: Connection, redis_url: str) -> None:
     )
     engine, close_mesh = _real_engine(link)
     await link.start(engine)
-    tier = AttentionTier(gateway_id="target", cluster_token=CLUSTER_TOKEN)
+    tier = AttentionTier(
+        gateway_id="target",
+        cluster_token=CLUSTER_TOKEN,
+        config=BalancerConfig(max_num_seqs=SCHEDULER.max_num_seqs, queue_ahead=2, max_unreported_tokens=512),
+        waiting=WaitingRoomConfig(max_waiting=24, max_waiting_per_key=12),
+    )
     tier.set_replicas({link.replica_id: link.address})
     await tier.wait_connected(30)
     sessions, journal = SessionStore(redis_url, max_bytes=64 << 10), Journal(redis_url, ttl_s=20.0)
@@ -143,6 +151,7 @@ async def _serve(pipe: Connection, redis_url: str) -> None:
         load = engine.load()
         return Books(
             num_running=server.num_running,
+            num_waiting=len(tier.waiting_room),
             num_in_flight=tier.num_in_flight,
             num_routes=link.num_requests,
             num_engine=load.num_running + load.num_waiting,

@@ -115,7 +115,7 @@ async def test_the_wait_for_a_turn_is_told_as_queue_time():
 
 
 async def test_those_who_wait_are_let_in_by_a_replica_that_comes():
-    async with replica("b") as (b, _), full_tier() as (tier, _, running):
+    async with replica("b") as (b, _), full_tier() as (tier, _, _):
         waiting = [tier.generate(request(f"r{i}", 3)) for i in (3, 4)]
         addresses = {replica_id: link.address for replica_id, link in tier._links.items()}
         tier.set_replicas({**addresses, "b": b.address})
