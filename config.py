@@ -38,6 +38,8 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 2048  # tokens a step on one attention replica
     max_num_seqs: int = 256  # requests running at once on one attention replica
     max_num_waiting: int = 1024  # queue bound; beyond it QueueFull
+    max_num_queued: int = 4096  # requests that wait at one gateway while the tier is full; beyond it QueueFull
+    max_num_queued_per_key: int = 1024  # of one API key's owner
     max_prefill_tokens_per_step: int = (
         1024  # over all attention replicas: any prefill sets everybody's inter-token time
     )

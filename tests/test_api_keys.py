@@ -90,15 +90,19 @@ async def test_a_running_request_is_cancelled_by_its_key_only():
 
 def test_keys_are_read_from_a_file_of_hashes(tmp_path):
     path = tmp_path / "keys"
-    path.write_text(f"# ours\nalice {hash_of(ALICE)}\n\nbob {hash_of(BOB)}  # laptop\n")
+    path.write_text(f"# ours\nalice {hash_of(ALICE)}\n\nbob {hash_of(BOB)} 2.5  # laptop\n")
     keys = ApiKeys.from_file(str(path))
     assert [keys.owner(header(k)) for k in (ALICE, BOB)] == ["alice", "bob"]
+    assert keys.weights == {"bob": 2.5}
     with pytest.raises(Unauthenticated):
         keys.owner(header(hash_of(ALICE)))
     assert ApiKeys.from_file("").owner(()) == ""
 
 
-@pytest.mark.parametrize("text", ["", "alice", "alice notahash", f"a/b {'0' * 64}", f"a {'0' * 64} more"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "alice", "alice notahash", f"a/b {'0' * 64}", f"a {'0' * 64} more", f"a {'0' * 64} 0", f"a {'0' * 64} 1 1"],
+)
 def test_a_broken_file_of_keys_is_refused_at_the_start(tmp_path, text):
     path = tmp_path / "keys"
     path.write_text(text)

@@ -1,8 +1,9 @@
 """Who calls: API keys, of which only hashes are kept, and the owner that each one stands for.
 
-A file of lines `OWNER SHA256_OF_THE_KEY` (hex); several keys may have one owner, `#` begins a comment. Keys are random
-and long, so a plain hash is enough: there is no password to guess. What an owner makes (sessions, requests, journals,
-cached prefixes) is looked up under its name, so another owner's is simply not found.
+A file of lines `OWNER SHA256_OF_THE_KEY [WEIGHT]` (hex); several keys may have one owner, `#` begins a comment. The
+weight is the owner's share of a full tier (`fair_queue.py`), 1 where none is given. Keys are random and long, so a plain
+hash is enough: there is no password to guess. What an owner makes (sessions, requests, journals, cached prefixes) is
+looked up under its name, so another owner's is simply not found.
 
     printf %s "$KEY" | sha256sum"""
 
@@ -18,14 +19,15 @@ from .validation import NAME_FORM
 HEADER = "authorization"
 _SCHEME = "Bearer "
 _OWNER, _HASH = re.compile(r"[A-Za-z0-9_-]{1,64}"), re.compile(r"[0-9a-f]{64}")
+_WEIGHT = re.compile(r"[1-9]\d{0,2}(\.\d+)?|0\.\d?[1-9]")  # 0.01 to 999
 
 
 class ApiKeys:
     """Empty = nobody is asked for a key, and everything has the owner ""."""
 
-    def __init__(self, owners: Mapping[str, str] | None = None) -> None:
-        """`owners`: hash of a key -> owner."""
-        self._owners = dict(owners or {})
+    def __init__(self, owners: Mapping[str, str] | None = None, weights: Mapping[str, float] | None = None) -> None:
+        """`owners`: hash of a key -> owner; `weights`: owner -> share."""
+        self._owners, self.weights = dict(owners or {}), dict(weights or {})
 
     @classmethod
     def from_file(cls, path: str) -> "ApiKeys":
@@ -36,18 +38,21 @@ class ApiKeys:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError("network.api_keys_file", path, f"a readable file: {error}") from None
-        owners = {}
+        owners, weights = dict[str, str](), dict[str, float]()
         for number, line in enumerate(lines, 1):
             words = line.partition("#")[0].split()
             if not words:
                 continue
-            if len(words) != 2 or not _OWNER.fullmatch(words[0]) or not _HASH.fullmatch(words[1]):
-                expected = f"an owner ({NAME_FORM}) and the SHA-256 of a key in hex"
+            form = (_OWNER, _HASH, _WEIGHT)[: max(2, len(words))]
+            if len(words) != len(form) or not all(f.fullmatch(w) for f, w in zip(form, words)):
+                expected = f"an owner ({NAME_FORM}), the SHA-256 of a key in hex, and if need be a weight (0.01..999)"
                 raise ConfigError(f"network.api_keys_file, line {number}", path, expected)
             owners[words[1]] = words[0]
+            if len(words) == 3:
+                weights[words[0]] = float(words[2])
         if not owners:
             raise ConfigError("network.api_keys_file", path, "a file with at least one key")
-        return cls(owners)
+        return cls(owners, weights)
 
     def owner(self, metadata: Iterable[tuple[str, str | bytes]]) -> str:
         """The caller's name. Unauthenticated: no key, or one that is not known."""

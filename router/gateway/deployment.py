@@ -27,6 +27,7 @@ from .session import SessionStore
 from .tier import AttentionTier
 from .tls import server_credentials
 from .tokenizer import Tokenizer
+from .waiting_room import WaitingRoomConfig
 
 WATCH_S = 20.0  # length of a long poll for the topology
 RETRY_S = 1.0  # pause while the Conductor restarts
@@ -76,7 +77,15 @@ class Gateway:
         self._tier = AttentionTier(
             gateway_id=self.gateway_id,
             cluster_token=network.cluster_token,
-            config=BalancerConfig(max_num_waiting=config.scheduler.max_num_waiting),
+            config=BalancerConfig(
+                max_num_waiting=scheduler.max_num_waiting,
+                max_num_seqs=scheduler.max_num_seqs,
+                max_unreported_tokens=2 * scheduler.max_num_batched_tokens,
+            ),
+            waiting=WaitingRoomConfig(
+                max_waiting=scheduler.max_num_queued, max_waiting_per_key=scheduler.max_num_queued_per_key
+            ),
+            weights=api_keys.weights,
             max_message_bytes=network.max_message_bytes,
         )
         return GatewayServer(
@@ -90,7 +99,7 @@ class Gateway:
             tier=self._tier,
             sessions=self._store,
             journal=self._journal,
-            api_keys=ApiKeys.from_file(network.api_keys_file),
+            api_keys=api_keys,
             topology=self._conductor,
             host=network.gateway_host,
             port=network.gateway_port + (0 if config.gateway_per_node or not network.gateway_port else local_rank),
