@@ -38,24 +38,22 @@ class Figures:
 
 
 class World:
-    """One engine and gateways before it."""
+    """Gateways before an engine."""
 
-    def __init__(self, redis_url: str, step_s: float) -> None:
-        self._engine = EngineProcess(step_s)
-        plan = GatewayPlan(self._engine.wait_ready(), redis_url)
+    def __init__(self, link_address: str, redis_url: str) -> None:
+        plan = GatewayPlan(link_address, redis_url)
         self.gateways = [GatewayProcess(plan) for _ in range(NUM_GATEWAYS)]
         self.addresses = [gateway.wait_ready() for gateway in self.gateways]
         self._plans = [
-            GatewayPlan(self._engine.address, redis_url, port=int(address.rpartition(":")[2]))
-            for address in self.addresses
+            GatewayPlan(link_address, redis_url, port=int(address.rpartition(":")[2])) for address in self.addresses
         ]
 
     def start_again(self, index: int) -> None:
         self.gateways[index] = GatewayProcess(self._plans[index])
 
     def stop(self) -> None:
-        for process in (*self.gateways, self._engine):
-            process.kill()
+        for gateway in self.gateways:
+            gateway.kill()
 
 
 async def undisturbed(world: World) -> list[tuple[list[tuple[object, ...]], list[int]]]:
@@ -127,10 +125,10 @@ async def _read(stream: AsyncStream, cut: int, ready: asyncio.Event) -> tuple[li
     return events, longest
 
 
-async def run(num_runs: int, step_s: float, seed: int, progress: bool = True) -> Figures:
+async def run(link_address: str, num_runs: int, seed: int, progress: bool = True) -> Figures:
     chance, figures = random.Random(seed), Figures()
     with EmbeddedRedis() as redis:
-        world = World(redis.url, step_s)
+        world = World(link_address, redis.url)
         try:
             expected = await undisturbed(world)
             number = tries = 0
@@ -152,7 +150,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     started = time.perf_counter()
-    figures = asyncio.run(run(arguments.runs, arguments.step_ms / 1e3, arguments.seed))
+    engine = EngineProcess(arguments.step_ms / 1e3)
+    try:
+        figures = asyncio.run(run(engine.wait_ready(), arguments.runs, arguments.seed))
+    finally:
+        engine.kill()
     for line in figures.wrong:
         print(line)
     pauses = sorted(figures.pauses_s)

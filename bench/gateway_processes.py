@@ -121,6 +121,7 @@ async def _engine(pipe: Connection, step_s: float) -> None:
 
     from ..checkpoint import Checkpoint
     from ..cluster.attention.engine import Engine
+    from ..cluster.attention.grammar import GrammarCompiler
     from ..cluster.attention.runner import Runner
     from ..config import CacheConfig, SchedulerConfig
     from ..experts.mlp import LocalExpertMLP
@@ -145,7 +146,14 @@ async def _engine(pipe: Connection, step_s: float) -> None:
         link.publish(outputs)
 
     runner = Runner.load(checkpoint, CacheConfig(kv_memory_bytes=64 << 20))
-    engine = Engine(runner, mesh, scheduler=SchedulerConfig(), publish=publish, max_model_len=length)
+    engine = Engine(
+        runner,
+        mesh,
+        scheduler=SchedulerConfig(),
+        publish=publish,
+        max_model_len=length,
+        grammars=GrammarCompiler.for_checkpoint(MODEL, runner.vocab_size),
+    )
     mesh.start(engine.on_header)
     engine.start()
     pipe.send(await link.start(engine))

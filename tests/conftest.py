@@ -17,6 +17,16 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def demo_engine() -> Iterator[str]:
+    """The link's address of a process with the demo model's engine, a little slowed so that streams can be broken."""
+    from expertmesh.bench.gateway_processes import EngineProcess
+
+    engine = EngineProcess(step_s=0.003)
+    yield engine.wait_ready()
+    engine.kill()
+
+
+@pytest.fixture(scope="session")
 def ray_runtime() -> Iterator[None]:
     """A local Ray with Serve; clusters come and go inside it."""
     from expertmesh.cluster.app import start_ray, stop_ray
