@@ -3,7 +3,7 @@
 import pytest
 from gateway_world import tokenizer
 
-from expertmesh.errors import InvalidRequest, SessionStoreUnavailable
+from expertmesh.errors import ConfigError, InvalidRequest, SessionStoreUnavailable
 from expertmesh.proto import expertmesh_pb2 as pb
 from expertmesh.router.gateway.generation import GenerationConfig, Generations
 from expertmesh.router.gateway.tokenizer import QWEN3_FOLDER, Tokenizer
@@ -116,3 +116,28 @@ async def test_tools_and_tool_results_reach_the_template():
     assert '<tool_call>\n{"name": "w", "arguments": {"at": "Köln"}}\n</tool_call>' in prompt
     assert "<tool_response>\nrain\n</tool_response>" in prompt
     assert '{"type": "function", "function": {"name": "w", "description": "", "parameters": {}}}' in prompt
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Enough.",  # the block would stay open at the gateway
+        "Enough.</think>",
+        "Enough.</think>\n\n.",  # the answer would begin with it
+        "Enough.</think>\n\n</think>\n\n",
+        "<think>Enough.</think>\n\n",
+        "Enough.<|im_end|></think>\n\n",
+    ],
+)
+def test_a_closing_sentence_that_does_not_close_the_block_is_refused_at_start(text):
+    config = GenerationConfig(model="m", max_model_len=100, vocab_size=151_936, closing_text=text)
+    with pytest.raises(ConfigError, match="thinking_closing_text"):
+        Generations(config, tokenizer=tokenizer(), tier=None, sessions=None)  # type: ignore[arg-type]
+
+
+async def test_forced_tokens_outside_a_small_models_vocabulary_are_refused(tmp_path):
+    thinking = family(tmp_path, "chat_template_thinking_2507.jinja")
+    small = make(thinking.tokenizer, vocab_size=5000)
+    with pytest.raises(InvalidRequest, match="budget_tokens"):
+        await small.prepare(ask(budget=3, token_ids=pb.TokenIds(ids=[5])))

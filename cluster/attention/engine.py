@@ -229,11 +229,11 @@ class Engine:
 
     def stop(self, timeout_s: float = 30.0) -> None:
         """End the thread; requests still at hand end with UNAVAILABLE."""
-        if self._grammars is not None:
-            self._grammars.close()
         self._events.put(_Stop.STOP)
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
+        if self._grammars is not None:
+            self._grammars.close()
 
     # ------------------------------------------------------------------ engine thread
 

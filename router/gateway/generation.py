@@ -24,7 +24,7 @@ from .contracts import Sessions, Tier
 from .conversation import State, prompt_state
 from .forced_call import call_beginning
 from .pending import PendingCommits
-from .plan import CLOSING_TEXT, GenerationConfig, GenerationPlan, turn_settings
+from .plan import CLOSING_TEXT, GenerationConfig, GenerationPlan, closing_ids, turn_settings
 from .prompt import Prompts
 from .response_format import answer_grammar, check_format
 from .session import SessionRecord
@@ -73,7 +73,7 @@ class Generations:
         )
         self._sessions, self._clock, self._wall_clock, self._new_seed = sessions, clock, wall_clock, new_seed
         self._prompts = Prompts(config, tokenizer)
-        self._closing_ids = tuple(tokenizer.encode(config.closing_text))
+        self._closing_ids = closing_ids(config.closing_text, tokenizer)
 
     async def prepare(
         self, request: pb.GenerateRequest, *, owner: str = "", remaining_s: float | None = None, traceparent: str = ""
@@ -145,6 +145,10 @@ class Generations:
         budget, special = thinking.budget_tokens, self.tokenizer.special_ids
         if special.think is None or special.end_think is None:
             raise InvalidRequest("thinking.budget_tokens", budget, "unset: this model's vocabulary has no think tokens")
+        if max(self._closing_ids) >= self._prompts.vocab_size:
+            raise InvalidRequest(
+                "thinking.budget_tokens", budget, "unset: the closing sentence is not in the vocabulary"
+            )
         return ThinkingBudget(
             budget_tokens=budget,
             think_id=special.think,
@@ -158,7 +162,10 @@ class Generations:
             return ()
         if self.tokenizer.special_ids.tool_call is None:
             raise InvalidRequest("tool_choice", "set", "AUTO or NONE: this model's vocabulary has no tool call tokens")
-        return call_beginning(self.tokenizer, choice.name)
+        ids = call_beginning(self.tokenizer, choice.name)
+        if max(ids) >= self._prompts.vocab_size:
+            raise InvalidRequest("tool_choice", "set", "AUTO or NONE: the call's beginning is not in the vocabulary")
+        return ids
 
     def _sampling(self, request: pb.GenerateRequest, num_prompt_tokens: int) -> SamplingParams:
         return validation.sampling_params(

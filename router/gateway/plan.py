@@ -5,11 +5,12 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import InvalidRequest
+from ...errors import ConfigError, InvalidRequest
 from ...proto import expertmesh_pb2 as pb
 from ...request import EngineRequest
 from .conversation import State
 from .session import SessionRecord
+from .tokenizer import Tokenizer
 
 CLOSING_TEXT = (
     "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
@@ -43,6 +44,19 @@ class GenerationPlan:
     session: SessionRecord | None = None
     settings: dict[str, Any] = field(default_factory=dict)  # of the session from this turn on
     num_spliced: int = 0  # prompt ids taken from earlier turns
+
+
+def closing_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids of the sentence that ends a think block whose budget is spent. ConfigError unless it closes the block once,
+    at its end, as the model's template does: the answer, or a call that must come, begins right behind it."""
+    special, ids = tokenizer.special_ids, tuple(tokenizer.encode(text))
+    if special.think is None or special.end_think is None:
+        return ids  # no budget is ever taken for this model
+    tail = (special.end_think, *tokenizer.encode("\n\n"))
+    inside = ids[: -len(tail)]
+    if ids[-len(tail) :] != tail or not {special.think, special.end_think, *special.special}.isdisjoint(inside):
+        raise ConfigError("thinking_closing_text", text, "a sentence without tags, then </think> and two newlines")
+    return ids
 
 
 def turn_settings(
