@@ -101,7 +101,7 @@ def test_keys_are_read_from_a_file_of_hashes(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "alice", "alice notahash", f"a/b {'0' * 64}", f"a {'0' * 64} more", f"a {'0' * 64} 0", f"a {'0' * 64} 1 1"],
+    ["", "alice", "alice notahash", f"a/b {ZERO}", f"a {ZERO} more", f"a {ZERO} 0", f"a {ZERO} 1 1"],
 )
 def test_a_broken_file_of_keys_is_refused_at_the_start(tmp_path, text):
     path = tmp_path / "keys"

@@ -1,9 +1,9 @@
 """Who calls: API keys, of which only hashes are kept, and the owner that each one stands for.
 
 A file of lines `OWNER SHA256_OF_THE_KEY [WEIGHT]` (hex); several keys may have one owner, `#` begins a comment. The
-weight is the owner's share of a full tier (`fair_queue.py`), 1 where none is given. Keys are random and long, so a plain
-hash is enough: there is no password to guess. What an owner makes (sessions, requests, journals, cached prefixes) is
-looked up under its name, so another owner's is simply not found.
+weight is the owner's share of a full tier (`fair_queue.py`), 1 where none is given. Keys are random and long, so a
+plain hash is enough: there is no password to guess. What an owner makes (sessions, requests, journals, cached prefixes)
+is looked up under its name, so another owner's is simply not found.
 
     printf %s "$KEY" | sha256sum"""
 

@@ -60,7 +60,8 @@ class Gateway:
         ]
 
     async def _build(self, config: ClusterConfig, local_rank: int) -> GatewayServer:
-        network = config.network
+        network, scheduler = config.network, config.scheduler
+        api_keys = ApiKeys.from_file(network.api_keys_file)
         folder = await asyncio.to_thread(model_folder, config.model, config.weights)
         model = ModelConfig.from_folder(folder)
         tokenizer = await asyncio.to_thread(Tokenizer.for_checkpoint, folder)
