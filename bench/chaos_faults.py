@@ -85,9 +85,9 @@ def _kill_serve_controller(_world: ChaosWorld, _draw: random.Random) -> tuple[st
 
 
 def _kill_node(world: ChaosWorld, draw: random.Random) -> tuple[str, float] | None:
-    index, at = draw.randrange(len(world.nodes)), time.monotonic()
+    index, at = draw.randrange(1, len(world.nodes)), time.monotonic()  # not the head: it has Ray's control store
     world.replace_node(index)
-    return f"node {index + 1}", at
+    return f"node {index}", at
 
 
 def _kill_redis(world: ChaosWorld, _draw: random.Random) -> tuple[str, float] | None:

@@ -2,6 +2,10 @@
 
 import contextlib
 import os
+import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +21,7 @@ from .valkey import ValkeyProcess, free_port
 NUM_NODES, NUM_ATTENTION, NUM_SHARDS = 3, 2, 4
 NUM_EXPERTS = 32  # of the demo model: one redundant copy of each
 HANG_S = 3.0  # after so long a silent peer breaks the epoch
+START_S = 60.0
 SETTLE_S = 90.0
 _LOGGED = 20  # leftovers named at most
 
@@ -28,7 +33,7 @@ class ChaosWorld:
         self._folder, self._say = folder, say
         self._stack = contextlib.ExitStack()
         self.port = free_port()
-        self.nodes: list[Any] = []  # ray.cluster_utils nodes that may be killed; the head is not among them
+        self.nodes: list[RayNode] = []
         self.gateways = [f"{node_address(i)}:{self.port}" for i in range(NUM_NODES)]
 
     def __enter__(self) -> "ChaosWorld":
@@ -43,17 +48,14 @@ class ChaosWorld:
         self._stack.close()
 
     def _start(self) -> None:
-        from ray.cluster_utils import Cluster as RayNodes
-
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self.redis = ValkeyProcess(self._folder / "redis", "--appendonly", "yes")
         self._stack.callback(self.redis.kill)
-        self.ray_nodes = RayNodes()
-        self._stack.callback(self.ray_nodes.shutdown)
-        with contextlib.chdir("/"):
-            self._add_node(0)
-            self.nodes = [self._add_node(i) for i in range(1, NUM_NODES)]
+        self.nodes = [RayNode(0, "")]  # the head: it has the control store and Serve's controller
+        self._stack.callback(lambda: [node.kill() for node in reversed(self.nodes)])
+        address = self.nodes[0].address
+        self.nodes += [RayNode(i, address) for i in range(1, NUM_NODES)]
         config = ClusterConfig(
             model=str(DEMO_MODEL),
             num_attention_replicas=NUM_ATTENTION,
@@ -66,20 +68,15 @@ class ChaosWorld:
             cache=CacheConfig(kv_memory_bytes=64 << 20),
             exchange=ExchangeConfig(timeout_base_s=HANG_S, timeout_per_row_s=0.0),
         )
-        self.cluster = Cluster(config, ray_address=self.ray_nodes.address, progress=self._say)
+        self.cluster = Cluster(config, ray_address=address, progress=self._say)
         self._stack.callback(stop_ray)
         self.cluster.start()
         self._stack.callback(self.cluster.stop)
 
-    def _add_node(self, index: int) -> Any:
-        sizes = {"num_cpus": 8, "object_store_memory": 80 << 20, "include_dashboard": False}
-        return self.ray_nodes.add_node(node_ip_address=node_address(index), **(sizes if index == 0 else _worker(sizes)))
-
     def replace_node(self, index: int) -> None:
-        """End a node's raylet at once, with all that runs on it, and bring another one up at its address."""
-        self.ray_nodes.remove_node(self.nodes[index], allow_graceful=False)
-        with contextlib.chdir("/"):
-            self.nodes[index] = self._add_node(index + 1)
+        """End a node at once, with all that runs on it, and bring another one up at its address."""
+        self.nodes[index].kill()
+        self.nodes[index] = RayNode(index, self.nodes[0].address)
 
     # ---- what is there
 
@@ -124,8 +121,40 @@ def node_address(index: int) -> str:
     return f"127.0.0.{index + 2}"  # Ray takes 127.0.0.1 for the host's own address
 
 
-def _worker(sizes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in sizes.items() if name != "include_dashboard"}
+class RayNode:
+    """A raylet and its helpers, at a loopback address of their own; `ray start --block` in a session of its own."""
+
+    def __init__(self, index: int, head: str) -> None:
+        """`head`: host:port of the node to join; empty = this is the head. Returns when the node is up."""
+        port = free_port()
+        self.address = head or f"{node_address(index)}:{port}"
+        where = ["--address", head] if head else ["--head", "--port", str(port), "--include-dashboard", "false"]
+        command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *where, "--block"]
+        command += ["--node-ip-address", node_address(index), "--num-cpus", "8", "--disable-usage-stats"]
+        command += ["--object-store-memory", str(80 << 20), "--dashboard-agent-listen-port", str(free_port())]
+        with tempfile.TemporaryFile() as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd="/", start_new_session=True)
+            self._wait_up(log)
+
+    def _wait_up(self, log: Any) -> None:
+        deadline = time.monotonic() + START_S
+        while b"Ray runtime started" not in (text := _read(log)):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise RuntimeError(f"a Ray node did not start: {text.decode(errors='replace')[-2000:]}")
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """SIGKILL to all of the node's own processes; its workers end with their raylet."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def _read(log: Any) -> bytes:
+    log.seek(0)
+    found: bytes = log.read()
+    return found
 
 
 def processes_now() -> set[tuple[int, str]]:
