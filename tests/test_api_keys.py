@@ -99,6 +99,9 @@ def test_keys_are_read_from_a_file_of_hashes(tmp_path):
     assert ApiKeys.from_file("").owner(()) == ""
 
 
+ZERO = "0" * 64
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "alice", "alice notahash", f"a/b {ZERO}", f"a {ZERO} more", f"a {ZERO} 0", f"a {ZERO} 1 1"],
