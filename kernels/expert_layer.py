@@ -94,6 +94,8 @@ class ExpertLayer:
                     self.packed.form,
                     expected,
                     self.num_local_experts,
+                    self.hidden_size,
+                    self.intermediate_size,
                     has_zeros=self.packed.has_zeros,
                     capability=self.capability,
                 )

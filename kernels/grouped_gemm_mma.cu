@@ -7,13 +7,14 @@
 // One launch, persistent: CTAs claim tiles in order, first all of w13, then all of w2, whose weights stream in while
 //   the rows' w13 is still being finished; a w2 tile waits for the counter of its rows.  A claimed w13 tile waits for
 //   nothing, so there is no deadlock.
-// Smem: ring of STAGES x (M_ROWS outputs x 2 units of columns, TILE rows of the same columns at a pitch without bank
+// Smem: ring of STAGES x (M_ROWS outputs x PARTS units of columns, TILE rows of the same columns at a pitch without
+// bank
 //   conflicts), then the exchange.  Rows come straight from x (gathered by pair) and from h: no permuted copy.
 //   sm_90 and later: bulk copies; before: cp.async.
-// Warps: one brings weights, one rows; of the others, warp (m, part) multiplies 16 outputs by the even or the odd units
-//   of columns, and the two sums are added at the end.  So every output has one order of additions whatever the tile:
-//   a row depends neither on the others nor on the plan.
-// Needs: HIDDEN % 128 == 0; INTERMEDIATE % 128 == 0 (bf16: % 64), M_ROWS divides both heights; TILE <= 64.
+// Warps: one brings weights, one rows; of the others, warp (m, part) multiplies 16 outputs by the units u % PARTS ==
+//   part of the columns.  Four sums (units u % 4) are kept apart and added at the end, by 2 warps or by 4: every output
+//   has one order of additions whatever the plan, and a row depends neither on the others nor on the plan.
+// Needs: HIDDEN % 128 == 0; INTERMEDIATE % 128 == 0 (bf16: % 64), M_ROWS divides both heights; TILE <= 32.
 #include "ring.cuh"
 
 #ifndef HIDDEN
@@ -33,6 +34,9 @@
 #ifndef SCALES_BF16
 #define SCALES_BF16 0
 #endif
+#ifndef PARTS  // of the columns, each with warps of its own
+#define PARTS 2
+#endif
 #ifndef CTAS  // on one multiprocessor
 #define CTAS 1
 #endif
@@ -45,13 +49,14 @@ constexpr int SUB_BYTES = VECTORS * 512;         // 16 outputs x a unit
 constexpr int SCALE_BYTES = FORM == INT4 ? 32 : FORM == W8A16 ? 8 : 0;   // of 16 outputs
 constexpr int UNIT_BYTES = 4 * (SUB_BYTES + SCALE_BYTES * (1 + ZEROS));  // of a panel of 64 outputs
 constexpr int PANELS = M_ROWS / 64, M_WARPS = M_ROWS / 16;
-constexpr int CONSUMERS = 2 * M_WARPS, THREADS = (CONSUMERS + 2) * 32;
-constexpr int ROW_BYTES = 4 * UNIT_K, ROW_PITCH = ROW_BYTES + 16;  // two units of bf16
-constexpr int A_BYTES = PANELS * 2 * UNIT_BYTES, B_BYTES = TILE * ROW_PITCH, STAGE_BYTES = A_BYTES + B_BYTES;
+constexpr int CONSUMERS = PARTS * M_WARPS, THREADS = (CONSUMERS + 2) * 32;
+constexpr int ROW_BYTES = 2 * PARTS * UNIT_K, ROW_PITCH = ROW_BYTES + 16;  // a unit of bf16 for each part
+constexpr int A_BYTES = PANELS * PARTS * UNIT_BYTES, B_BYTES = TILE * ROW_PITCH, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int UNITS_1 = HIDDEN / UNIT_K, UNITS_2 = INTERMEDIATE / UNIT_K;
 constexpr int M_TILES_1 = 2 * INTERMEDIATE / M_ROWS, M_TILES_2 = HIDDEN / M_ROWS;
+constexpr int CHAINS = 4 / PARTS;  // sums of a warp: unit u of the columns belongs to sum u % 4
 constexpr int QUEUE = 4;
-static_assert(TILE % 8 == 0 && TILE <= 64, "a lane names two rows at most");
+static_assert(TILE % 8 == 0 && TILE <= 32, "a lane names a row");
 static_assert(STAGE_BYTES % 16 == 0 && UNIT_BYTES % 16 == 0, "copies are of 16 bytes");
 
 struct Tile {  // what a CTA does next; expert < 0: nothing
@@ -64,7 +69,7 @@ __shared__ Tile queue[QUEUE];
 
 __device__ __forceinline__ u32 stage(int slot) { return shared_address(ring_memory) + slot * STAGE_BYTES; }
 __device__ __forceinline__ float* exchange(int m_warp) {
-  return (float*)(ring_memory + STAGES * STAGE_BYTES) + m_warp * 16 * TILE;
+  return (float*)(ring_memory + STAGES * STAGE_BYTES) + m_warp * (PARTS - 1) * CHAINS * 16 * TILE;
 }
 __device__ __forceinline__ int units_of(const Tile& tile) { return tile.second ? UNITS_2 : UNITS_1; }
 
@@ -80,14 +85,15 @@ __device__ __forceinline__ Tile next_tile(Ring& q) {
 }
 
 // Tell every warp which tile is number `t`.
-__device__ __forceinline__ Tile announce(Ring& q, u32 t, u32 num_entries, const int4* tiles, int lane) {
+__device__ __forceinline__ Tile announce(Ring& q, u32 t, u32 num_entries, const int4* tiles, const int4& first_rows,
+                                         int lane) {
   Tile tile = {-1, 0, 0, 0, 0, 0};
   if (t < num_entries * (M_TILES_1 + M_TILES_2)) {
     tile.second = t >= num_entries * M_TILES_1;
     const u32 rest = tile.second ? t - num_entries * M_TILES_1 : t;
     tile.entry = rest / (tile.second ? M_TILES_2 : M_TILES_1);
     tile.m_tile = rest % (tile.second ? M_TILES_2 : M_TILES_1);
-    const int4 rows = __ldg(tiles + tile.entry);
+    const int4 rows = t == blockIdx.x && !tile.second ? first_rows : __ldg(tiles + tile.entry);
     tile.expert = rows.x, tile.first_row = rows.y, tile.num_rows = rows.z;
   }
   if (lane == 0) {
@@ -101,25 +107,27 @@ __device__ __forceinline__ Tile announce(Ring& q, u32 t, u32 num_entries, const 
 }
 
 // One warp: claims tiles and streams weights.
-__device__ __forceinline__ void produce_weights(const u8* w13, const u8* w2, const int4* tiles, int* state, int lane) {
+__device__ __forceinline__ void produce_weights(const u8* w13, const u8* w2, const int4* tiles, int max_tiles,
+                                                int* state, int lane) {
+  u32 t = blockIdx.x;  // the first claim is the CTA's own index, and its rows are read before it is known to exist
+  const int4 first_rows = __ldg(tiles + min(t / M_TILES_1, max_tiles - 1));
   const u32 num_entries = __ldg(state);
   Ring ring, q;
-  u32 t = blockIdx.x;  // the first claim is the CTA's own index
   while (true) {
-    const Tile tile = announce(q, t, num_entries, tiles, lane);
+    const Tile tile = announce(q, t, num_entries, tiles, first_rows, lane);
     if (tile.expert < 0) return;
     if (lane == 0) t = gridDim.x + atomicAdd((u32*)state + 3, 1);
     const int units = units_of(tile);
     const i64 height = tile.second ? HIDDEN / 64 : 2 * INTERMEDIATE / 64;
     const u8* source = (tile.second ? w2 : w13) + (tile.expert * height + tile.m_tile * PANELS) * units * UNIT_BYTES;
-    for (int u = 0; u < units; u += 2, ring.next(STAGES)) {
-      const u32 bytes = min(2, units - u) * UNIT_BYTES;
+    for (int u = 0; u < units; u += PARTS, ring.next(STAGES)) {
+      const u32 bytes = min(PARTS, units - u) * UNIT_BYTES;
       barrier_wait(empty[ring.slot], ring.parity ^ 1);
       expect_bytes(full[ring.slot], PANELS * bytes, lane);
 #pragma unroll
       for (int p = 0; p < PANELS; ++p)
-        copy_by_warp(stage(ring.slot) + p * 2 * UNIT_BYTES, source + ((i64)p * units + u) * UNIT_BYTES, bytes,
-                     full[ring.slot], lane);
+        copy_by_warp<(TILE <= 16)>(stage(ring.slot) + p * PARTS * UNIT_BYTES,
+                                   source + ((i64)p * units + u) * UNIT_BYTES, bytes, full[ring.slot], lane);
       copies_arrive(full[ring.slot]);
     }
     t = __shfl_sync(0xffffffffu, t, 0);
@@ -133,25 +141,21 @@ __device__ __forceinline__ void produce_rows(const u16* x, const u16* h, const i
   while (true) {
     const Tile tile = next_tile(q);
     if (tile.expert < 0) return;
-    const u16* source[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = min(lane + 32 * i, tile.num_rows - 1);
-      source[i] = tile.second ? h + (i64)(tile.first_row + row) * INTERMEDIATE
-                              : x + (i64)(__ldg(pair_of_row + tile.first_row + row) / TOP_K) * HIDDEN;
-    }
+    const int row = min(lane, tile.num_rows - 1);
+    const u16* source = tile.second ? h + (i64)(tile.first_row + row) * INTERMEDIATE
+                                    : x + (i64)(__ldg(pair_of_row + tile.first_row + row) / TOP_K) * HIDDEN;
     if (tile.second) {
       u32 tries = 0;
-      while (load_acquire(ready + tile.entry) < M_TILES_1 * M_WARPS) give_up_after(tries, 64);
+      while (load_acquire(ready + tile.entry) < M_TILES_1 * M_WARPS) give_up_after(tries, 32);
       order_copies_after();
     }
     const int units = units_of(tile);
-    for (int u = 0; u < units; u += 2, ring.next(STAGES)) {
-      const u32 bytes = min(2, units - u) * UNIT_K * 2;
+    for (int u = 0; u < units; u += PARTS, ring.next(STAGES)) {
+      const u32 bytes = min(PARTS, units - u) * UNIT_K * 2;
       barrier_wait(empty[ring.slot], ring.parity ^ 1);
       expect_bytes(full[ring.slot], tile.num_rows * bytes, lane);
-      copy_rows_by_warp<(TILE > 32 ? 2 : 1)>(stage(ring.slot) + A_BYTES, ROW_PITCH, source, u * UNIT_K * 2,
-                                             tile.num_rows, bytes, full[ring.slot], lane);
+      copy_rows_by_warp(stage(ring.slot) + A_BYTES, ROW_PITCH, source, u * UNIT_K * 2, tile.num_rows, bytes,
+                        full[ring.slot], lane);
       copies_arrive(full[ring.slot]);
     }
   }
@@ -260,24 +264,32 @@ __device__ __forceinline__ void multiply_unit(float (&acc)[N / 8][4], u32 weight
   }
 }
 
-// A tile's product: this warp's part of the columns.
+// A tile's product: units part, part + PARTS, ... by this warp, unit u to sum u % 4: CHAINS sums of its own.
 template <int N>
-__device__ __forceinline__ void multiply(float (&acc)[N / 8][4], const Tile& tile, int m_warp, int part, Ring& ring,
-                                         int lane) {
+__device__ __forceinline__ void multiply(float (&acc)[CHAINS][N / 8][4], const Tile& tile, int m_warp, int part,
+                                         Ring& ring, int lane) {
 #pragma unroll
-  for (int j = 0; j < N / 8; ++j)
+  for (int c = 0; c < CHAINS; ++c)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) acc[j][i] = 0.0f;
+    for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[c][j][i] = 0.0f;
   const int units = units_of(tile), sub = m_warp % 4;
-  const u32 unit = (m_warp / 4 * 2 + part) * UNIT_BYTES;
+  const u32 unit = (m_warp / 4 * PARTS + part) * UNIT_BYTES;
   const u32 row = (lane & 7) * ROW_PITCH + (lane >> 3) * 16;  // matrix i of an ldmatrix: columns 8 i .. 8 i + 7
-  for (int u = 0; u < units; u += 2, ring.next(STAGES)) {
-    const u32 block = stage(ring.slot) + unit, rows = stage(ring.slot) + A_BYTES + part * UNIT_K * 2 + row;
-    barrier_wait(full[ring.slot], ring.parity);
-    if (u + part < units)
-      multiply_unit<N>(acc, block + sub * SUB_BYTES + lane * 16, block + 4 * SUB_BYTES + sub * SCALE_BYTES, rows, lane);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(empty[ring.slot]);
+  for (int u = 0; u < units; u += 4) {
+#pragma unroll
+    for (int c = 0; c < CHAINS; ++c) {
+      if (u + c * PARTS >= units) break;
+      const u32 block = stage(ring.slot) + unit, rows = stage(ring.slot) + A_BYTES + part * UNIT_K * 2 + row;
+      barrier_wait(full[ring.slot], ring.parity);
+      if (u + c * PARTS + part < units)
+        multiply_unit<N>(acc[c], block + sub * SUB_BYTES + lane * 16, block + 4 * SUB_BYTES + sub * SCALE_BYTES, rows,
+                         lane);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(empty[ring.slot]);
+      ring.next(STAGES);
+    }
   }
 }
 
@@ -288,25 +300,30 @@ struct Outputs {
   u32* ready;
 };
 
-// Even and odd units added; SwiGLU rows to h, or rows of y to their pairs' places.  A warp's piece of a row is 16
-// (w13: 8 outputs) or 32 bytes.
+// The four sums added in their order, whoever held them.
 template <int N>
-__device__ __forceinline__ void finish(float (&acc)[N / 8][4], const Tile& tile, int m_warp, int part,
-                                       const Outputs& out, int lane) {
-  float* mine = exchange(m_warp) + lane;
-  if (part == 1)
+__device__ __forceinline__ void add_parts(float (&acc)[CHAINS][N / 8][4], int m_warp, int part, int lane) {
+  float* theirs = exchange(m_warp) + lane;  // [part - 1][chain][N / 2][lane]
+  if (part > 0)
 #pragma unroll
-    for (int j = 0; j < N / 8; ++j)
+    for (int c = 0; c < CHAINS; ++c)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) mine[(4 * j + i) * 32] = acc[j][i];
-  named_barrier(1 + m_warp, 64);
+      for (int i = 0; i < N / 2; ++i) theirs[(((part - 1) * CHAINS + c) * N / 2 + i) * 32] = acc[c][i / 4][i % 4];
+  named_barrier(1 + m_warp, PARTS * 32);
   if (part == 0)
 #pragma unroll
-    for (int j = 0; j < N / 8; ++j)
+    for (int s = 1; s < 4; ++s)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) acc[j][i] += mine[(4 * j + i) * 32];
-  named_barrier(1 + m_warp, 64);  // the exchange may be written again
-  if (part == 1) return;
+      for (int i = 0; i < N / 2; ++i)
+        acc[0][i / 4][i % 4] += s % PARTS ? theirs[((s % PARTS - 1) * CHAINS + s / PARTS) * N / 2 * 32 + i * 32]
+                                          : acc[s / PARTS % CHAINS][i / 4][i % 4];
+  named_barrier(1 + m_warp, PARTS * 32);  // the exchange may be written again
+}
+
+// SwiGLU rows to h, or rows of y to their pairs' places.  A warp's piece of a row is 16 (w13: 8 outputs) or 32 bytes.
+template <int N>
+__device__ __forceinline__ void store(const float (&acc)[N / 8][4], const Tile& tile, int m_warp, const Outputs& out,
+                                      int lane) {
   const int row_in_group = lane >> 2, column = (lane & 3) * 2;
   if (!tile.second) {
     u16* base = out.h + (i64)tile.first_row * INTERMEDIATE + tile.m_tile * (M_ROWS / 2) + m_warp * 8 + column;
@@ -339,14 +356,15 @@ __device__ __forceinline__ void finish(float (&acc)[N / 8][4], const Tile& tile,
 template <int N>
 __device__ __forceinline__ void run_tile(const Tile& tile, int m_warp, int part, Ring& ring, const Outputs& out,
                                          int lane) {
-  float acc[N / 8][4];
+  float acc[CHAINS][N / 8][4];
   multiply<N>(acc, tile, m_warp, part, ring, lane);
-  finish<N>(acc, tile, m_warp, part, out, lane);
+  add_parts<N>(acc, m_warp, part, lane);
+  if (part == 0) store<N>(acc[0], tile, m_warp, out, lane);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
     grouped_gemm_mma(const u8* w13, const u8* w2, const u16* x, u16* h, u16* y, const int* pair_of_row,
-                     const int4* tiles, u32* ready, int* state) {
+                     const int4* tiles, int max_tiles, u32* ready, int* state) {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
@@ -363,7 +381,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
   allow_next_kernel();
   wait_for_previous_kernel();
 
-  if (warp == CONSUMERS) return produce_weights(w13, w2, tiles, state, lane);
+  if (warp == CONSUMERS) return produce_weights(w13, w2, tiles, max_tiles, state, lane);
   if (warp == CONSUMERS + 1) return produce_rows(x, h, pair_of_row, ready, lane);
   const Outputs out = {h, y, pair_of_row, ready};
   const int m_warp = warp % M_WARPS, part = warp / M_WARPS;
@@ -378,7 +396,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
       run_tile<N>(tile, m_warp, part, ring, out, lane); \
       continue;                                         \
     }
-    COVER(8) COVER(16) COVER(32) COVER(64)
+    COVER(8) COVER(16) COVER(32)
 #undef COVER
   }
 }

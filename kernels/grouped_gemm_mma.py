@@ -5,6 +5,7 @@ int4 and W8A16, everything else for all forms."""
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .jit import Kernel
@@ -21,24 +22,25 @@ class MmaPlan:
     """How the work is cut. Changes speed only: every plan adds up each output in the same order."""
 
     m_rows: int  # outputs of a tile: 64 or 128
-    tile: int  # most rows of one expert in a tile: 16, 32 or 64
+    tile: int  # most rows of one expert in a tile: 8, 16 or 32
     stages: int  # slots of the ring
     ctas: int = 1  # on one multiprocessor
+    parts: int = 2  # of the columns, each with warps of its own: 2 or 4
     form: MmaForm
     has_zeros: bool = False
 
     @property
     def stage_bytes(self) -> int:
-        return stage_bytes(self.m_rows, self.tile, self.form, self.has_zeros)
+        return stage_bytes(self.m_rows, self.tile, self.form, self.has_zeros, self.parts)
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: the ring and the exchange of partial sums."""
-        return self.stages * self.stage_bytes + self.m_rows * self.tile * 4
+        return self.stages * self.stage_bytes + exchange_bytes(self.m_rows, self.tile, self.parts)
 
     @property
     def num_threads(self) -> int:
-        return 32 * (self.m_rows // 8 + 2)
+        return 32 * (self.m_rows // 16 * self.parts + 2)
 
     def defines(self, hidden_size: int, intermediate_size: int, top_k: int) -> dict[str, int]:
         return {
@@ -49,15 +51,21 @@ class MmaPlan:
             "TILE": self.tile,
             "STAGES": self.stages,
             "CTAS": self.ctas,
+            "PARTS": self.parts,
             "FORM": _FORM_NUMBERS[self.form],
             "ZEROS": int(self.has_zeros),
         }
 
 
-def stage_bytes(m_rows: int, tile: int, form: MmaForm, has_zeros: bool) -> int:
-    """One slot of the ring: two units of columns of the weights and of the rows."""
+def stage_bytes(m_rows: int, tile: int, form: MmaForm, has_zeros: bool, parts: int) -> int:
+    """One slot of the ring: a unit of columns for each part, of the weights and of the rows."""
     block = _BLOCK_BYTES[form] + (128 if has_zeros else 0)
-    return m_rows // 64 * 2 * block + tile * (4 * UNIT_COLUMNS[form] + 16)
+    return m_rows // 64 * parts * block + tile * (2 * parts * UNIT_COLUMNS[form] + 16)
+
+
+def exchange_bytes(m_rows: int, tile: int, parts: int) -> int:
+    """The sums of all parts but the first."""
+    return (parts - 1) * (4 // parts) * m_rows * tile * 4
 
 
 def make_plan(
@@ -66,31 +74,45 @@ def make_plan(
     form: MmaForm,
     *,
     ctas: int = 1,
+    parts: int = 2,
     has_zeros: bool = False,
     capability: tuple[int, int] = (9, 0),
 ) -> MmaPlan:
     """As many stages as the shared memory of a multiprocessor holds, 12 at most."""
     limit = SHARED_BYTES.get(capability, 227 << 10)
-    room = (limit - (ctas - 1) * 1024) // ctas - 1024 - m_rows * tile * 4  # 1 KiB: barriers, the queue
-    stages = min(12, room // stage_bytes(m_rows, tile, form, has_zeros))
-    return MmaPlan(m_rows=m_rows, tile=tile, stages=stages, ctas=ctas, form=form, has_zeros=has_zeros)
+    room = (
+        (limit - (ctas - 1) * 1024) // ctas - 1024 - exchange_bytes(m_rows, tile, parts)
+    )  # 1 KiB: barriers, the queue
+    stages = min(12, room // stage_bytes(m_rows, tile, form, has_zeros, parts))
+    return MmaPlan(m_rows=m_rows, tile=tile, stages=stages, ctas=ctas, parts=parts, form=form, has_zeros=has_zeros)
+
+
+FEW_TILES = 1000  # of 64 outputs: up to here one CTA on a multiprocessor is faster than two
 
 
 def choose_mma_plan(
     form: MmaForm,
     expected_pairs: float,
     num_local_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
     *,
     has_zeros: bool = False,
     capability: tuple[int, int] = (9, 0),
 ) -> MmaPlan:
-    """Few rows per expert: narrow tiles, so that the ring holds weights. Many: the widest tile of which three stages
-    fit."""
+    """Few rows per expert: narrow tiles, so that the ring holds weights. int4 with enough work: two CTAs share a
+    multiprocessor, so that one streams while the other finishes a tile. The first of these of which three stages fit;
+    (8, 2, 4) needs more registers than sm_80 and sm_89 have for it."""
     rows = expected_pairs / num_local_experts
-    wanted = 16 if rows <= 12 else 32 if rows <= 24 else 64
-    for tile in (64, 32, 16):
-        plan = make_plan(64, tile, form, has_zeros=has_zeros, capability=capability)
-        if tile <= wanted and (plan.stages >= 3 or tile == 16):
+    touched = num_local_experts * (1 - (1 - 1 / num_local_experts) ** expected_pairs)
+    few = form != "int4" or touched * (2 * intermediate_size + hidden_size) / 64 <= FEW_TILES
+    wanted = [(8, 1, 4)] if few else [(8, 2, 4)] if capability >= (9, 0) else [(8, 2, 2)]
+    wanted += [(8, 2, 2), (8, 1, 2)]
+    if rows > 4:
+        wanted = [(16, 2, 2), (16, 1, 2)] if rows <= 12 else [(32, 1, 4), (32, 1, 2), (16, 1, 2)]
+    for tile, ctas, parts in wanted:
+        plan = make_plan(64, tile, form, ctas=ctas, parts=parts, has_zeros=has_zeros, capability=capability)
+        if plan.stages >= 3:
             break
     return plan
 
@@ -109,7 +131,18 @@ def grouped_gemm_mma(
     kernel.launch(
         (grid,),
         plan.num_threads,
-        (weights.w13, weights.w2, rows, h, out, route.pair_of_row, route.tiles, route.ready, route.state),
+        (
+            weights.w13,
+            weights.w2,
+            rows,
+            h,
+            out,
+            route.pair_of_row,
+            route.tiles,
+            np.int32(route.tiles.shape[0]),
+            route.ready,
+            route.state,
+        ),
         device=device,
         shared_bytes=plan.shared_bytes,
     )

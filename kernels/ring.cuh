@@ -99,32 +99,46 @@ __device__ __forceinline__ void copy_bulk(u32 destination, const u8* source, u32
 #endif
 }
 
+// The same, marked as read once, so that it leaves the L2 before anything that is read again.
+__device__ __forceinline__ void copy_bulk_once(u32 destination, const u8* source, u32 bytes, u64& barrier) {
+#if __CUDA_ARCH__ >= 900
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(destination),
+      "l"(source), "r"(bytes), "r"(shared_address(&barrier)), "l"(policy)
+      : "memory");
+#endif
+}
+
 // Contiguous bytes, whole 16-byte units.
+template <bool ONCE>
 __device__ __forceinline__ void copy_by_warp(u32 destination, const u8* source, u32 bytes, u64& barrier, int lane) {
 #if CP_ASYNC
   for (u32 i = lane * 16; i < bytes; i += 512) copy_16(destination + i, source + i);
 #else
-  if (lane == 0) copy_bulk(destination, source, bytes, barrier);
+  if (lane == 0) {
+    if constexpr (ONCE)
+      copy_bulk_once(destination, source, bytes, barrier);
+    else
+      copy_bulk(destination, source, bytes, barrier);
+  }
 #endif
 }
 
-// `bytes` from `offset` of each of `num_rows` rows, row r to destination + r * pitch; lane l holds the sources of rows
-// l and l + 32.
-template <int HALVES>
-__device__ __forceinline__ void copy_rows_by_warp(u32 destination, u32 pitch, const u16* const (&source)[2], u32 offset,
+// `bytes` from `offset` of each of `num_rows` <= 32 rows, row r to destination + r * pitch; lane r holds row r's
+// source.
+__device__ __forceinline__ void copy_rows_by_warp(u32 destination, u32 pitch, const u16* source, u32 offset,
                                                   int num_rows, u32 bytes, u64& barrier, int lane) {
-#pragma unroll
-  for (int i = 0; i < HALVES; ++i) {
 #if CP_ASYNC
-    for (int row = 32 * i; row < min(32 * i + 32, num_rows); ++row) {
-      const u8* from = (const u8*)__shfl_sync(0xffffffffu, (u64)source[i], row & 31) + offset;
-      if (lane * 16 < bytes) copy_16(destination + row * pitch + lane * 16, from + lane * 16);
-    }
-#else
-    const int row = lane + 32 * i;
-    if (row < num_rows) copy_bulk(destination + row * pitch, (const u8*)source[i] + offset, bytes, barrier);
-#endif
+  for (int row = 0; row < num_rows; ++row) {
+    const u8* from = (const u8*)__shfl_sync(0xffffffffu, (u64)source, row) + offset;
+    for (u32 i = lane * 16; i < bytes; i += 512) copy_16(destination + row * pitch + i, from + i);
   }
+#else
+  if (lane < num_rows) copy_bulk(destination + lane * pitch, (const u8*)source + offset, bytes, barrier);
+#endif
 }
 
 // Ordinary stores before it are seen by copies that other CTAs issue after `order_copies_after`.

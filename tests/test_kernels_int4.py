@@ -167,7 +167,7 @@ def test_plans_fit_the_shared_memory_of_every_architecture(arch):
     limit = SHARED_BYTES.get(CAPABILITIES[arch], 227 << 10)
     for form in ("bf16", "w8a16", "int4"):
         for pairs in (1, 64, 512, 65536):
-            plan = choose_mma_plan(form, pairs, 16, has_zeros=form == "int4", capability=CAPABILITIES[arch])
+            plan = choose_mma_plan(form, pairs, 16, 2048, 768, has_zeros=form == "int4", capability=CAPABILITIES[arch])
             assert plan.stages >= 2
             assert plan.ctas * (plan.shared_bytes + 2048) <= limit + 1024
             assert (2 * 768) % plan.m_rows == 0
@@ -177,8 +177,8 @@ def test_plans_fit_the_shared_memory_of_every_architecture(arch):
 @pytest.mark.parametrize("form", ["bf16", "w8a16", "int4"])
 def test_mma_kernels_compile_for_every_architecture_without_spills(form, arch):
     plans = {
-        choose_mma_plan(form, rows * 16, 16, has_zeros=zeros, capability=CAPABILITIES[arch])
-        for rows in (1, 20, 100)
+        choose_mma_plan(form, rows * 16, 16, 2048, 768, has_zeros=zeros, capability=CAPABILITIES[arch])
+        for rows in (0.1, 3, 8, 100)
         for zeros in ((False, True) if form == "int4" else (False,))
     }
     for plan in plans:

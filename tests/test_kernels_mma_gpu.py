@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 DEVICE = "cuda"
 HIDDEN, INTERMEDIATE = 256, 128
-SHAPES = [(64, 16, 1), (64, 16, 2), (128, 16, 1), (64, 32, 1), (64, 64, 1)]  # m_rows, tile, ctas
+SHAPES = [(64, 8, 1, 4), (64, 8, 2, 4), (64, 8, 2, 2), (64, 16, 2, 2), (128, 8, 1, 2), (64, 32, 1, 4), (64, 32, 1, 2)]
 FORMS = ["bf16", "w8a16", "int4", "int4-zeros"]
 
 
@@ -30,7 +30,7 @@ def copies(request):
 
 def plans(form):
     kind, zeros = form.split("-")[0], form.endswith("zeros")
-    return [make_plan(m, tile, kind, ctas=ctas, has_zeros=zeros) for m, tile, ctas in SHAPES]
+    return [make_plan(m, tile, kind, ctas=ctas, parts=parts, has_zeros=zeros) for m, tile, ctas, parts in SHAPES]
 
 
 def weights(form, num_local, hidden=HIDDEN, intermediate=INTERMEDIATE, seed=3):
@@ -194,7 +194,7 @@ def test_rows_that_are_not_local_are_not_written():
     packed = pack_mma(*weights("int4", 4)[0])
     x, ids, _ = inputs(20, 4, "sparse")
     out = torch.full((20, 8, HIDDEN), 7.0, device=DEVICE).bfloat16()
-    plan = choose_mma_plan("int4", 20, 4)
+    plan = choose_mma_plan("int4", 20, 4, HIDDEN, INTERMEDIATE)
     grouped_gemm_mma(x, packed, route(ids, 4, plan.tile), plan, out)
     assert (out[ids < 0] == 7).all()
     assert not (out[ids >= 0] == 7).any()
