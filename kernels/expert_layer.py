@@ -106,7 +106,7 @@ class ExpertLayer:
         if plan is None:
             plan = choose_plan(self.packed.form, expected, self.num_local_experts)
         assert isinstance(plan, GemmPlan)
-        places = route(ids, self.num_local_experts, plan.tile, expert_map)
+        places = route(ids, self.num_local_experts, plan.tile, expert_map, granule=plan.granule)
         packed, scales = pack_rows(rows, places, fp8=self.packed.form == "fp8")
         grouped_gemm(packed, scales, self.packed, places, plan, out)
         return out

@@ -37,25 +37,29 @@
 constexpr int BLOCK_K = FP8 ? 128 : 64;  // columns in 128 bytes
 constexpr int K_BLOCKS_1 = HIDDEN / BLOCK_K, K_BLOCKS_2 = INTERMEDIATE / BLOCK_K;
 constexpr int M_TILES_1 = 2 * INTERMEDIATE / M_ROWS, M_TILES_2 = HIDDEN / M_ROWS;
-constexpr int WARPGROUPS = M_ROWS == 128 ? 2 : 1;  // that multiply; 32 rows use half of one instruction
+// Warpgroups that multiply; 32 outputs use half of one instruction.
+constexpr int WARPGROUPS = ROWS_WIDE && TILE == 192 ? 3 : M_ROWS == 128 ? 2 : 1;
 constexpr int A_BYTES = M_ROWS * 128, B_BYTES = TILE * 128, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int SCALE_BYTES = FP8 ? TILE * 8 : 0;
 constexpr int CONSUMERS = WARPGROUPS * 128, THREADS = CONSUMERS + 128;
 constexpr int QUEUE = 4;
-constexpr bool MOVE_REGISTERS = WARPGROUPS == 2 && TILE >= (FP8 ? 96 : 160);
+constexpr bool MOVE_REGISTERS = WARPGROUPS >= 2 && TILE >= (FP8 ? 96 : 160);
 constexpr bool STAGED = TILE >= 128;  // outputs leave through shared memory and a warp of their own
-constexpr int CHUNK_ROWS = 64, CHUNK_PITCH = 272, CHUNK_BYTES = CHUNK_ROWS * CHUNK_PITCH, CHUNK_PITCH_FP8 = 80;
+constexpr int CHUNK_SLOTS = WARPGROUPS == 3 ? 3 : 2, CHUNK_ROWS = 64, CHUNK_PITCH = 272,
+              CHUNK_BYTES = CHUNK_ROWS * CHUNK_PITCH, CHUNK_PITCH_FP8 = 80;
+constexpr int CHUNK_SCALES = CHUNK_ROWS * CHUNK_PITCH_FP8;  // ROWS_WIDE, w13: where the rows' scales begin
 static_assert(!FP8 || M_ROWS == 128, "an output group of 64 is one CTA's");
 static_assert(!STAGED || M_ROWS == 128, "a chunk is 128 outputs wide");
 static_assert(TILE % 8 == 0 && TILE <= 256, "one wgmma covers the rows of a tile");
 static_assert(M_TILES_1 % CLUSTER == 0 && M_TILES_2 % CLUSTER == 0, "a cluster takes whole pairs of tiles");
 
-struct Tile {  // what a CTA does next; expert < 0: nothing
-  int expert, entry, first_row, num_rows, m_tile, second;
+struct __align__(16) Tile {  // what a CTA does next; expert < 0: nothing
+  int expert, entry, first_row, num_rows, m_tile, second, unused[2];
 };
 
 struct Barriers {
-  u64 full[STAGES], empty[STAGES], queue_full[QUEUE], queue_empty[QUEUE], chunk_full[2], chunk_empty[2];
+  u64 full[STAGES], empty[STAGES], queue_full[QUEUE], queue_empty[QUEUE], chunk_full[CHUNK_SLOTS],
+      chunk_empty[CHUNK_SLOTS];
 };
 
 struct Ring {  // position in a ring of `size` slots; the parity flips at each turn
@@ -79,7 +83,7 @@ struct Outputs {
 extern __shared__ __align__(1024) u8 ring_memory[];
 __shared__ Barriers barriers;
 __shared__ Tile queue[QUEUE];
-#if FP8
+#if FP8 && !ROWS_WIDE
 __shared__ float peaks[8][TILE];
 __shared__ float tile_scales[TILE];
 #endif
@@ -96,23 +100,17 @@ __device__ __forceinline__ u32 chunk(int slot) {
 }
 __device__ __forceinline__ u32 at(const u64& barrier) { return shared_address(&barrier); }
 
-__device__ __forceinline__ void wait_shared_by_cluster(const u64& barrier, u32 parity) {
-  if constexpr (CLUSTER == 1)
-    barrier_wait(at(barrier), parity);
-  else
-    barrier_wait_cluster(at(barrier), parity);
-}
-
 // The slot's operands are used up; the rows came from both CTAs, so both must know.
-__device__ __forceinline__ void hand_back(int slot) {
-  const u32 empty = at(barriers.empty[slot]);
+__device__ __forceinline__ void hand_back_at(u32 empty) {
   if constexpr (CLUSTER == 1) {
     barrier_arrive(empty);
   } else {
-    barrier_arrive_cluster_light(in_cluster(empty, 0));
-    barrier_arrive_cluster_light(in_cluster(empty, 1));
+    barrier_arrive_cluster(in_cluster(empty, 0));
+    barrier_arrive_cluster(in_cluster(empty, 1));
   }
 }
+
+__device__ __forceinline__ void hand_back(int slot) { hand_back_at(at(barriers.empty[slot])); }
 
 // The same values, known to the compiler to be one for the warp: branches on them need no care for divergence.
 __device__ __forceinline__ Tile uniform(const Tile& t) {
@@ -123,7 +121,7 @@ __device__ __forceinline__ Tile uniform(const Tile& t) {
 // The next tile, as every role but the claiming thread sees it: a whole warp, or one thread.
 template <bool WHOLE_WARP>
 __device__ __forceinline__ Tile next_tile(Ring& q) {
-  wait_shared_by_cluster(barriers.queue_full[q.slot], q.parity);
+  barrier_wait(at(barriers.queue_full[q.slot]), q.parity);
   Tile tile = queue[q.slot];
   if constexpr (WHOLE_WARP) tile = uniform(tile);
   if (!WHOLE_WARP || (threadIdx.x & 31) == 0) {
@@ -143,10 +141,10 @@ __device__ __forceinline__ Tile next_tile(Ring& q) {
 #include "grouped_gemm_rows_wide.cuh"
 #endif
 
-// Claims the next tile (of the cluster's first CTA) and tells every role of the cluster.
-__device__ __forceinline__ Tile claim_tile(Ring& q, u32 t, u32 num_entries, const int4* tiles) {
+// Claim number `t`; expert -1: no tile is left.
+__device__ __forceinline__ Tile claimed_tile(u32 t, u32 num_entries, const int4* tiles) {
   constexpr u32 STEPS_1 = M_TILES_1 / CLUSTER, STEPS_2 = M_TILES_2 / CLUSTER;
-  Tile tile = {-1, 0, 0, 0, 0, 0};
+  Tile tile = {-1};
   if (t < num_entries * (STEPS_1 + STEPS_2)) {
     tile.second = t >= num_entries * STEPS_1;
     const u32 rest = tile.second ? t - num_entries * STEPS_1 : t;
@@ -155,34 +153,45 @@ __device__ __forceinline__ Tile claim_tile(Ring& q, u32 t, u32 num_entries, cons
     const int4 rows = __ldg(tiles + tile.entry);
     tile.expert = rows.x, tile.first_row = rows.y, tile.num_rows = rows.z;
   }
-  wait_shared_by_cluster(barriers.queue_empty[q.slot], q.parity ^ 1);
-  queue[q.slot] = tile;
-  if constexpr (CLUSTER == 2) {
-    const u32 other = in_cluster(shared_address(&queue[q.slot]), 1);
-    const int fields[6] = {tile.expert, tile.entry, tile.first_row, tile.num_rows, tile.m_tile + 1, tile.second};
-#pragma unroll
-    for (int i = 0; i < 6; ++i) store_cluster(other + 4 * i, fields[i]);
-    barrier_arrive_cluster(in_cluster(at(barriers.queue_full[q.slot]), 1));
-  }
-  barrier_arrive(at(barriers.queue_full[q.slot]));
-  q.next(QUEUE);
   return tile;
 }
 
-// One thread: claims tiles, or hears of them, and streams weights.
+// Tells every role of the cluster.
+__device__ __forceinline__ void announce(const Tile& tile, Ring& q) {
+  barrier_wait(at(barriers.queue_empty[q.slot]), q.parity ^ 1);
+  queue[q.slot] = tile;
+  if constexpr (CLUSTER == 2) {
+    const u32 other = in_cluster(shared_address(&queue[q.slot]), 1);
+    const u32 full = in_cluster(at(barriers.queue_full[q.slot]), 1);
+    store_cluster_async(other, tile.expert, tile.entry, tile.first_row, tile.num_rows, full);
+    store_cluster_async(other + 16, tile.m_tile + 1, tile.second, 0, 0, full);
+  }
+  barrier_arrive(at(barriers.queue_full[q.slot]));
+  q.next(QUEUE);
+}
+
+// One thread: claims tiles, or hears of them, and streams weights. The next tile is claimed and announced while this
+// one's weights are on their way: the answers of two reads of memory would else be waited for at every tile.
 __device__ __forceinline__ void produce_weights(bool claims, const u8* w13, const u8* w2, const int4* tiles,
                                                 int* state) {
   const u64 policy = evict_first_policy();
   const u32 num_entries = __ldg(state);
   Ring ring, q;
-  // The first claim of a lone CTA is its own index. Clusters may not all be resident at once, so theirs is a real one.
-  constexpr bool OWN_FIRST = CLUSTER == 1;
-  const u32 offset = OWN_FIRST ? gridDim.x : 0;
-  u32 t = OWN_FIRST ? blockIdx.x : claims ? atomicAdd((u32*)state + 3, 1) : 0;
+  // The first tile is claimed too: a CTA that never starts, because another kernel that waits for this one's output
+  // holds its multiprocessor, owes nothing.
+  u32 t = claims ? atomicAdd((u32*)state + 3, 1) : 0;
+  Tile next;
+  if (claims) {
+    next = claimed_tile(t, num_entries, tiles);
+    announce(next, q);
+  }
   while (true) {
-    const Tile tile = claims ? claim_tile(q, t, num_entries, tiles) : next_tile<false>(q);
+    if (!claims) {
+      barrier_arrive_expect(at(barriers.queue_full[q.slot]), sizeof(Tile));  // what the other CTA will store here
+      next = next_tile<false>(q);
+    }
+    const Tile tile = next;
     if (tile.expert < 0) return;
-    if (claims) t = offset + atomicAdd((u32*)state + 3, 1);
     const int k_blocks = tile.second ? K_BLOCKS_2 : K_BLOCKS_1, row = tile.m_tile * M_ROWS;
     const i64 block = (i64)tile.expert * ((tile.second ? HIDDEN : 2 * INTERMEDIATE) / 128) + row / 128;
     const u8* source = (tile.second ? w2 : w13) + block * k_blocks * 16384 + row % 128 * 128;
@@ -194,6 +203,11 @@ __device__ __forceinline__ void produce_weights(bool claims, const u8* w13, cons
         bulk_load_once(stage_a(ring.slot), source + (i64)kb * 16384, A_BYTES, full, policy);
       else
         bulk_load(stage_a(ring.slot), source + (i64)kb * 16384, A_BYTES, full);
+      if (claims) {
+        if (kb == 0) t = atomicAdd((u32*)state + 3, 1);
+        if (kb == k_blocks / 3) next = claimed_tile(t, num_entries, tiles);
+        if (kb == k_blocks * 2 / 3) announce(next, q);
+      }
     }
   }
 }
@@ -203,6 +217,7 @@ __device__ __forceinline__ void produce_rows(const u8* x, const u8* h, const flo
                                              const u32* ready, i64 capacity) {
   const u32 rank = CLUSTER == 1 ? 0 : cluster_rank();
   Ring ring, q;
+  u32 finished = 0;  // w13 tiles of the next tile's rows, as seen a while ago
   while (true) {
     const Tile tile = next_tile<false>(q);
     if (tile.expert < 0) return;
@@ -210,7 +225,7 @@ __device__ __forceinline__ void produce_rows(const u8* x, const u8* h, const flo
 #if WATCHDOG
       u32 tries = 0;
 #endif
-      while (load_acquire(ready + tile.entry) < M_TILES_1) {
+      while (finished < M_TILES_1 && load_acquire(ready + tile.entry) < M_TILES_1) {
         __nanosleep(64);
 #if WATCHDOG
         if (++tries > (1u << 22)) __trap();
@@ -234,6 +249,13 @@ __device__ __forceinline__ void produce_rows(const u8* x, const u8* h, const flo
 #else
       barrier_arrive_expect(full, rows * 128);
 #endif
+      if (kb == k_blocks - 1) {
+        finished = 0;
+        if (barrier_try_wait(at(barriers.queue_full[q.slot]), q.parity)) {
+          const Tile& next = queue[q.slot];
+          if (next.expert >= 0 && next.second) finished = load_acquire(ready + next.entry);
+        }
+      }
       const u8* from = source + kb * capacity * 128;
       if constexpr (CLUSTER == 1)
         bulk_load(stage_b(ring.slot), from, rows * 128, full);
@@ -289,7 +311,7 @@ extern "C" __global__ void CLUSTER_OF_TWO __launch_bounds__(THREADS, 1)
       barrier_init(at(barriers.queue_full[i]), 1);
       barrier_init(at(barriers.queue_empty[i]), CLUSTER * (WARPGROUPS * 4 + 1 + STAGED) + CLUSTER - 1);
     }
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < CHUNK_SLOTS; ++i) {
       barrier_init(at(barriers.chunk_full[i]), ROWS_WIDE ? 4 : WARPGROUPS * 4);  // the warps that write a chunk
       barrier_init(at(barriers.chunk_empty[i]), 1);
     }
@@ -304,19 +326,26 @@ extern "C" __global__ void CLUSTER_OF_TWO __launch_bounds__(THREADS, 1)
 
   const Outputs out = {h, h_scales, y, pair_of_row, ready, w13_scales, w2_scales, capacity};
   if (warp < 4) {
-    if constexpr (MOVE_REGISTERS) registers_down<40>();
+    if constexpr (MOVE_REGISTERS) registers_down<56>();
     if (warp == 0 && lane == 0) produce_weights(CLUSTER == 1 || cluster_rank() == 0, w13, w2, tiles, state);
     if (warp == 1 && lane == 0) produce_rows(x, h, x_scales, h_scales, ready, capacity);
     if (STAGED && warp == 2) drain_chunks(lane, out);
     __syncwarp();
   } else {
-    if constexpr (MOVE_REGISTERS) registers_up<232>();
+    if constexpr (MOVE_REGISTERS) registers_up<WARPGROUPS == 3 ? 152 : 224>();
+    const int group = (warp >> 2) - 1;
     Ring ring, q, chunks;
+#if ROWS_WIDE
+    if (group == 1) pass_turn(group);  // the first turn is group 0's
+#endif
     while (true) {
       const Tile tile = next_tile<true>(q);
       if (tile.expert < 0) break;
-      run(tile, (warp >> 2) - 1, ring, chunks, out);
+      run(tile, group, ring, chunks, out);
     }
+#if ROWS_WIDE
+    if (group == 0) take_turn(group);  // no turn stays untaken
+#endif
   }
   if constexpr (CLUSTER == 2) cluster_sync();  // the other CTA may still arrive on this one's barriers
 }

@@ -1,67 +1,187 @@
 // grouped_gemm_rows_wide.cuh: fp8 tiles for many rows. Part of grouped_gemm.cu (ROWS_WIDE), same ring, queue and drain.
-// The operands change places: rows are M, 64 for each warpgroup, and 128 outputs are N. A thread then holds two rows,
-// so a scaled product costs one FFMA for each element and four factors for all, where outputs as M cost a factor for
-// each element as well. Products, factors and order are the same, so are the bits. A warpgroup's 64 rows are one chunk,
-// and their peaks stay within four lanes.
+// The operands change places: rows are M, and 128 outputs are N. A thread then holds two rows of each 64, so a scaled
+// product costs one FFMA for each element and four factors for all, where outputs as M cost a factor for each element
+// as well. Products, factors and order are the same, so are the bits.
+// The tile's rows are chunks of 64; of the W warpgroups, g takes chunks g, g + W, ... PIPELINED (one chunk each): a
+// warpgroup multiplies a group of columns while it scales and adds the one before. Otherwise ORDERED lets the
+// warpgroups take turns at the tensor cores, so that one adds while the other multiplies.
 #pragma once
-static_assert(FP8 && TILE == 128 && M_ROWS == 128 && K_BLOCKS_1 <= 64 && K_BLOCKS_2 <= 64, "one shape");
+#ifndef PIPELINED
+#define PIPELINED (TILE == 128 ? 2 : 0)
+#endif
+#ifndef ORDERED
+#define ORDERED 0
+#endif
+static_assert(FP8 && TILE % (64 * WARPGROUPS) == 0 && M_ROWS == 128, "whole chunks");
+static_assert(K_BLOCKS_1 <= 64 && K_BLOCKS_2 <= 64, "two registers keep a row of block scales");
+constexpr int CHUNKS = TILE / 64 / WARPGROUPS;  // of a warpgroup
 
-// acc[64 rows of this warpgroup, 128 outputs]; w13: 8 gates, their 8 ups, ... `idle`: the tile has no rows for us.
+__device__ __forceinline__ void take_turn(int group) {
+  if constexpr (ORDERED) named_barrier(2 + group, CONSUMERS);
+}
+__device__ __forceinline__ void pass_turn(int group) {
+  if constexpr (ORDERED) named_barrier_arrive(3 - group, CONSUMERS);
+}
+
 template <int GROUPS, int K_BLOCKS>
-__device__ __forceinline__ void multiply_rows(float (&acc)[64], const float* low_scales, const float* high_scales,
-                                              int group, bool idle, Ring& ring) {
-  constexpr int KEPT = (K_BLOCKS + 31) / 32;
-  const int lane = threadIdx.x & 31, row = group * 64 + ((threadIdx.x >> 5) & 3) * 16 + (lane >> 2);
+struct RowProducts {
+  const int group, lane, row;  // row: this thread's first in a chunk of its warpgroup
+  Ring& ring;                  // the next k-block to add
+  Ring issued;                 // the next one to multiply
+  // Lane l keeps the block scales of k-blocks l, l + 32: a load in the loop would cost its latency in every turn.
+  static constexpr int KEPT = (K_BLOCKS + 31) / 32;
   float kept_low[KEPT], kept_high[KEPT];
+  const u32 full, empty;   // addresses of the first barriers
+  const u32 a_low, b_low;  // lower words of the first stage's operand descriptors
+  const u32 scales;        // this thread's first row scale in the first stage
+
+  __device__ __forceinline__ RowProducts(const float* low, const float* high, int group, Ring& ring)
+      : group(group),
+        lane(threadIdx.x & 31),
+        row(group * 64 + ((threadIdx.x >> 5) & 3) * 16 + (lane >> 2)),
+        ring(ring),
+        issued(ring),
+        full(keep(at(barriers.full[0]))),
+        empty(keep(at(barriers.empty[0]))),
+        a_low(keep((u32)operand_descriptor(stage_b(0) + group * 8192))),
+        b_low(keep((u32)operand_descriptor(stage_a(0)))),
+        scales(keep(stage_scales(0) + row * 4)) {
 #pragma unroll
-  for (int i = 0; i < KEPT; ++i) {
-    const int kb = min(lane + 32 * i, K_BLOCKS - 1);
-    kept_low[i] = __ldg(low_scales + kb), kept_high[i] = __ldg(high_scales + kb);
+    for (int i = 0; i < KEPT; ++i) {
+      const int kb = min(lane + 32 * i, K_BLOCKS - 1);
+      kept_low[i] = __ldg(low + kb), kept_high[i] = __ldg(high + kb);
+    }
   }
+
+  static __device__ __forceinline__ u64 descriptor(u32 low) { return operand_descriptor(0) & ~0xffffffffull | low; }
+
+  __device__ __forceinline__ void wait_full(const Ring& r) const { barrier_wait(full + r.slot * 8, r.parity); }
+
+  // Chunk `c`, group `g` of the k-block at `issued`.
+  __device__ __forceinline__ void issue(float (&product)[64], int c, int g) {
+    const u32 stage = issued.slot * (STAGE_BYTES / 16), a = a_low + stage + 512 * WARPGROUPS * c, b = b_low + stage;
+    wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < 64; ++i) acc[i] = 0.0f;
-  for (int kb = 0; kb < K_BLOCKS; ++kb, ring.next(STAGES)) {
+    for (int k = 0; k < 4 / GROUPS; ++k)
+      Wgmma<128>::e4m3(product, descriptor(a + 2 * (k + g * 2)), descriptor(b + 2 * (k + g * 2)), k);
+    wgmma_commit();
+  }
+
+  // The factors of this thread's elements: [row of two][gate or up].
+  __device__ __forceinline__ void load_factors(float (&factor)[4], int kb, int c, int g) {
     const bool second_half = KEPT == 2 && kb >= 32;
     const float low = __shfl_sync(0xffffffffu, second_half ? kept_low[KEPT - 1] : kept_low[0], kb & 31);
     const float high = __shfl_sync(0xffffffffu, second_half ? kept_high[KEPT - 1] : kept_high[0], kb & 31);
-    barrier_wait(at(barriers.full[ring.slot]), ring.parity);
-    if (!idle) {
-      const u64 a = operand_descriptor(stage_b(ring.slot) + group * 8192), b = operand_descriptor(stage_a(ring.slot));
+    const u32 address = scales + ring.slot * SCALE_BYTES + (g * TILE + c * 64 * WARPGROUPS) * 4;
+    const float upper = load_shared_float(address), lower = load_shared_float(address + 32);
+    factor[0] = upper * low, factor[1] = lower * low, factor[2] = upper * high, factor[3] = lower * high;
+  }
+
+  __device__ __forceinline__ void add(float (&acc)[64], const float (&product)[64], const float (&factor)[4]) {
 #pragma unroll
-      for (int g = 0; g < GROUPS; ++g) {
-        float product[64];
-        wgmma_fence();
+    for (int i = 0; i < 64; ++i) acc[i] = __fmaf_rn(product[i], factor[(i >> 2 & 1) * 2 + (i >> 1 & 1)], acc[i]);
+  }
+
+  __device__ __forceinline__ void give_back() {
+    __syncwarp();
+    if (lane == 0) hand_back_at(empty + ring.slot * 8);
+  }
+
+  __device__ __forceinline__ void finish_block() {
+    give_back();
+    ring.next(STAGES);
+  }
+
+  // The tile has no rows for this warpgroup.
+  __device__ __forceinline__ void pass() {
+    for (int kb = 0; kb < K_BLOCKS; ++kb) {
+      wait_full(ring);
+      for (int i = 0; i < CHUNKS * GROUPS; ++i) take_turn(group), pass_turn(group);
+      finish_block();
+    }
+  }
+
+  // One product in flight.
+  template <int USED>
+  __device__ __forceinline__ void run_alternating(float (&acc)[CHUNKS][64]) {
+    for (int kb = 0; kb < K_BLOCKS; ++kb) {
+      wait_full(ring);
 #pragma unroll
-        for (int k = 0; k < 4 / GROUPS; ++k) Wgmma<128>::e4m3(product, a + 2 * (k + g * 2), b + 2 * (k + g * 2), k);
-        wgmma_commit();
-        const u32 scales = stage_scales(ring.slot) + (g * TILE + row) * 4;
-        const float upper = load_shared_float(scales), lower = load_shared_float(scales + 32);
-        const float factor[4] = {upper * low, lower * low, upper * high, lower * high};
-        wgmma_wait<0>();
-        pin_registers(product);
+      for (int c = 0; c < CHUNKS; ++c)
 #pragma unroll
-        for (int i = 0; i < 64; ++i) acc[i] = __fmaf_rn(product[i], factor[(i >> 2 & 1) * 2 + (i >> 1 & 1)], acc[i]);
+        for (int g = 0; g < GROUPS; ++g) {
+          take_turn(group);
+          if (c >= USED) {
+            pass_turn(group);
+            continue;
+          }
+          float product[64], factor[4];
+          issue(product, c, g);
+          pass_turn(group);
+          load_factors(factor, kb, c, g);
+          wgmma_wait<0>();
+          pin_registers(product);
+          if (c == USED - 1 && g == GROUPS - 1) give_back();
+          add(acc[c], product, factor);
+        }
+      ring.next(STAGES);
+      issued = ring;
+    }
+  }
+
+  // Two in flight, within a turn: ptxas serialises products that are in flight around a loop.
+  __device__ __forceinline__ void run_pipelined(float (&acc)[64]) {
+    constexpr int TURN = K_BLOCKS % (PIPELINED / GROUPS) == 0 ? PIPELINED / GROUPS : 1, STEPS = TURN * GROUPS;
+    for (int first = 0; first < K_BLOCKS; first += TURN) {
+      float product[2][64];
+#pragma unroll
+      for (int s = 0; s <= STEPS; ++s) {
+        if (s < STEPS) {
+          if (s % GROUPS == 0) wait_full(issued);
+          issue(product[s & 1], 0, s % GROUPS);
+          if (s % GROUPS == GROUPS - 1) issued.next(STAGES);
+        }
+        if (s == 0) continue;
+        const int done = s - 1;
+        float factor[4];
+        load_factors(factor, first + done / GROUPS, 0, done % GROUPS);
+        if (s < STEPS)
+          wgmma_wait<1>();
+        else
+          wgmma_wait<0>();
+        pin_registers(product[done & 1]);
+        if (done % GROUPS == GROUPS - 1) finish_block();
+        add(acc, product[done & 1], factor);
       }
     }
-    __syncwarp();
-    if (lane == 0) hand_back(ring.slot);
   }
+};
+
+// acc[chunk][64 rows, 128 outputs]; w13: 8 gates, their 8 ups, ... USED: this warpgroup's chunks that have rows.
+template <int USED, int GROUPS, int K_BLOCKS>
+__device__ __forceinline__ void multiply_rows(float (&acc)[CHUNKS][64], const float* low_scales,
+                                              const float* high_scales, int group, Ring& ring) {
+  RowProducts<GROUPS, K_BLOCKS> products(low_scales, high_scales, group, ring);
+#pragma unroll
+  for (int c = 0; c < USED; ++c)
+#pragma unroll
+    for (int i = 0; i < 64; ++i) acc[c][i] = 0.0f;
+  if constexpr (USED == 0)
+    products.pass();
+  else if constexpr (PIPELINED)
+    products.run_pipelined(acc[0]);
+  else
+    products.template run_alternating<USED>(acc);
 }
 
-// This warpgroup's chunk of the tile; the ring moves on by all the tile's chunks.
-__device__ __forceinline__ Ring own_chunk(Ring& chunks, int group, int num_rows) {
-  Ring own = chunks;
-  chunks.next(2);
-  if (num_rows > CHUNK_ROWS) {
-    if (group == 1) own = chunks;
-    chunks.next(2);
-  }
-  return own;
+// Where the tile's chunk `c` stands in the ring of chunks.
+__device__ __forceinline__ Ring chunk_at(Ring chunks, int c) {
+  for (int i = 0; i < c; ++i) chunks.next(CHUNK_SLOTS);
+  return chunks;
 }
 
-// SwiGLU, quantised per row and 64 outputs, as 64 swizzled bytes a row.
-__device__ __forceinline__ void store_swiglu_rows(float (&acc)[64], const Tile& tile, int group, const Ring& now,
-                                                  const Outputs& out) {
+// SwiGLU, quantised per row and 64 outputs, as 64 swizzled bytes a row; the rows' scales stand behind them.
+__device__ __forceinline__ void store_swiglu_rows(float (&acc)[64], const Ring& now) {
   const int warp = (threadIdx.x >> 5) & 3, lane = threadIdx.x & 31, upper = warp * 16 + (lane >> 2);
   float peak[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -71,19 +191,20 @@ __device__ __forceinline__ void store_swiglu_rows(float (&acc)[64], const Tile& 
       acc[i + q] = silu(acc[i + q]) * acc[i + 4 + q];
       peak[q >> 1] = fmaxf(peak[q >> 1], fabsf(acc[i + q]));
     }
-  float inverse[2];
+  float inverse[2], scales[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     peak[r] = fmaxf(peak[r], __shfl_xor_sync(0xffffffffu, peak[r], 1));
     peak[r] = fmaxf(peak[r], __shfl_xor_sync(0xffffffffu, peak[r], 2));
     const float scale = fp8_scale(peak[r]);
     inverse[r] = __frcp_rn(scale);
-    const int row = group * 64 + upper + 8 * r;
-    if ((lane & 3) == 0 && row < tile.num_rows)
-      out.h_scales[(i64)tile.m_tile * out.capacity + tile.first_row + row] = scale;
+    scales[r] = scale;
   }
-  fence_async_proxy();  // the scales are read by the copy engine
   barrier_wait(at(barriers.chunk_empty[now.slot]), now.parity ^ 1);
+  if ((lane & 3) == 0) {
+    const u32 address = chunk(now.slot) + CHUNK_SCALES + upper * 4;
+    store_shared_float(address, scales[0]), store_shared_float(address + 32, scales[1]);
+  }
 #pragma unroll
   for (int i = 0; i < 8; ++i)
 #pragma unroll
@@ -113,20 +234,31 @@ __device__ __forceinline__ void store_output_rows(float (&acc)[64], const Ring& 
   chunk_written(now, lane);
 }
 
-__device__ __forceinline__ void run_rows(const Tile& tile, int group, Ring& ring, Ring& chunks, const Outputs& out) {
-  float acc[64];
-  const bool idle = group * CHUNK_ROWS >= tile.num_rows;
+template <int USED>
+__device__ __forceinline__ void run_chunks(const Tile& tile, int group, Ring& ring, const Ring& chunks,
+                                           const Outputs& out) {
+  float acc[CHUNKS][64];
   if (tile.second) {
     const float* scales = out.w2_scales + ((i64)tile.expert * (HIDDEN / 128) + tile.m_tile) * K_BLOCKS_2;
-    multiply_rows<2, K_BLOCKS_2>(acc, scales, scales, group, idle, ring);
+    multiply_rows<USED, 2, K_BLOCKS_2>(acc, scales, scales, group, ring);
+#pragma unroll
+    for (int c = 0; c < USED; ++c) store_output_rows(acc[c], chunk_at(chunks, WARPGROUPS * c + group));
   } else {
     const float* scales = out.w13_scales + ((i64)tile.expert * (INTERMEDIATE / 64) + tile.m_tile / 2) * K_BLOCKS_1;
-    multiply_rows<1, K_BLOCKS_1>(acc, scales, scales + INTERMEDIATE / 128 * K_BLOCKS_1, group, idle, ring);
+    multiply_rows<USED, 1, K_BLOCKS_1>(acc, scales, scales + INTERMEDIATE / 128 * K_BLOCKS_1, group, ring);
+#pragma unroll
+    for (int c = 0; c < USED; ++c) store_swiglu_rows(acc[c], chunk_at(chunks, WARPGROUPS * c + group));
   }
-  const Ring now = own_chunk(chunks, group, tile.num_rows);
-  if (idle) return;
-  if (tile.second)
-    store_output_rows(acc, now);
+}
+
+__device__ __forceinline__ void run_rows(const Tile& tile, int group, Ring& ring, Ring& chunks, const Outputs& out) {
+  const int tile_chunks = (tile.num_rows + CHUNK_ROWS - 1) / CHUNK_ROWS,
+            used = (tile_chunks + WARPGROUPS - 1 - group) / WARPGROUPS;
+  if (CHUNKS == 2 && used == 2)
+    run_chunks<CHUNKS>(tile, group, ring, chunks, out);
+  else if (used)
+    run_chunks<1>(tile, group, ring, chunks, out);
   else
-    store_swiglu_rows(acc, tile, group, now, out);
+    run_chunks<0>(tile, group, ring, chunks, out);
+  chunks = chunk_at(chunks, tile_chunks);
 }

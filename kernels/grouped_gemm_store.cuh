@@ -12,7 +12,7 @@ __device__ __forceinline__ u32 swiglu_fragment(const float* a) {
 __device__ __forceinline__ Ring next_chunk(Ring& chunks) {
   const Ring now = chunks;
   barrier_wait(at(barriers.chunk_empty[now.slot]), now.parity ^ 1);
-  chunks.next(2);
+  chunks.next(CHUNK_SLOTS);
   return now;
 }
 
@@ -170,13 +170,47 @@ __device__ __forceinline__ void store_rows(float (&acc)[N / 2], const Tile& tile
   }
 }
 
+// One warp: a chunk of w2's rows, 256 bytes each, to their pairs' places; `pairs`: of rows `lane` and `lane` + 32.
+__device__ __forceinline__ void drain_outputs(u32 from, const int (&pairs)[2], int m_tile, int rows, int lane,
+                                              const Outputs& out) {
+  const int piece = lane & 15;
+  u16* to = out.y + m_tile * 128 + piece * 8;
+  const u32 source = from + (lane >> 4) * CHUNK_PITCH + piece * 16;
+#pragma unroll 1
+  for (int first = 0; first < rows; first += 4) {  // 4 rows by 2 loads of 2
+    const int near = first < 32 ? pairs[0] : pairs[1];
+    uint4 v[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) v[i] = load_shared_16(source + (first + 2 * i) * CHUNK_PITCH);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int pair = __shfl_sync(0xffffffffu, near, (first + 2 * i + (lane >> 4)) & 31);
+      if (pair >= 0) *(uint4*)(to + (i64)pair * HIDDEN) = v[i];
+    }
+  }
+}
+
+// One warp: a chunk of SwiGLU rows as e4m3, 64 bytes each, which half of the swizzled 128 depends on the row.
+__device__ __forceinline__ void drain_quantized(u32 from, const Tile& tile, int first, int rows, int lane,
+                                                const Outputs& out) {
+  const i64 row_0 = tile.first_row + first;
+  u8* to = out.h + ((i64)(tile.m_tile >> 1) * out.capacity + row_0) * 128 + (lane & 3) * 16;
+#pragma unroll 1
+  for (int row = lane >> 2; row < rows; row += 8)
+    *(uint4*)(to + row * 128 + ((tile.m_tile ^ row >> 2) & 1) * 64) =
+        load_shared_16(from + row * CHUNK_PITCH_FP8 + (lane & 3) * 16);
+  if (ROWS_WIDE && lane * 4 < rows)  // rows are padded to 8
+    *(uint4*)(out.h_scales + tile.m_tile * out.capacity + row_0 + lane * 4) =
+        load_shared_16(from + CHUNK_SCALES + lane * 16);
+}
+
 // STAGED, one warp: chunks leave for memory while the next ones are computed.
 __device__ __forceinline__ void drain_chunks(int lane, const Outputs& out) {
   Ring q, chunks;
   while (true) {
     const Tile tile = next_tile<true>(q);
     if (tile.expert < 0) break;
-    for (int first = 0; first < tile.num_rows; first += CHUNK_ROWS, chunks.next(2)) {
+    for (int first = 0; first < tile.num_rows; first += CHUNK_ROWS, chunks.next(CHUNK_SLOTS)) {
       const int rows = min(CHUNK_ROWS, tile.num_rows - first);
       int pairs[2] = {-1, -1};
       if (tile.second) {
@@ -186,31 +220,23 @@ __device__ __forceinline__ void drain_chunks(int lane, const Outputs& out) {
       barrier_wait(at(barriers.chunk_full[chunks.slot]), chunks.parity);
       const u32 from = chunk(chunks.slot);
       if (tile.second) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          if (pairs[i] >= 0)
-            bulk_store(out.y + (i64)pairs[i] * HIDDEN + tile.m_tile * 128, from + (lane + 32 * i) * CHUNK_PITCH, 256);
+        drain_outputs(from, pairs, tile.m_tile, rows, lane, out);
       } else if (FP8) {
-        u8* to = out.h + ((i64)(tile.m_tile >> 1) * out.capacity + tile.first_row + first) * 128;
-#pragma unroll
-        for (int row = lane; row < CHUNK_ROWS; row += 32)
-          if (row < rows)
-            bulk_store(to + row * 128 + ((tile.m_tile ^ row >> 2) & 1) * 64, from + row * CHUNK_PITCH_FP8, 64);
+        drain_quantized(from, tile, first, rows, lane, out);
       } else if (lane == 0) {
         bulk_store(out.h + ((i64)tile.m_tile * out.capacity + tile.first_row + first) * 128, from,
                    round_up_8(rows) * 128);
+        bulk_store_commit();
+        bulk_store_wait_read();
       }
-      bulk_store_commit();
-      bulk_store_wait_read();
       __syncwarp();
       if (lane == 0) barrier_arrive(at(barriers.chunk_empty[chunks.slot]));
     }
     if (!tile.second) {
       bulk_store_wait_all();
-      fence_async_proxy();
+      fence_async_proxy();  // the rows are read by the copy engine
       __syncwarp();
       if (lane == 0) add_release(out.ready + tile.entry, 1);
     }
   }
-  bulk_store_wait_all();
 }

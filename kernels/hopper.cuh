@@ -26,16 +26,6 @@ __device__ __forceinline__ bool barrier_try_wait(u32 barrier, u32 parity) {
   return done;
 }
 
-__device__ __forceinline__ bool barrier_try_wait_cluster(u32 barrier, u32 parity) {
-  u32 done;
-  asm volatile(
-      "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done;
-}
-
 // With -DWATCHDOG a wait of some seconds ends the kernel with an error instead of holding the GPU for ever.
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
 #if WATCHDOG
@@ -43,17 +33,6 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
     if (tries > (1u << 22)) __trap();
 #else
   while (!barrier_try_wait(barrier, parity)) {
-  }
-#endif
-}
-
-// The same for a barrier that other CTAs of the cluster arrive on.
-__device__ __forceinline__ void barrier_wait_cluster(u32 barrier, u32 parity) {
-#if WATCHDOG
-  for (u32 tries = 0; !barrier_try_wait_cluster(barrier, parity); ++tries)
-    if (tries > (1u << 22)) __trap();
-#else
-  while (!barrier_try_wait_cluster(barrier, parity)) {
   }
 #endif
 }
@@ -71,18 +50,18 @@ __device__ __forceinline__ u32 in_cluster(u32 address, u32 rank) {
   return mapped;
 }
 
+// On a barrier of another CTA. No release at cluster scope (a fence at GPU scope in SASS, hundreds of cycles): enough
+// to hand back what only the copy engine or st.async writes.
 __device__ __forceinline__ void barrier_arrive_cluster(u32 mapped) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
-}
-
-// The same without a fence at cluster scope (which is a fence at GPU scope in SASS, hundreds of cycles): enough to hand
-// back a slot that only the copy engine writes and only the tensor cores read.
-__device__ __forceinline__ void barrier_arrive_cluster_light(u32 mapped) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
 }
 
-__device__ __forceinline__ void store_cluster(u32 mapped, int value) {
-  asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(mapped), "r"(value) : "memory");
+// Four words to another CTA of the cluster; they complete 16 bytes of its `mapped_barrier` and are visible behind it.
+__device__ __forceinline__ void store_cluster_async(u32 mapped, int a, int b, int c, int d, u32 mapped_barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(mapped),
+      "r"(a), "r"(b), "r"(c), "r"(d), "r"(mapped_barrier)
+      : "memory");
 }
 
 __device__ __forceinline__ void cluster_sync() {
@@ -141,6 +120,10 @@ __device__ __forceinline__ void fence_async_proxy_shared() {
 
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 template <int REGISTERS>
@@ -212,5 +195,21 @@ __device__ __forceinline__ void store_matrices(u32 address, u32 a, u32 b, u32 c,
 __device__ __forceinline__ float load_shared_float(u32 address) {
   float v;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
+  return v;
+}
+
+__device__ __forceinline__ void store_shared_float(u32 address, float v) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared_16(u32 address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
+}
+
+// The same value, which the compiler keeps in a register instead of computing it again.
+__device__ __forceinline__ u32 keep(u32 v) {
+  asm volatile("" : "+r"(v));
   return v;
 }

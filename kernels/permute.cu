@@ -60,7 +60,7 @@ __device__ __forceinline__ int load_from_cta(const int* p, int rank) {
 
 extern "C" __global__ void ROUTE_CLUSTER __launch_bounds__(WARPS * 32, 1)
     route(const int* __restrict__ ids, i64 num_pairs, const int* __restrict__ expert_map, int num_mapped, int tile,
-          int* counts, int* pair_of_row, int4* tiles, u32* ready, int* state) {
+          int granule, int* counts, int* pair_of_row, int4* tiles, u32* ready, int* state) {
   __shared__ int histogram[WARPS * NUM_EXPERTS];
   __shared__ int first_row[NUM_EXPERTS];
   __shared__ u64 warp_totals[WARPS];
@@ -150,7 +150,7 @@ extern "C" __global__ void ROUTE_CLUSTER __launch_bounds__(WARPS * 32, 1)
     int t = (int)(u32)start;
     counts[thread] = count;
     for (int pad = count; pad < round_up_8(count); ++pad) pair_of_row[row + pad] = -1;
-    const int step = num_tiles ? round_up_8((count + num_tiles - 1) / num_tiles) : 0;
+    const int step = num_tiles ? ((count + num_tiles - 1) / num_tiles + granule - 1) / granule * granule : 0;
     for (int done = 0; done < count; done += step, ++t) {
       tiles[t] = make_int4(thread, row + done, min(step, count - done), 0);
       ready[t] = 0;

@@ -28,9 +28,17 @@ class RoutePlan:
     top_k: int
 
 
-def route(ids: torch.Tensor, num_local_experts: int, tile: int, expert_map: torch.Tensor | None = None) -> RoutePlan:
+def route(
+    ids: torch.Tensor,
+    num_local_experts: int,
+    tile: int,
+    expert_map: torch.Tensor | None = None,
+    *,
+    granule: int = 8,
+) -> RoutePlan:
     """`ids` [num_rows, top_k] int32: local experts, or physical ones when `expert_map` ([num_physical] int32 on the
-    device, local slot or -1) translates; anything outside is no pair of ours."""
+    device, local slot or -1) translates; anything outside is no pair of ours. An expert's rows are cut evenly into
+    as few tiles of at most `tile` rows as hold them, each but the last a multiple of `granule` rows."""
     check_ids(ids, expert_map)
     num_rows, top_k = ids.shape
     pairs = num_rows * top_k
@@ -51,6 +59,7 @@ def route(ids: torch.Tensor, num_local_experts: int, tile: int, expert_map: torc
             expert_map,
             np.int32(expert_map.numel() if has_map else 0),  # type: ignore[union-attr]
             np.int32(tile),
+            np.int32(granule),
             counts,
             pair_of_row,
             tiles,

@@ -27,20 +27,25 @@ class GemmPlan:
         return self.tile >= 128
 
     @property
+    def granule(self) -> int:
+        """Rows that cost the same as one: a tile that others of the expert follow holds a multiple of them."""
+        return self.tile if self.rows_wide else 8
+
+    @property
     def num_threads(self) -> int:
-        return 384 if self.m_rows == 128 else 256
+        return 512 if self.rows_wide and self.tile == 192 else 384 if self.m_rows == 128 else 256
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: the ring, the row scales, two chunks of output."""
+        """Dynamic shared memory: the ring, the row scales, the chunks of output."""
         stage = self.m_rows * 128 + self.tile * 128 + (self.tile * 8 if self.form == "fp8" else 0)
         beyond = max(0, 64 - self.m_rows) * 128  # wgmma reads 64 rows whatever the tile holds
-        return self.stages * stage + beyond + (2 * 64 * 272 if self.staged else 0)
+        return self.stages * stage + beyond + ((3 if self.num_threads == 512 else 2) * 64 * 272 if self.staged else 0)
 
     @property
     def static_shared_bytes(self) -> int:
         """Upper bound of what the kernel declares itself: barriers, the tile queue, fp8 peaks."""
-        return 16 * self.stages + 256 + (9 * 4 * self.tile if self.form == "fp8" else 0)
+        return 16 * self.stages + 320 + (9 * 4 * self.tile if self.form == "fp8" else 0)
 
     def fits(self, hidden_size: int, intermediate_size: int) -> bool:
         """Whether these sizes are whole numbers of (pairs of) tiles."""
@@ -70,8 +75,10 @@ PLANS: dict[WeightForm, tuple[tuple[float, GemmPlan], ...]] = {
         (72, GemmPlan(m_rows=128, tile=128, stages=5, form="bf16")),
         (float("inf"), GemmPlan(m_rows=128, tile=256, stages=4, form="bf16")),
     ),
-    # Wider fp8 tiles hold more accumulators than they gain: adding a scaled product costs registers and their ports.
-    "fp8": ((float("inf"), GemmPlan(m_rows=128, tile=64, stages=8, form="fp8")),),
+    "fp8": (
+        (24, GemmPlan(m_rows=128, tile=64, stages=8, form="fp8")),
+        (float("inf"), GemmPlan(m_rows=128, tile=192, stages=4, rows_wide=True, form="fp8")),
+    ),
 }
 
 
