@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expertmesh.bench import fuzz_chunks
 from expertmesh.request import TokenLogprob
-from expertmesh.router.gateway.conversation import Conversation, Section, State, StopFinder, prompt_state
+from expertmesh.router.gateway.conversation import Conversation, Delta, Section, State, StopFinder, prompt_state
 from expertmesh.router.gateway.tokenizer import QWEN3_FOLDER, Tokenizer
 
 TOKENIZER = Tokenizer(QWEN3_FOLDER)
@@ -73,7 +74,7 @@ TOKENS = st.one_of(
 )
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     ids=st.lists(TOKENS, max_size=24),
     cuts=st.lists(st.integers(0, 30), max_size=8),
@@ -96,6 +97,19 @@ def test_any_chunking_gives_what_the_whole_text_gives(ids, cuts, state, stop, st
     assert joined(deltas, Section.REASONING) == thought
     assert joined(deltas, Section.ANSWER) == answer
     assert machine.completion_tokens == counted
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_cuts_say_what_the_whole_text_says(seed):
+    """A part of what `make fuzz` does with another seed each time."""
+    figures = fuzz_chunks.run(10_000 * seed, 5_000)
+    assert min(figures["stopped"], figures["calls"], figures["malformed"], figures["blocks"]) > 20
+
+
+def test_a_machine_that_loses_something_is_found(monkeypatch):
+    monkeypatch.setattr(Conversation, "_push_plain", lambda self, token_id: Delta(Section.ANSWER, "", [token_id]))
+    with pytest.raises(AssertionError, match="stream"):
+        fuzz_chunks.run(0, 1_000)
 
 
 def test_thinking_and_answer_are_split_and_stripped():
