@@ -147,13 +147,22 @@ class ExchangeError(Unavailable):
     """A move of rows between ranks failed; the step can be replayed with the same batch."""
 
     def __init__(
-        self, message: str, *, ep_rank: int, layer_id: int, step_id: int, epoch: int, retry_after_s: float = 0.1
+        self,
+        message: str,
+        *,
+        ep_rank: int,
+        layer_id: int,
+        step_id: int,
+        epoch: int,
+        retry_after_s: float = 0.1,
+        peer: int = -1,  # rank in the epoch's communicator of who was waited for; -1 = nobody in particular
     ) -> None:
         super().__init__(
             f"{message} (ep_rank {ep_rank}, layer {layer_id}, step {step_id}, epoch {epoch})",
             retry_after_s=retry_after_s,
         )
         self.ep_rank, self.layer_id, self.step_id, self.epoch = ep_rank, layer_id, step_id, epoch
+        self.peer = peer
 
 
 class ExchangeTimeout(ExchangeError):

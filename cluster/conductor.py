@@ -43,6 +43,7 @@ from .membership_host import MembershipHost
 from .rebalance import LoadBook, Rebalancer, Wish, answer
 
 LOST_AFTER_S = 60.0  # a member that polls no more for so long is taken out of the next epoch
+GATEWAY_STALE_S = 25.0  # gateways report every 10 s at least; one that is silent for so long is gone
 CLOSING_PAUSE_S = 0.5
 MAX_FAILURES = 20
 MAX_DECISIONS = 50
@@ -206,12 +207,23 @@ class Conductor:
             del self._polled_at[member_id]
             self._reports.pop(member_id, None)
             self._host.take(Lost(member_id))
+        stale = time.monotonic() - GATEWAY_STALE_S
+        for name in [
+            p.name for p in self._reports.values() if p.role == "gateway" and self._reported_at[p.name] < stale
+        ]:
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        del self._reports[name], self._reported_at[name]
+        self._notify()
 
     # ---- reports and the topology
 
     async def report(self, status: ProcessStatus) -> None:
         """Take a process's present numbers; wakes the watchers when who serves where changed."""
         known = self._reports.get(status.name)
+        for other in [p for p in self._reports.values() if _takes_place_of(status, p)]:
+            self._drop(other.name)
         self._reports[status.name] = status
         self._reported_at[status.name] = time.monotonic()
         self._give_up_silent()
@@ -323,6 +335,11 @@ def membership_of(
 def _serving(status: ProcessStatus) -> tuple[str, str, str, int]:
     """The part of a report that decides where gateways dial and whether the start is complete."""
     return status.role, status.state, status.address, status.epoch
+
+
+def _takes_place_of(new: ProcessStatus, old: ProcessStatus) -> bool:
+    """A gateway that listens where another one did: that one is dead."""
+    return new.role == old.role == "gateway" and new.name != old.name and new.address == old.address != ""
 
 
 def start_conductor(name: str, config: ClusterConfig) -> None:

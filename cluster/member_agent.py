@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from ..errors import ExpertMeshError, ReplicaLost, Unavailable
+from ..errors import ExchangeTimeout, ExpertMeshError, ReplicaLost, Unavailable
 from ..router.epoch import Epoch, Member
 from .membership import (
     Alive,
@@ -93,7 +93,14 @@ class MemberAgent:
     def on_trouble(self, epoch: int, error: ExpertMeshError) -> None:
         """From any thread: the epoch broke here."""
         lost_id = error.member_id if isinstance(error, ReplicaLost) else ""
-        self._report(Trouble(self._id, epoch, str(error), lost_id))
+        self._report(Trouble(self._id, epoch, str(error), lost_id, self._silent_id(epoch, error)))
+
+    def _silent_id(self, number: int, error: ExpertMeshError) -> str:
+        """Who sent nothing until the deadline, if it was that."""
+        epoch = self._mesh.epoch
+        if not isinstance(error, ExchangeTimeout) or epoch is None or epoch.number != number or error.peer < 0:
+            return ""
+        return epoch.members[error.peer].member_id
 
     def on_suspect(self, suspect_id: str, reason: str) -> None:
         """From any thread: this member's rows come back bad from there, or its weights cannot be repaired."""

@@ -73,12 +73,14 @@ class Alive:
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """The epoch is broken, as this member saw it; `lost_id` names the member whose connection closed, where known."""
+    """The epoch is broken, as this member saw it. Where known, `lost_id` names the member whose connection closed, and
+    `silent_id` the one that sent nothing until the exchange's deadline."""
 
     member_id: str
     number: int
     reason: str
     lost_id: str = ""
+    silent_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +203,7 @@ class Membership:
         prepare_timeout_s: float = 300.0,  # loading experts included
         commit_timeout_s: float = 60.0,
         probe_timeout_s: float = 2.0,  # after a trouble: who is silent for so long is left out
+        accused_timeout_s: float = 0.25,  # the same for who has missed the exchange's deadline, if all others answer
         watch_interval_s: float = 10.0,  # the same while a transition waits, where all are busy loading
         rejoin_timeout_s: float = 10.0,  # after a restart of the Conductor
         retry_s: float = 1.0,
@@ -209,6 +212,7 @@ class Membership:
         self._place, self._make_key = place, make_key
         self._prepare_timeout_s, self._commit_timeout_s = prepare_timeout_s, commit_timeout_s
         self._probe_timeout_s, self._watch_interval_s = probe_timeout_s, watch_interval_s
+        self._accused_timeout_s = accused_timeout_s
         self._rejoin_timeout_s, self._retry_s = rejoin_timeout_s, retry_s
         self.epoch: Epoch | None = None  # in force
         self.members: dict[str, Member] = {}
@@ -220,6 +224,9 @@ class Membership:
         self._requested: Placement | None = None
         self._silent: set[str] = set()  # members that owe a sign of life
         self._silent_until = 0.0
+        self._probe_ends = 0.0
+        self._accused: set[str] = set()  # of the silent: those that missed the exchange's deadline before
+        self._witnesses: set[str] = set()  # those that reported the trouble
         self._retry_at = 0.0
         self._failures: dict[str, int] = {}
         self._in_force_at = 0.0
@@ -273,10 +280,10 @@ class Membership:
                     transition.waiting.discard(member_id)
             case PrepareFailed(member_id, number, reason):
                 return self._prepare_failed(member_id, number, reason, now)
-            case Trouble(_, number, reason, lost_id):
+            case Trouble(_, number, reason, lost_id, _):
                 if self._is_alive(lost_id) and self._is_known_number(number):
                     return self._lost_in_epoch(lost_id, reason)
-                return self._trouble(number, reason, now)
+                return self._trouble(event, now)
             case Leave(member_id):
                 self.states[member_id] = State.DRAINING
                 return self._leave_at_once(member_id)
@@ -349,14 +356,19 @@ class Membership:
         if self._failures[member_id] >= _MAX_FAILURES and self.states[member_id] is State.JOINING:
             self.states[member_id] = State.DEAD  # it must not hold up the others; its next poll makes it join again
         self._retry_at = now + self._retry_s
-        return commands
+        # Why it failed may be another that is dead: the next try would name it again, and fail at once again.
+        alive = [m.member_id for m in transition.epoch.members if self._is_alive(m.member_id)]
+        return commands + self._probe(alive, now + self._probe_timeout_s)
 
-    def _trouble(self, number: int, reason: str, now: float) -> list[Command]:
-        transition = self._transition
+    def _trouble(self, trouble: Trouble, now: float) -> list[Command]:
+        number, reason, transition = trouble.number, trouble.reason, self._transition
         if transition and number == transition.epoch.number:
             transition.early_trouble = reason  # some are in it already; counted when it is in force
             return []
-        if self.epoch is None or number != self.epoch.number or self._broken:
+        if self.epoch is None or number != self.epoch.number:
+            return []
+        if self._broken:
+            self._accuse(trouble, now)
             return []
         self._broken = True
         self.last_failure = reason
@@ -367,7 +379,18 @@ class Membership:
         if transition and transition.phase == "prepare":
             commands += self._roll_back(reason)  # it may share the broken communicator, or the dead member
         alive = [m.member_id for m in self.epoch.members if self._is_alive(m.member_id)]
-        return commands + self._probe(alive, now + self._probe_timeout_s)
+        commands += self._probe(alive, now + self._probe_timeout_s)
+        self._accuse(trouble, now)
+        return commands
+
+    def _accuse(self, trouble: Trouble, now: float) -> None:
+        """Who has missed the exchange's deadline is not waited for as long as others, once all others have answered.
+        Who reports trouble itself only waited behind somebody."""
+        self._witnesses.add(trouble.member_id)
+        self._accused.discard(trouble.member_id)
+        if trouble.silent_id in self._silent - self._witnesses:
+            self._accused.add(trouble.silent_id)
+            self._silent_until = min(self._silent_until, now + self._accused_timeout_s)
 
     def _is_known_number(self, number: int) -> bool:
         """Of the epoch in force or of the one that some are entering; older news may be about a former connection."""
@@ -383,13 +406,18 @@ class Membership:
     def _probe(self, member_ids: Iterable[str], until: float) -> list[Command]:
         asked = sorted(member_ids)
         self._silent |= set(asked)
-        self._silent_until = until
+        self._silent_until = self._probe_ends = until
+        self._accused.clear()
+        self._witnesses.clear()
         return [Probe(member_id) for member_id in asked]
 
     def _tick(self, now: float) -> list[Command]:
         commands: list[Command] = []
         if self._silent and now >= self._silent_until:
-            commands += self._give_up(set(self._silent), "it did not answer")
+            if self._silent <= self._accused or now >= self._probe_ends:
+                commands += self._give_up(set(self._silent), "it did not answer")
+            else:
+                self._silent_until = self._probe_ends  # others are slow too: no ground for a hasty word
         transition = self._transition
         if transition and now >= transition.deadline:
             if transition.phase == "prepare":  # slow, but alive: they answer probes

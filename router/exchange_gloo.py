@@ -351,6 +351,7 @@ class GlooExchange:
             layer_id=self._layers[self._turn] if self._turn < len(self._layers) else -1,
             step_id=self._step_id,
             epoch=self._epoch,
+            peer=peer,
         )
 
 

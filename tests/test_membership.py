@@ -105,6 +105,8 @@ def show_event(event):
             return f"Suspect {who}: {suspect_id}, {reason}"
         case Trouble(who, number, reason, lost_id) if lost_id:
             return f"Trouble {who} {number}: {reason}; lost {lost_id}"
+        case Trouble(who, number, reason, _, silent_id) if silent_id:
+            return f"Trouble {who} {number}: {reason}; silent {silent_id}"
         case PrepareFailed(who, number, reason) | Trouble(who, number, reason):
             return f"{type(event).__name__} {who} {number}: {reason}"
         case Prepared(who, number) | Committed(who, number):
@@ -523,6 +525,29 @@ async def test_numbers_of_a_former_conductor_acknowledge_nothing():
         commands = (await host.next_commands(name, 0, 0.0))[1]
         assert [c.epoch.number for c in commands if isinstance(c, Prepare)] == [2]
     host.close()
+
+
+def test_who_missed_the_deadline_is_not_waited_for_when_all_others_answer():
+    """A stopped shard: the others name it and each other, and answer; nobody else is given up in haste."""
+    trace = Trace("missed_deadline", core())
+    start(trace, ["a1", "e1", "e2"])
+    trace.say(Trouble("a1", 1, "rank 2 sent nothing for 3.0 s", "", "e2"), at=5.0)
+    trace.say(Trouble("e1", 1, "rank 0 sent nothing for 3.0 s", "", "a1"), at=5.05)  # it waits behind the other two
+    assert trace.core.next_deadline() == 5.25
+    trace.say(Alive("a1"))
+    trace.say(Alive("e1"))
+    trace.say(Tick(), at=5.3)
+    agree(trace, 2, ["a1", "e1"], leader="a1")
+    trace.say(Join(member("e2")), at=6.0)
+    agree(trace, 3, ["a1", "e1", "e2"], leader="a1")
+    trace.say(Trouble("a1", 3, "rank 2 sent nothing for 3.0 s", "", "e2"), at=20.0)
+    trace.say(Tick(), at=20.3)  # e1 has not answered either: all are slow, nobody is given up yet
+    assert trace.core.states["e2"] is not State.DEAD
+    trace.say(Alive("a1"), at=20.3)
+    trace.say(Alive("e1"), at=20.4)
+    trace.say(Alive("e2"), at=20.5)
+    agree(trace, 4, ["a1", "e1", "e2"], leader="a1")
+    trace.finish()
 
 
 def test_a_closed_connection_needs_no_probe_and_a_member_may_return_only_to_leave():
