@@ -106,10 +106,10 @@ async def test_sessions_and_journals_do_the_same_on_every_kind(url: str):
 
     assert all(await asyncio.gather(*(journal.begin("alice", n, n.encode()) for n in names)))
     for _ in range(2):  # sent again, since nobody knows whether it was written: in once
-        assert all(await asyncio.gather(*(journal.append("alice", n, 1, 0, b"x") for n in names)))
+        assert all(await asyncio.gather(*(journal.append("alice", n, 1, 0, [b"x", b"y"]) for n in names)))
     for name in names:
         taken = await journal.take("alice", name)
-        assert (taken.head, taken.fence, taken.outputs) == (name.encode(), 2, [b"x"])
+        assert (taken.head, taken.fence, taken.outputs) == (name.encode(), 2, [b"x", b"y"])
         await store.delete(name)
         await store.delete(name, "alice")
     await journal.close()
@@ -135,7 +135,7 @@ async def test_a_failover_is_a_pause_and_no_turn_is_doubled(tmp_path: Path):
         assert [t.request_id for t in record.turns] == ["r0", "r1", "r2", "r3"]
         with replica.client() as client:
             assert client.info("replication")["role"] == "master"
-        assert await journal.append("", "r", 1, 0, b"x")
+        assert await journal.append("", "r", 1, 0, [b"x"])
         await journal.close()
         await store.close()
 

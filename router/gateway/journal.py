@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from .redis_connection import RedisConnection, failure
 from .session import PREFIX
 
 MAX_BATCH = 1024  # appends in one pipeline
+RETRY_S = 0.5  # between attempts to write what waits for Redis
 _log = logging.getLogger(__name__)
 
 # KEYS meta, outputs; ARGV head, ttl ms, name of this beginning. 1 = begun (also when run twice), 0 = there is one.
@@ -32,7 +34,7 @@ redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return 1
 """
 
-# KEYS meta, outputs; ARGV fence, ttl ms, outputs before this one, output ("" = none), end ("" = not yet).
+# KEYS meta, outputs; ARGV fence, ttl ms, number of outputs before these, end ("" = not yet), outputs...
 # 1 = written, now or before; 0 = fenced off; -1 = the journal is gone or has lost outputs.
 _APPEND = """
 local fence = redis.call('HGET', KEYS[1], 'fence')
@@ -40,8 +42,8 @@ if not fence then return -1 end
 if fence ~= ARGV[1] then return 0 end
 local written, place = redis.call('LLEN', KEYS[2]), tonumber(ARGV[3])
 if written < place then return -1 end
-if ARGV[4] ~= '' and written == place then redis.call('RPUSH', KEYS[2], ARGV[4]) end
-if ARGV[5] ~= '' then redis.call('HSET', KEYS[1], 'end', ARGV[5]) end
+for i = written - place + 5, #ARGV do redis.call('RPUSH', KEYS[2], ARGV[i]) end
+if ARGV[4] ~= '' then redis.call('HSET', KEYS[1], 'end', ARGV[4]) end
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
 return 1
@@ -72,9 +74,10 @@ class Journal:
     def __init__(self, url: str, *, ttl_s: float = 600.0, timeout_s: float = 2.0) -> None:
         self._connection = RedisConnection(url, max_connections=8, timeout_s=timeout_s)
         self._redis: Any = self._connection.client
-        self._ttl_ms = int(ttl_s * 1000)
+        self.ttl_s, self._ttl_ms = ttl_s, int(ttl_s * 1000)
         self._waiting: list[tuple[list[str | int | bytes], asyncio.Future[int]]] = []
         self._writer: asyncio.Task[None] | None = None
+        self._late: set[asyncio.Task[None]] = set()  # writers of journals that Redis was away for
 
     async def begin(self, owner: str, request_id: str, head: bytes) -> bool:
         """Before any work. False: this owner has a journal of this name already."""
@@ -94,12 +97,12 @@ class Journal:
         return found or b""
 
     async def append(
-        self, owner: str, request_id: str, fence: int, place: int, output: bytes, end: bytes = b""
+        self, owner: str, request_id: str, fence: int, place: int, outputs: Sequence[bytes], end: bytes = b""
     ) -> bool:
-        """Output number `place`. True once it is written, False where the journal is gone. Unavailable: another gateway
-        is the author now."""
+        """Outputs from number `place` on. True once they are written, False where the journal is gone. Unavailable:
+        another gateway is the author now."""
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting.append(([*_keys(owner, request_id), fence, self._ttl_ms, place, output, end], future))
+        self._waiting.append(([*_keys(owner, request_id), fence, self._ttl_ms, place, end, *outputs], future))
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write(), name="journal")
         written = await future
@@ -107,11 +110,18 @@ class Journal:
             raise Unavailable(f"another gateway goes on with request {request_id!r}; resume it", retry_after_s=0.0)
         return written > 0
 
+    def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """A task that ends with the journal."""
+        task = asyncio.create_task(work, name="late journal")
+        self._late.add(task)
+        task.add_done_callback(self._late.discard)
+        return task
+
     async def close(self) -> None:
-        if self._writer is not None:
-            self._writer.cancel()
+        for task in (*self._late, *([self._writer] if self._writer is not None else [])):
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._writer
+                await task
         await self._connection.close()
 
     async def _write(self) -> None:
@@ -138,27 +148,59 @@ class Journal:
 
 
 class JournalWriter:
-    """The author's end of one journal. Where Redis goes away meanwhile the stream goes on and is no longer written."""
+    """The author's end of one journal. Where Redis goes away meanwhile the stream goes on, and its outputs wait here;
+    when Redis is back the journal is made whole, so that who takes over later replays what the client has seen."""
 
-    __slots__ = ("_fence", "_journal", "_owner", "_place", "_request_id", "intact")
+    __slots__ = ("_end", "_fenced", "_journal", "_key", "_late", "_place", "_unsent", "lost")
 
     def __init__(self, journal: Journal, owner: str, request_id: str, fence: int, num_outputs: int = 0) -> None:
         """`num_outputs` are in it already."""
-        self._place = num_outputs
-        self._journal, self._owner, self._request_id, self._fence = journal, owner, request_id, fence
-        self.intact = True  # a journal with a gap must not be written on
+        self._journal, self._key = journal, (owner, request_id, fence)
+        self._place = num_outputs  # of the first one that is not known to be written
+        self._unsent: list[bytes] = []
+        self._end = b""  # likewise
+        self._late: asyncio.Task[None] | None = None  # brings the journal up to date
+        self._fenced: Unavailable | None = None
+        self.lost = False  # it expired, or its server lost it: nothing is written any more
 
     async def append(self, output: bytes, end: bytes = b"") -> None:
-        if not self.intact:
+        """Returns when it is written, at once while Redis is away. Unavailable: another gateway is the author now."""
+        if self._fenced is not None:
+            raise self._fenced
+        if self.lost:
             return
+        if output:
+            self._unsent.append(output)
+        self._end = end
+        if self._late is None and not await self._send():
+            _log.warning("request %s is journaled later: the session store is away", self._key[1])
+            self._late = self._journal.spawn(self._catch_up())
+
+    async def _send(self) -> bool:
+        """Write what waits. False: Redis is away."""
+        outputs, end = tuple(self._unsent), self._end
         try:
-            self.intact = await self._journal.append(
-                self._owner, self._request_id, self._fence, self._place, output, end
-            )
-            self._place += bool(output)
-        except SessionStoreUnavailable as error:
-            self.intact = False
-            _log.warning("request %s is no longer journaled: %s", self._request_id, error)
+            self.lost = not await self._journal.append(*self._key, self._place, outputs, end)
+        except SessionStoreUnavailable:
+            return False
+        self._place += len(outputs)
+        del self._unsent[: len(outputs)]
+        if end:
+            self._end = b""
+        return True
+
+    async def _catch_up(self) -> None:
+        """Until nothing waits; a stream that has ended by then can be read again all the same."""
+        try:
+            async with asyncio.timeout(self._journal.ttl_s):
+                while not self.lost and (self._unsent or self._end):
+                    if not await self._send():
+                        await asyncio.sleep(RETRY_S)
+        except TimeoutError:
+            self.lost = True  # it has expired
+        except Unavailable as error:
+            self._fenced = error
+        self._late = None
 
 
 def _keys(owner: str, request_id: str) -> tuple[str, str]:
