@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test test-gpu sanitize-gpu lint format parity bench memory prefix preemption bit-flips idle eval-demo \
-  served-equals-offline contract gateway-kills redis-faults proto setup clean ray-up-test wheel
+  served-equals-offline contract conversation-cost gateway-kills redis-faults proto setup clean ray-up-test wheel
 
 setup: $(VENV)/.runtime
 
@@ -106,6 +106,10 @@ contract: $(VENV)/.runtime
 	  npm install --no-audit --no-fund --ignore-scripts --prefix .cache/buf @bufbuild/buf@1.75.0 || \
 	  echo "neither grpcurl, buf nor npm is here: the same calls go through generic reflection"
 	$(PY) -m expertmesh.bench.contract
+
+# A token between link and wire: state machine, detokenizer, deltas, event bytes; goal 20 us.
+conversation-cost: $(VENV)/.runtime
+	$(PY) -m expertmesh.bench.conversation_cost
 
 # Faults under running streams and conversations, 100 runs each.
 gateway-kills: $(VENV)/.test

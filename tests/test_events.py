@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from expertmesh.proto import expertmesh_pb2 as pb
 from expertmesh.request import TokenLogprob
 from expertmesh.router.gateway.conversation import Delta, Section
-from expertmesh.router.gateway.events import EventWriter, encode_text
+from expertmesh.router.gateway.events import EventWriter, encode_arguments, encode_text
 
 
 @given(
@@ -17,6 +17,12 @@ from expertmesh.router.gateway.events import EventWriter, encode_text
 def test_a_text_delta_is_encoded_as_protobuf_does(offset, section, text):
     message = pb.GenerateEvent(offset=offset, **{section.name.lower(): pb.Delta(text=text)})
     assert encode_text(offset, section, text) == message.SerializeToString(deterministic=True)
+
+
+@given(offset=st.integers(0, 2**40), index=st.integers(0, 300), text=st.text(max_size=300))
+def test_a_piece_of_arguments_is_encoded_as_protobuf_does(offset, index, text):
+    message = pb.GenerateEvent(offset=offset, tool_call=pb.ToolCallDelta(index=index, arguments_text=text))
+    assert encode_arguments(offset, index, text) == message.SerializeToString(deterministic=True)
 
 
 async def test_ids_and_logprobs_are_written_when_there():
