@@ -246,7 +246,8 @@ async def cancelled_stream(rng: Random, target: Target) -> None:
         stream.cancel()
     target.answers["OK" if whole else "left"] += 1
     check_events(events, whole=whole, max_tokens=request.sampling.max_tokens)
-    if request.resumable and not whole and rng.random() < 0.7:
+    ended = bool(events) and events[-1].WhichOneof("event") == "finished"
+    if request.resumable and not whole and not ended and rng.random() < 0.7:
         await _resume(rng, target, request.request_id, len(events), metadata)
 
 

@@ -160,3 +160,4 @@ async def hostile_connection(rng: Random, address: str, request: bytes, api_key:
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(5):
                 await writer.wait_closed()
+        transport.abort()  # what it could not flush would keep it open

@@ -188,9 +188,7 @@ def sampling_params(
         min_tokens=min_tokens,
         presence_penalty=number("presence_penalty", 0.0, "-2..2", -2, 2),
         frequency_penalty=number("frequency_penalty", 0.0, "-2..2", -2, 2),
-        repetition_penalty=number(
-            "repetition_penalty", defaults.repetition_penalty, "above 0, at most 2", 0, 2, open_="("
-        ),
+        repetition_penalty=number("repetition_penalty", defaults.repetition_penalty, "0.01..2", 0.01, 2),  # a divisor
         stop_token_ids=frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else eos),
         num_logprobs=options.logprobs if options.HasField("logprobs") else -1,
     )
