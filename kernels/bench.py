@@ -89,7 +89,7 @@ def parse() -> argparse.Namespace:
         "--plans",
         default="",
         help="compare plans: m_rows x tile x stages x cluster x rows_wide (128x64x9x1x0,...), "
-        "of w8a16 and int4: m_rows x tile x ctas",
+        "of w8a16 and int4: m_rows x tile x ctas x parts",
     )
     parser.add_argument("--stages", action="store_true", help="also time route, gather and products as they overlap")
     parser.add_argument("--operations", action="store_true", help="also time each operation alone (default cells do)")
@@ -247,7 +247,7 @@ def _rounded(value: Any) -> Any:
 
 def describe(plan: GemmPlan | MmaPlan) -> str:
     if isinstance(plan, MmaPlan):
-        return f"{plan.m_rows}x{plan.tile}x{plan.ctas}"
+        return f"{plan.m_rows}x{plan.tile}x{plan.ctas}x{plan.parts}"
     return f"{plan.m_rows}x{plan.tile}x{plan.stages}x{plan.cluster}x{int(plan.rows_wide)}"
 
 
@@ -257,8 +257,8 @@ def parse_plans(text: str, form: LayerForm) -> list[GemmPlan | MmaPlan | None]:
     plans: list[GemmPlan | MmaPlan | None] = []
     for numbers in ([int(v) for v in p.split("x")] for p in text.split(",")):
         if form == "w8a16" or form == "int4":
-            m_rows, tile, ctas = numbers
-            plans.append(make_plan(m_rows, tile, form, ctas=ctas))
+            m_rows, tile, ctas, parts = numbers
+            plans.append(make_plan(m_rows, tile, form, ctas=ctas, parts=parts))
         else:
             m_rows, tile, stages, cluster, wide = numbers
             plans.append(

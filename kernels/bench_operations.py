@@ -4,7 +4,6 @@ Inputs are made beforehand and every call of the graph has its own. The products
 copy of the route is laid back before each call and that copy's own time is taken off."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -30,6 +29,8 @@ def plan_for(layer: ExpertLayer, expected_pairs: float) -> GemmPlan | MmaPlan:
         packed.form,
         expected_pairs,
         layer.num_local_experts,
+        packed.hidden_size,
+        packed.intermediate_size,
         has_zeros=packed.has_zeros,
         capability=layer.capability,
     )
@@ -104,8 +105,8 @@ def stage_times(layer: ExpertLayer, draws: list[Draw], expected: float, plan: Ge
 
 
 def _route(d: Draw, layer: ExpertLayer, plan: GemmPlan | MmaPlan) -> RoutePlan:
-    extra: dict[str, Any] = {"granule": plan.granule} if getattr(plan, "granule", 8) != 8 else {}
-    return route(d.ids, layer.num_local_experts, plan.tile, None, **extra)
+    granule = plan.granule if isinstance(plan, GemmPlan) else 8
+    return route(d.ids, layer.num_local_experts, plan.tile, granule=granule)
 
 
 def _pack_us(draws: list[Draw], places: list[RoutePlan], fp8: bool) -> float:

@@ -114,8 +114,9 @@ def plans_of(form: str, hidden: int, intermediate: int) -> list[GemmPlan | MmaPl
     if form in ("bf16", "fp8"):
         return [None, *(p for p in all_plans(form) if p.fits(hidden, intermediate))]
     zeros = form == "int4-zeros"
-    shapes = ((64, 16, 1), (64, 16, 2), (128, 16, 1), (64, 32, 1), (64, 64, 1))
-    return [None, *(make_plan(m, tile, form.split("-")[0], ctas=c, has_zeros=zeros) for m, tile, c in shapes)]
+    shapes = ((64, 8, 1, 4), (64, 8, 2, 2), (64, 16, 2, 2), (128, 8, 1, 2), (64, 32, 1, 4))
+    kind = form.split("-")[0]
+    return [None, *(make_plan(m, t, kind, ctas=c, parts=p, has_zeros=zeros) for m, t, c, p in shapes)]
 
 
 @pytest.mark.parametrize("group", range(len(GROUPS)), ids=lambda g: "-".join(map(str, GROUPS[g])))
