@@ -54,6 +54,7 @@ class Gateways:
         self._cluster_token, self._api_key = cluster_token, api_key
         self._channels: dict[str, Any] = {}
         self._favourite = 0  # the gateway that answered last
+        self.served = False  # a stream was had here: whoever does not answer now is expected back
 
     def channel(self, address: str) -> Any:
         """One that stays open until `take_channels`."""
@@ -144,7 +145,7 @@ class Route:
 
     def came(self, message: pb.GenerateEvent) -> Event:
         event = decode_event(message)
-        self._next_offset, self._num_failed = event.offset + 1, 0
+        self._next_offset, self._num_failed, self._gateways.served = event.offset + 1, 0, True
         if isinstance(event, Finished):
             self.finished = event
         return event
@@ -154,11 +155,13 @@ class Route:
         found = error_of(error)
         self._num_failed += 1
         begun = self._next_offset is not None
-        most = MAX_RESUMES if begun else len(self._gateways.addresses) - 1
-        if not isinstance(found, Unavailable) or self._num_failed > most or (begun and not self.request.resumable):
+        # A resumable request may be made again: where it runs already, the second call joins it.
+        patient = self.request.resumable and (begun or self._gateways.served)
+        most = MAX_RESUMES if patient else len(self._gateways.addresses) - 1
+        if not isinstance(found, Unavailable) or self._num_failed > most or (begun and not patient):
             raise found from None
         self._gateways.turn(self._gateway)
-        if not begun:
+        if not patient:
             return 0.0
         whole_rounds = self._num_failed // len(self._gateways.addresses)
         return min(0.05 * whole_rounds, 1.0)  # nobody there: give one the time to come back

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 
+import grpc
 import pytest
 from gateway_world import FixedTopology, gateway, say, tokenizer
 
@@ -13,9 +14,11 @@ from expertmesh.client import (
     Finished,
     ReasoningDelta,
     Started,
+    gateways,
     make_request,
 )
 from expertmesh.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, Unavailable
+from expertmesh.proto import expertmesh_pb2 as pb
 from expertmesh.redis_server import EmbeddedRedis
 from expertmesh.request import FinishReason
 from expertmesh.router.gateway.session import SessionStore
@@ -217,3 +220,33 @@ def test_an_empty_list_of_gateways_is_refused():
 async def test_topology_lists_the_gateways_to_dial():
     async with gateway(say("x")) as world, AsyncClient(world.server.address, cluster_token="a secret") as client:
         assert list((await client.topology()).gateways) == list(FixedTopology().known.gateways)
+
+
+class _Refused(grpc.RpcError):
+    def code(self):
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self):
+        return "connection refused"
+
+    def trailing_metadata(self):
+        return ()
+
+
+def test_a_resumable_request_is_made_again_where_streams_were_had_before():
+    """Nobody ever answered: the error at once. A cluster that served is expected back, and a call twice made is one."""
+
+    def calls_until_error(served: bool, resumable: bool) -> int:
+        known = gateways.Gateways(["a:1", "b:1"], grpc)
+        known.served = served
+        route = gateways.Route(known, pb.GenerateRequest(resumable=resumable), None)
+        for num_calls in range(1, 100):
+            try:
+                route.failed(_Refused())
+            except Unavailable:
+                return num_calls
+        raise AssertionError("it never ends")
+
+    assert calls_until_error(served=False, resumable=True) == 2
+    assert calls_until_error(served=True, resumable=False) == 2
+    assert calls_until_error(served=True, resumable=True) == gateways.MAX_RESUMES + 1
