@@ -25,6 +25,7 @@ from ..experts.worker import ExpertShard
 from ..model_source import describe_model, model_name, pinned
 from ..redis_server import EmbeddedRedis, resolve_url
 from ..router.gateway.deployment import Gateway
+from ..router.gateway.redis_connection import check_store
 from ..router.status import ClusterState
 from .conductor import start_conductor
 from .conductor_client import ConductorClient
@@ -74,6 +75,7 @@ class Cluster:
         self._started_at = time.monotonic()
         try:
             self._check_checkpoint()
+            check_store(resolve_url(self.config.redis_url, os.environ))
             self._start_ray()
             self._complete_config()
             self._start_serve()

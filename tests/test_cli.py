@@ -45,6 +45,7 @@ def test_a_json_file_is_read_too(tmp_path: Path):
         (["serve", "--set", "scheduler.max_num_seq=3"], "a field of ClusterConfig"),
         (["serve", "--set", "scheduler.max_num_seqs=three"], "a int"),
         (["serve", "--config", "/nowhere.yaml"], "a readable JSON or YAML file"),
+        (["serve", "--redis-url", "redis+sentinel://:secret@host:26379"], "the name of the primary is missing"),
         (["serve", "--model", "/nowhere"], "config.json"),
         (["make-checkpoint", "--config", "/nowhere.json", "--out", "x"], "a readable JSON or YAML file"),
         (["status", "--address", "127.0.0.1:1"], "Unavailable"),

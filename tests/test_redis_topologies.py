@@ -140,7 +140,7 @@ async def test_a_failover_is_a_pause_and_no_turn_is_doubled(tmp_path: Path):
         await store.close()
 
 
-async def test_on_a_cluster_a_node_that_is_away_stops_its_own_sessions_only(cluster: list[valkey.ValkeyProcess]):
+async def test_on_a_cluster_with_a_node_away_the_sessions_of_the_others_are_served(cluster: list[valkey.ValkeyProcess]):
     store, journal = SessionStore(cluster_url(cluster), timeout_s=0.5), Journal(cluster_url(cluster), timeout_s=0.5)
     names = [f"n{i}" for i in range(12)]
     away = f"{valkey.HOST}:{cluster[2].port}"
@@ -160,8 +160,12 @@ async def test_on_a_cluster_a_node_that_is_away_stops_its_own_sessions_only(clus
             if name in lost:
                 with pytest.raises(SessionStoreUnavailable):
                     await store.open(name)
-            else:
-                assert (await store.open(name)).version == 1
+                continue
+            async with asyncio.timeout(60):  # a call may meet the client while it learns of the node
+                while True:
+                    with contextlib.suppress(SessionStoreUnavailable):
+                        assert (await store.open(name)).version == 1
+                        break
     finally:
         cluster[2].go_on()
     async with asyncio.timeout(60):

@@ -95,6 +95,18 @@ class RedisConnection:
                 await client.connection_pool.disconnect()
 
 
+def check_store(url: str) -> None:
+    """ConfigError where this URL will never do, said before anything is started; empty = an embedded server."""
+
+    async def check() -> None:
+        connection = RedisConnection(url, max_connections=1, timeout_s=2.0)
+        await connection.check()
+        await connection.close()
+
+    if url:
+        asyncio.run(check())
+
+
 def failure(error: BaseException) -> SessionStoreUnavailable:
     """What it means to those who asked. A refusal is for an operator to mend: it is retried later."""
     refused = isinstance(error, AuthenticationError) or (
