@@ -7,7 +7,8 @@
     ├── SessionConflict           ABORTED             another writer committed first: current_version
     ├── Overloaded                RESOURCE_EXHAUSTED  retry after retry_after_s
     │   ├── QueueFull
-    │   └── KVCacheExhausted
+    │   ├── KVCacheExhausted
+    │   └── SlowReader            the client did not read its stream
     ├── Unavailable               UNAVAILABLE         retry after retry_after_s
     │   ├── NoReplica
     │   ├── SessionStoreUnavailable
@@ -109,6 +110,15 @@ class QueueFull(Overloaded):
 
 class KVCacheExhausted(Overloaded):
     pass
+
+
+class SlowReader(Overloaded):
+    def __init__(self, stall_s: float) -> None:
+        super().__init__(
+            f"this stream was not read for {stall_s:g} s and was ended; read faster, or ask for a resumable stream and "
+            "resume it",
+            retry_after_s=1.0,
+        )
 
 
 class Unavailable(ExpertMeshError):

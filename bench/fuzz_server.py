@@ -57,7 +57,7 @@ class Books:
     num_tasks: int
     num_threads: int
     num_fds: int
-    num_connections: int  # established, on any socket of the process
+    peer_ports: tuple[int, ...]  # of established connections, but those to itself
     rss_bytes: int
     errors: tuple[str, ...]  # logged by handlers, since the start
 
@@ -159,7 +159,7 @@ async def _serve(pipe: Connection, redis_url: str) -> None:
             num_tasks=len(asyncio.all_tasks()),
             num_threads=process.num_threads(),
             num_fds=process.num_fds(),
-            num_connections=sum(c.status == psutil.CONN_ESTABLISHED for c in process.net_connections("tcp")),
+            peer_ports=_peer_ports(process),
             rss_bytes=process.memory_info().rss,
             errors=tuple(errors.lines),
         )
@@ -172,6 +172,13 @@ async def _serve(pipe: Connection, redis_url: str) -> None:
     close_mesh()
     await journal.close()
     await sessions.close()
+
+
+def _peer_ports(process: psutil.Process) -> tuple[int, ...]:
+    """The link to the own replica has both ends here."""
+    found = [c for c in process.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED]
+    own = {c.laddr.port for c in found}
+    return tuple(c.raddr.port for c in found if c.raddr.port not in own)
 
 
 def _real_engine(link: LinkServer) -> tuple[Engine, Callable[[], None]]:

@@ -31,6 +31,7 @@ from .generation import CommittedTurn, Generation, GenerationConfig, Generations
 from .journal import Journal
 from .limits import MAX_METADATA_BYTES, check_limits
 from .link import bind
+from .reader_watch import STALL_S, WRITE_BUFFER_BYTES, ReaderWatch
 from .resume import GRACE_S, Resumables, ResumableStream
 from .rpc_errors import status_code, status_message, trailing_metadata
 from .session import SessionRecord
@@ -83,6 +84,7 @@ class GatewayServer:
         num_logical_experts: int = 0,
         num_moe_layers: int = 0,
         resume_grace_s: float = GRACE_S,
+        stall_s: float = STALL_S,
         telemetry: Telemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -112,6 +114,7 @@ class GatewayServer:
         )
         self._cluster = ClusterService(topology, facts, cluster_token)
         self._api_keys = api_keys or ApiKeys()
+        self.readers = ReaderWatch(stall_s)
         self._running: dict[tuple[str, str], Generation | CommittedTurn] = {}  # by owner and request id
         self._num_readers = 0  # of resumable streams
         self._idle = asyncio.Event()
@@ -187,8 +190,9 @@ class GatewayServer:
 
     async def _stream(self, generation: Generation | CommittedTurn, context: grpc.aio.ServicerContext) -> None:
         with self._track(generation):
-            writer = EventWriter(context.write)
-            await generation.finish(writer, await generation.run(writer))
+            async with self.readers.watched(context.write) as write:
+                writer = EventWriter(write)
+                await generation.finish(writer, await generation.run(writer))
 
     @contextlib.contextmanager
     def _track(self, generation: Generation | CommittedTurn) -> Iterator[None]:
@@ -209,7 +213,8 @@ class GatewayServer:
         self._num_readers += 1
         self._idle.clear()
         try:
-            await stream.read(offset, context.write)
+            async with self.readers.watched(context.write) as write:
+                await stream.read(offset, write)
         finally:
             self._num_readers -= 1
             self._check_idle()
@@ -368,6 +373,7 @@ def _server_options(max_message_bytes: int, max_request_bytes: int) -> list[tupl
         ("grpc.max_metadata_size", MAX_METADATA_BYTES),
         ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),  # between the two gRPC refuses by chance
         ("grpc.max_concurrent_streams", MAX_STREAMS),
+        ("grpc.http2.write_buffer_size", WRITE_BUFFER_BYTES),
         ("grpc.server_handshake_timeout_ms", 10_000),  # a peer that connects and says nothing
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
