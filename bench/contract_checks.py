@@ -136,8 +136,8 @@ def thinking_modes(c: Contract) -> str:
     assert thoughts(QUESTION, thinking="on"), "mode on does not think"
     assert not thoughts(QUESTION, thinking="off"), "mode off thinks"
     assert not thoughts(f"{QUESTION} /no_think"), "/no_think thinks"
-    assert thoughts(f"{QUESTION} /no_think /think"), "the latest switch does not win"
-    return "mode on and off, /no_think, the latest switch wins"
+    assert not thoughts(f"{QUESTION} /think", thinking="off"), "a soft switch wins over mode off"
+    return "mode on and off, /no_think, mode off wins over /think"
 
 
 def thinking_budgets(c: Contract) -> str:
