@@ -23,9 +23,19 @@ import torch
 
 from .errors import CheckpointError
 from .model_config import GenerationDefaults, ModelConfig
+from .quantized import dequantize, quantized_form, read_quantized
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,  # these two are never converted: packed nibbles, and values that need their scales
+    "I32": torch.int32,
+}
+_CONVERTIBLE = ("F64", "F32", "F16", "BF16")
+_FLOATS = tuple(DTYPES[name] for name in _CONVERTIBLE)
 _BUFFER_BYTES = 8 << 20
 _AGAIN = "download the file again"
 
@@ -165,7 +175,12 @@ class Checkpoint:
         self, name: str, dest: torch.Tensor, *, index: int | None = None, meter: ProgressMeter | None = None
     ) -> None:
         """Fill `dest` (contiguous, any float dtype, CPU or GPU) with the tensor, or with `tensor[index]`.
-        `dest`'s shape is the shape that the config demands; another one on disk is an error."""
+        `dest`'s shape is the shape that the config demands; another one on disk is an error. A linear layer that is
+        stored quantised is dequantised: exactly, then rounded once to `dest`'s dtype."""
+        base = name.removesuffix(".weight")
+        if index is None and dest.dtype in _FLOATS and base != name and quantized_form(self, base):
+            dest.copy_(dequantize(read_quantized(self, base, *dest.shape, meter=meter)))
+            return
         entry = self.entry(name)
         expected = tuple(dest.shape) if index is None else (entry.shape[0] if entry.shape else 0, *dest.shape)
         if entry.shape != expected or (index is not None and not 0 <= index < entry.shape[0]):
@@ -176,15 +191,44 @@ class Checkpoint:
                 file=str(entry.file),
                 tensor=name,
             )
-        if entry.dtype not in DTYPES:
+        if entry.dtype not in DTYPES or (entry.dtype not in _CONVERTIBLE and DTYPES[entry.dtype] != dest.dtype):
             raise CheckpointError(
-                f"dtype {entry.dtype} is not supported ({', '.join(DTYPES)} are); take the bfloat16 release",
+                f"dtype {entry.dtype} is not supported here ({', '.join(_CONVERTIBLE)} are); take the bfloat16 release",
                 file=str(entry.file),
                 tensor=name,
             )
         element_bytes = DTYPES[entry.dtype].itemsize
         offset = entry.offset + (0 if index is None else index * dest.numel() * element_bytes)
         self._read_range(entry, name, offset, dest, meter)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.entry(name).shape
+
+    def linear_bytes(self, name: str) -> int:
+        """Bytes of a linear layer's `weight`, with its scales and zero points where it is quantised."""
+        base = name.removesuffix(".weight")
+        if quantized_form(self, base) is None:
+            return self.entry(name).num_bytes
+        parts = ("weight", "weight_scale_inv", "qweight", "qzeros", "scales", "g_idx")
+        return sum(self.entry(f"{base}.{part}").num_bytes for part in parts if f"{base}.{part}" in self)
+
+    def as_stored(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        device: torch.device | str = "cpu",
+        meter: ProgressMeter | None = None,
+    ) -> torch.Tensor:
+        """The tensor in its own dtype."""
+        entry = self.entry(name)
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"dtype {entry.dtype} is not supported ({', '.join(DTYPES)} are)", file=str(entry.file), tensor=name
+            )
+        dest = torch.empty(shape, dtype=DTYPES[entry.dtype], device=device)
+        self.read_into(name, dest, meter=meter)
+        return dest
 
     def read(self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
         dest = torch.empty(shape, dtype=dtype, device=device)
@@ -296,5 +340,7 @@ def _read_exactly(file: FileIO, view: memoryview, entry: TensorEntry, name: str)
 
 def _all_finite(values: torch.Tensor) -> bool:
     """min and max carry NaN, and show infinities, without a mask of the tensor's size."""
+    if values.dtype == torch.float8_e4m3fn:  # no infinity, and NaN is one magnitude
+        return not bool((values.view(torch.uint8) & 0x7F == 0x7F).any())
     low, high = torch.aminmax(values)
     return math.isfinite(float(low)) and math.isfinite(float(high))

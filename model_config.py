@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
+from .quantized import unsupported_quantization
 
 ARCHITECTURES = {"qwen3_moe": "Qwen3MoeForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # model_type -> class name
 
@@ -219,11 +220,15 @@ def _checked_model_type(fields: _Fields) -> str:
 def _refuse_unsupported(fields: _Fields) -> None:
     quantization = fields.first("quantization_config", "compression_config")
     if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-        raise CheckpointError(
-            f"the checkpoint is quantized ({method}), which is not supported; take the bfloat16 release of the model",
-            file=fields.file,
-        )
+        known = isinstance(quantization, Mapping)
+        method = quantization.get("quant_method", "unknown") if known else quantization
+        reason = unsupported_quantization(quantization) if known else "only gptq, awq and fp8 are supported"
+        if reason:
+            raise CheckpointError(
+                f"the checkpoint is quantized ({method}) in a way that is not supported: {reason}; "
+                "take the bfloat16 release of the model",
+                file=fields.file,
+            )
     if fields.flag("use_sliding_window") and fields.first("sliding_window"):
         raise fields.error("use_sliding_window", "is on: only full attention is supported")
     if "sliding_attention" in (fields.first("layer_types") or ()):

@@ -14,6 +14,7 @@ import torch
 from ..checkpoint import Checkpoint, ProgressMeter
 from ..kernels.expert_layer import ExpertLayer
 from ..kernels.expert_pool import ExpertPool
+from .quantized_weights import are_quantized, load_quantized_layer
 from .weights import load_layer
 
 
@@ -138,6 +139,9 @@ class DeviceExperts:
         return None, []
 
     def _load(self, layer_id: int, logical: int, meter: ProgressMeter | None) -> ExpertLayer:
+        if are_quantized(self.checkpoint, layer_id):
+            arguments = load_quantized_layer(self.checkpoint, layer_id, [logical], device=self.device, meter=meter)
+            return ExpertLayer(*arguments, kernels=self.kernels)  # type: ignore[arg-type]
         one = load_layer(self.checkpoint, layer_id, [logical], dtype=self.dtype, device=self.device, meter=meter)
         return ExpertLayer(one.w13, one.w2, kernels=self.kernels)
 

@@ -68,7 +68,7 @@ def expert_bytes_on_disk(checkpoint: Checkpoint, layer_id: int) -> int:
     if fused in checkpoint:
         down = f"model.layers.{layer_id}.mlp.experts.down_proj"
         return (checkpoint.entry(fused).num_bytes + checkpoint.entry(down).num_bytes) // checkpoint.config.num_experts
-    return sum(checkpoint.entry(name).num_bytes for name in _single_names(layer_id, 0).values())
+    return sum(checkpoint.linear_bytes(name) for name in _single_names(layer_id, 0).values())
 
 
 def expert_shapes(config: ModelConfig) -> list[tuple[int, int]]:

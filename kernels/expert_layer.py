@@ -15,12 +15,13 @@ from typing import Literal
 import torch
 
 from ..errors import KernelError
+from ..quantized import Int4Matrix
 from . import reference
 from .combine import combine
 from .grouped_gemm import grouped_gemm
 from .grouped_gemm_mma import MmaPlan, choose_mma_plan, grouped_gemm_mma
 from .pack import PackedWeights, pack_experts, unsupported_shape
-from .pack_int4 import Int4Matrix, expert_rows_int4
+from .pack_int4 import expert_rows_int4
 from .pack_mma import PackedMma, pack_mma, unsupported_mma_shape
 from .permute import pack_rows, route
 from .plan import GemmPlan, choose_plan
@@ -54,7 +55,7 @@ class ExpertLayer:
         if reason:
             if kernels != "torch":
                 _say_once(f"expert layer runs in plain torch, much slower than the kernels: {reason}")
-            self.natural = (w13, w2, w13_scales, w2_scales)
+            self.natural = _tensors_of(w13, w2, w13_scales, w2_scales)
             return
         self.capability = torch.cuda.get_device_capability(w13.device)
         if _has_wgmma_path(self.capability, self.form):
@@ -131,14 +132,15 @@ class ExpertLayer:
         return combine(y, ids, topk_weights, num_local_experts=self.num_local_experts, expert_map=expert_map)
 
     def _torch_rows(self, rows: torch.Tensor, ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
-        w13, w2, w13_scales, w2_scales = self.natural
+        w13, w2, w13_scales, w2_scales, w13_zeros, w2_zeros = self.natural
         ids = reference.local_ids(ids, self.num_local_experts, expert_map)
-        if isinstance(w13, Int4Matrix) or isinstance(w2, Int4Matrix):
-            assert isinstance(w13, Int4Matrix)
-            assert isinstance(w2, Int4Matrix)
-            return expert_rows_int4(rows, ids, w13, w2).to(rows.dtype)
+        assert w13 is not None
+        assert w2 is not None
         if w13_scales is None or w2_scales is None:
             return reference.expert_rows(rows, ids, w13, w2)
+        if self.form == "int4":
+            w13_int4, w2_int4 = Int4Matrix(w13, w13_scales, w13_zeros), Int4Matrix(w2, w2_scales, w2_zeros)
+            return expert_rows_int4(rows, ids, w13_int4, w2_int4).to(rows.dtype)
         if self.form == "w8a16":
             w13, w2 = reference.dequantize_blocks(w13, w13_scales), reference.dequantize_blocks(w2, w2_scales)
             return reference.expert_rows(rows, ids, w13, w2, dtype=torch.float32).to(rows.dtype)
@@ -156,6 +158,20 @@ class ExpertLayer:
                 f"rows must be contiguous bfloat16 {expected} on the GPU, "
                 f"got {rows.dtype} {tuple(rows.shape)} on {rows.device}"
             )
+
+
+def _tensors_of(
+    w13: torch.Tensor | Int4Matrix,
+    w2: torch.Tensor | Int4Matrix,
+    w13_scales: torch.Tensor | None,
+    w2_scales: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """w13, w2, their scales, their zero points: what the torch path keeps, every tensor's first axis the expert."""
+    if isinstance(w13, Int4Matrix) and isinstance(w2, Int4Matrix):
+        return w13.nibbles, w2.nibbles, w13.scales, w2.scales, w13.zeros, w2.zeros
+    assert isinstance(w13, torch.Tensor)
+    assert isinstance(w2, torch.Tensor)
+    return w13, w2, w13_scales, w2_scales, None, None
 
 
 def layer_form(w13: torch.Tensor | Int4Matrix, w2: torch.Tensor | Int4Matrix, form: LayerForm | None) -> LayerForm:

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 
 from ..errors import KernelError
+from ..quantized import GROUP, Int4Matrix, pack_nibbles, unpack_nibbles
 from .pack import deinterleave, interleave
-from .pack_int4 import GROUP, Int4Matrix, pack_nibbles, unpack_nibbles
 
 MmaForm = Literal["bf16", "w8a16", "int4"]
 UNIT_COLUMNS: dict[MmaForm, int] = {"bf16": 64, "w8a16": 128, "int4": 128}

@@ -8,8 +8,9 @@ from expertmesh.errors import KernelError
 from expertmesh.kernels import jit, pack_int4, reference
 from expertmesh.kernels.expert_layer import ExpertLayer
 from expertmesh.kernels.grouped_gemm_mma import SHARED_BYTES, choose_mma_plan
-from expertmesh.kernels.pack_int4 import AWQ_ORDER, Int4Matrix, dequantize_int4, from_awq, from_gptq, random_int4
+from expertmesh.kernels.pack_int4 import random_int4
 from expertmesh.kernels.pack_mma import pack_mma, unpack_mma
+from expertmesh.quantized import AWQ_ORDER, Int4Matrix, dequantize_int4, from_awq, from_gptq, unpack_nibbles
 
 
 def words(values: torch.Tensor) -> torch.Tensor:
@@ -108,7 +109,7 @@ def test_a_lane_finds_its_fragment_in_sixteen_bytes():
     """w2, output row 16 + g (+ 8), columns 2 t, 2 t + 1 (+ 8) of each step of 16: int4 steps 4..7 of lane (g, t)."""
     w13, w2 = random_int4(1, 128, 128)
     block = pack_mma(w13, w2).w2[0, 0, 0]
-    q = pack_int4.unpack_nibbles(w2.nibbles)[0]
+    q = unpack_nibbles(w2.nibbles)[0]
     g, t = 5, 3
     vector = block.view(-1)[: 4 * 2 * 512].view(4, 2, 32, 4, 4)[1, 1, 4 * g + t]  # 16 outputs, vector, lane, word, byte
     for step in range(4):

@@ -8,9 +8,10 @@ from expertmesh.errors import KernelError
 from expertmesh.kernels import reference
 from expertmesh.kernels.expert_layer import ExpertLayer
 from expertmesh.kernels.grouped_gemm_mma import choose_mma_plan, grouped_gemm_mma, make_plan, set_debug
-from expertmesh.kernels.pack_int4 import dequantize_int4, random_int4
+from expertmesh.kernels.pack_int4 import random_int4
 from expertmesh.kernels.pack_mma import pack_mma
 from expertmesh.kernels.permute import route
+from expertmesh.quantized import dequantize_int4
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():

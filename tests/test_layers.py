@@ -19,6 +19,7 @@ LAYERS = [
         "checkpoint",
         "model_config",
         "model_source",
+        "quantized",
         "remote_file",
         "redis_server",
     },
