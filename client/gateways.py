@@ -19,7 +19,8 @@ from .events import Event, Finished, decode_event
 
 T = TypeVar("T")
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-MAX_RESUMES = 40  # failed calls in a row, over all gateways; about half a minute
+MAX_RESUMES = 40  # failed calls in a row, over all gateways; about half a minute where they fail at once
+MAX_FAILING_S = 60.0  # and where each of them takes long
 _OPTIONS = (("grpc.max_receive_message_length", 64 << 20), ("grpc.max_reconnect_backoff_ms", 1000))
 
 
@@ -130,6 +131,7 @@ class Route:
         self._deadline = None if timeout_s is None else clock() + timeout_s
         self._next_offset = next_offset  # of the first event that has not come; None = nothing is known to run
         self._num_failed = 0  # calls since the last event
+        self._failing_since = 0.0
         self._gateway = 0  # that the present call went to
 
     def open(self) -> Any:
@@ -153,12 +155,15 @@ class Route:
     def failed(self, error: grpc.RpcError) -> float:
         """Seconds to wait before the next call; raises the typed error where there is none to make."""
         found = error_of(error)
+        if not self._num_failed:
+            self._failing_since = self._clock()
         self._num_failed += 1
         begun = self._next_offset is not None
         # A resumable request may be made again: where it runs already, the second call joins it.
         patient = self.request.resumable and (begun or self._gateways.served)
         most = MAX_RESUMES if patient else len(self._gateways.addresses) - 1
-        if not isinstance(found, Unavailable) or self._num_failed > most or (begun and not patient):
+        gives_up = self._num_failed > most or self._clock() - self._failing_since > MAX_FAILING_S
+        if not isinstance(found, Unavailable) or gives_up or (begun and not patient):
             raise found from None
         self._gateways.turn(self._gateway)
         if not patient:

@@ -250,3 +250,15 @@ def test_a_resumable_request_is_made_again_where_streams_were_had_before():
     assert calls_until_error(served=False, resumable=True) == 2
     assert calls_until_error(served=True, resumable=False) == 2
     assert calls_until_error(served=True, resumable=True) == gateways.MAX_RESUMES + 1
+
+
+def test_a_client_gives_up_where_every_answer_takes_long():
+    now = [0.0]
+    known = gateways.Gateways(["a:1", "b:1"], grpc)
+    known.served = True
+    route = gateways.Route(known, pb.GenerateRequest(resumable=True), None, clock=lambda: now[0])
+    for _ in range(int(gateways.MAX_FAILING_S / 4) + 1):
+        route.failed(_Refused())
+        now[0] += 4.0
+    with pytest.raises(Unavailable):
+        route.failed(_Refused())
