@@ -109,8 +109,12 @@ def _constrain(logits: torch.Tensor, row: int, sequence: Sequence) -> None:
         return
     mask = sequence.grammar.mask()
     if mask is not None:
-        allowed = np.unpackbits(mask.view(np.uint8), count=logits.shape[1], bitorder="little")
-        logits[row].masked_fill_(torch.from_numpy(allowed == 0).to(logits.device), -torch.inf)
+        logits[row].masked_fill_(torch.from_numpy(banned(mask, logits.shape[1])).to(logits.device), -torch.inf)
+
+
+def banned(mask: np.ndarray, vocab_size: int) -> np.ndarray:
+    """[words] int32 of allowed ids -> [vocab_size] bool, True where an id may not come."""
+    return np.unpackbits((~mask).view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
 
 
 def _logprobs(logits: torch.Tensor, token_ids: list[int], counts: list[int]) -> list[TokenLogprob]:
