@@ -140,7 +140,7 @@ def _bit(token_id: int) -> int:
 
 
 def _yield_to_steps() -> None:
-    """Where cores are short a compiling thread gets a third of a step's share (on Linux a thread has its own priority)."""
+    """Where cores are short, a third of what a step gets (on Linux a thread has its own priority)."""
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
 
