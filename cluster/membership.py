@@ -247,7 +247,7 @@ class Membership:
         deadlines = [min(transition.deadline, transition.probe_at)] if transition else []
         if self._silent:
             deadlines.append(self._silent_until)
-        if not transition and self._retry_at:
+        if not transition and self._retry_at and not self._silent:  # a retry waits for those who owe a sign of life
             deadlines.append(self._retry_at)
         return min(deadlines, default=None)
 

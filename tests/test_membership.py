@@ -168,10 +168,25 @@ def test_a_failed_preparation_is_rolled_back_and_tried_again():
     trace.say(Join(member("e3")), at=5.0)
     trace.say(Prepared("a1", 2))
     trace.say(PrepareFailed("e1", 2, "no memory"), at=6.0)
-    trace.say(Prepared("e2", 2))  # too late
+    trace.say(Prepared("e2", 2))  # too late, but a sign of life
+    for name in ("a1", "e1", "e3"):
+        trace.say(Alive(name), at=6.2)
     trace.say(Tick(), at=6.5)
     trace.say(Tick(), at=7.0)
     agree(trace, 3, ["a1", "e1", "e2", "e3"], leader="a1")
+    trace.finish()
+
+
+def test_a_dead_newcomer_that_fails_every_preparation_is_asked_for_and_left_out():
+    trace = Trace("dead_newcomer", core())
+    start(trace, ["a1", "e1", "e2"])
+    trace.say(Join(member("e3")), at=5.0)
+    trace.say(PrepareFailed("a1", 2, "connection refused"), at=5.1)  # by e3, which has died
+    for name in ("a1", "e1", "e2"):
+        trace.say(Alive(name))
+    assert trace.core.next_deadline() == 7.1  # the retry waits for e3's sign of life
+    trace.say(Tick(), at=7.1)
+    assert trace.core.ready
     trace.finish()
 
 
