@@ -39,6 +39,7 @@ REPLICA_NUM_CPUS = 0.01  # Serve replicas share the cores; Ray's count must not 
 POLL_S = 0.2
 MOST_SHARDS = 256  # Serve wants a bound
 AUTOSCALING_PUSH_S = 1.0  # how often a replica's busy fraction reaches the policy
+GRACE_S = 60.0  # to drain; then Serve kills
 MAX_NODES = 1000  # with a gateway each
 APPLICATIONS = ("experts", "attention", "gateway")  # in the order of the route, from its end
 
@@ -90,6 +91,21 @@ class Cluster:
     def state(self) -> ClusterState:
         assert self.conductor is not None, "the cluster is not started"
         return self.conductor.state_now()
+
+    def upgrade(self) -> None:
+        """Replace every process, tier by tier, by one that imports the code that its host has now.
+
+        Gateways first (streams end or are resumed at another), then attention replicas (each drains: its requests end,
+        or go on elsewhere with their tokens), then shards (each leaves by an epoch without it). Within a tier one after
+        the other; a tier of one process is away while its successor starts, and requests wait."""
+        assert self.conductor is not None, "the cluster is not started"
+        made = applications(self.config, self.conductor, self._num_experts)
+        for name in reversed(APPLICATIONS):
+            if name in made:
+                self._say(f"upgrade: {name}")
+                run_many([RunTarget(made[name], name, None)], wait_for_ingress_deployment_creation=False)
+                self._started_at = time.monotonic()
+                self.gateways = self._wait_ready()
 
     def stop(self) -> None:
         """End every process of the cluster. Safe after a failed start and when called twice."""
@@ -155,8 +171,8 @@ class Cluster:
     def _deploy(self) -> None:
         self._say(f"starting {describe(self.config, self._num_experts)}")
         assert self.conductor is not None
-        applications = _applications(self.config, self.conductor, self._num_experts)
-        targets = [RunTarget(application, name, None) for name, application in applications.items()]
+        made = applications(self.config, self.conductor, self._num_experts)
+        targets = [RunTarget(application, name, None) for name, application in made.items()]
         run_many(targets, wait_for_applications_running=False, wait_for_ingress_deployment_creation=False)
 
     def _wait_ready(self) -> tuple[str, ...]:
@@ -254,11 +270,11 @@ def stop_ray(*, with_serve: bool = True) -> None:
         ray.shutdown()
 
 
-def _applications(config: ClusterConfig, conductor: ConductorClient, num_experts: int) -> dict[str, serve.Application]:
+def applications(config: ClusterConfig, conductor: ConductorClient, num_experts: int) -> dict[str, serve.Application]:
     """One Serve application a tier, so that each is upgraded and scaled alone. A dense model has no expert tier."""
     common: dict[str, Any] = {
         "graceful_shutdown_wait_loop_s": 0.1,
-        "graceful_shutdown_timeout_s": 60.0,
+        "graceful_shutdown_timeout_s": GRACE_S,
         "health_check_period_s": 2.0,  # death is noticed on the data plane; this is how soon a replacement starts
         "health_check_timeout_s": 30.0,  # a busy replica must not be killed
         "max_constructor_retry_count": 3,

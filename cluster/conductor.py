@@ -343,6 +343,8 @@ def _takes_place_of(new: ProcessStatus, old: ProcessStatus) -> bool:
 
 
 def start_conductor(name: str, config: ClusterConfig) -> None:
-    """Make the actor, without waiting for it. Whatever kills it, Ray starts it again with the same configuration."""
+    """Make the actor if there is none of this name, without waiting for it. Whatever kills it, Ray starts it again with
+    the same configuration."""
     options = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_restarts": -1}
+    options["get_if_exists"] = True
     ray.remote(Conductor).options(**options).remote(config.to_json())

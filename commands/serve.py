@@ -1,22 +1,22 @@
-"""`expertmesh serve`: start a cluster, say where it listens, run until SIGINT or SIGTERM."""
+"""`expertmesh serve`: start a cluster, say where it listens, run until SIGINT or SIGTERM; SIGUSR1 = upgrade."""
 
 import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import ClusterConfig, environment_overrides, from_mapping, override
 from ..errors import ConfigError
 from .connect import API_KEY_VARIABLE
 
-if TYPE_CHECKING:
-    import threading
-
+LOOK_S = 0.5  # between looks at whether an upgrade was asked for
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "demo_model" / "checkpoint"  # what it starts on
 
 
@@ -52,12 +52,15 @@ def serve(arguments: argparse.Namespace) -> int:
     config = serve_config(arguments, os.environ)
     from ..cluster.app import Cluster
 
-    with _ended_by_signal() as ended:
+    with _set_by(signal.SIGINT, signal.SIGTERM) as ended, _set_by(signal.SIGUSR1) as renew:
         cluster = Cluster(config, ray_address=arguments.ray_address, progress=_progress, interrupted=ended.is_set)
         with cluster:
             found = list(cluster.gateways)
             print(json.dumps({"gateways": found}) if arguments.json else " ".join(found), flush=True)
-            ended.wait()
+            while not ended.wait(LOOK_S):
+                if renew.is_set():
+                    renew.clear()
+                    cluster.upgrade()
             _progress("stopping")
     return 0
 
@@ -110,16 +113,12 @@ def _assignment(text: str) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _ended_by_signal() -> "Iterator[threading.Event]":
-    """An event that SIGINT and SIGTERM set, so that a cluster is stopped in order from wherever it is."""
-    import signal
-    import threading
-
-    ended = threading.Event()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: ended.set()) for number in numbers]
+def _set_by(*numbers: signal.Signals) -> Iterator[threading.Event]:
+    """An event that these signals set, so that a cluster is stopped in order from wherever it is."""
+    event = threading.Event()
+    before = [signal.signal(number, lambda *_: event.set()) for number in numbers]
     try:
-        yield ended
+        yield event
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""One host's part of a `ray up` cluster, ended when the cluster's Ray is: `expertmesh-host watch | stop`.
+"""One host's part of a `ray up` cluster, ended when the cluster's Ray is: `expertmesh-host watch | upgrade | stop`.
 
 Why: `ray down` on hosts of your own stops Ray on the head only. The other hosts' Ray waits a minute for it and then
 leaves half of its processes behind, and whatever serves on it knows nothing. So each host runs this watcher beside
@@ -31,24 +31,40 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="expertmesh-host", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("stop", help="end this host's watcher, its command and Ray")
+    actions.add_parser("upgrade", help="on the head: replace every process by one with the code that is installed now")
     watching = actions.add_parser("watch", help="run COMMAND while the head's Ray lives, then end everything")
     watching.add_argument("head", metavar="HOST:PORT")
     watching.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND")
     arguments = parser.parse_args()
+    if arguments.action == "watch":
+        return watch(arguments.head, arguments.command)
     if arguments.action == "stop":
         stop()
         return 0
-    return watch(arguments.head, arguments.command)
+    watcher = running_watcher()
+    if watcher is None or not watcher.children():
+        print("nothing that can be upgraded runs on this host: it is not the head, or not up", file=sys.stderr)
+        return 1
+    for command in watcher.children():
+        command.send_signal(signal.SIGUSR1)
+    return 0
 
 
 def stop() -> None:
     """Also the first thing that a start does: `ray up` on a running cluster begins anew."""
-    with contextlib.suppress(OSError, ValueError, psutil.Error):
-        watcher = psutil.Process(int(PID_FILE.read_text()))
-        if "watch" in watcher.cmdline():  # not another process that has got its number
+    if (watcher := running_watcher()) is not None:
+        with contextlib.suppress(psutil.Error):
             watcher.terminate()
             watcher.wait(END_S + 5.0)
     stop_ray()
+
+
+def running_watcher() -> psutil.Process | None:
+    with contextlib.suppress(OSError, ValueError, psutil.Error):
+        process = psutil.Process(int(PID_FILE.read_text()))
+        if "watch" in process.cmdline():  # not another process that has got its number
+            return process
+    return None
 
 
 def watch(head: str, command: list[str]) -> int:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import sys
 import threading
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ from typing import Any
 class FileServer:
     """Serves a folder at `url`. Set the public fields to make it misbehave."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, host: str = "127.0.0.1", port: int = 0) -> None:
         self.folder = folder
         self.ranges = True
         self.cut_after: Callable[[str, int], int | None] = lambda name, number: None  # bytes of the number-th answer
@@ -50,10 +51,10 @@ class FileServer:
             def log_message(self, *_arguments: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer((host, port), Handler)
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{host}:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
     def __enter__(self) -> "FileServer":
@@ -140,3 +141,8 @@ class FileServer:
         handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
         handler.wfile.write(body)
+
+
+if __name__ == "__main__":  # FOLDER HOST PORT
+    with FileServer(Path(sys.argv[1]), host=sys.argv[2], port=int(sys.argv[3])):
+        threading.Event().wait()

@@ -1,8 +1,8 @@
 """`ray up deploy/cluster.yaml` on pseudo-hosts: the file as shipped, `ray` as installed, several hosts in namespaces.
 
-A laptop and two hosts here; three, with load until the expert tier grows, in `make ray-up-test`, whose log stands in
-docs/deploy.md. What differs from a real use: addresses, the ssh user, the set-up (hosts share this checkout's
-environment instead of installing the wheel) and a tiny model."""
+A laptop and two hosts here; three, which fetch the model from the laptop, with load until the expert tier grows, in
+`make ray-up-test`, whose log stands in docs/deploy.md. What differs from a real use: addresses, the ssh user, set-up
+(hosts share this checkout's environment instead of installing the wheel) and a tiny model."""
 
 import json
 import os
@@ -117,7 +117,7 @@ def cluster_yaml() -> dict[str, Any]:
 
 def serve_yaml(model: Path) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "hosts" / "serve.yaml").read_text())
-    config |= {"model": str(model), "num_expert_shards": 1}
+    config |= {"model": f"http://{LAPTOP}:8080" if WHOLE else str(model), "num_expert_shards": 1}
     config["network"]["cluster_token"] = TOKEN
     quick = {"target_busy": 0.02, "upscale_delay_s": 0.5, "downscale_delay_s": 1.0, "cooldown_s": 1.0}
     config["autoscaling"] = {"max_expert_shards": 2, **quick} if WHOLE else {}
@@ -129,6 +129,7 @@ def test_ray_up_serves_on_every_host_and_ray_down_leaves_nothing(tiny_checkpoint
     with PseudoHosts([LAPTOP, HEAD, *WORKERS], environment=environment) as hosts:
         laptop = Laptop(hosts, tiny_checkpoint)
         try:
+            serve_files(laptop, tiny_checkpoint)
             bring_up(laptop)
             generate_everywhere(laptop)
             if WHOLE:
@@ -146,6 +147,12 @@ def bring_up(laptop: Laptop) -> None:
     laptop.log.add("ray exec deploy/cluster.yaml 'cat ~/expertmesh/serve.log'", served.read_text())
 
 
+def serve_files(laptop: Laptop, folder: Path) -> None:
+    if WHOLE:
+        script = ROOT / "tests" / "file_server.py"
+        laptop.hosts.run(LAPTOP, typed(f"(setsid python3 {script} {folder} {LAPTOP} 8080 > /dev/null 2>&1 &)"))
+
+
 def generate_everywhere(laptop: Laptop) -> None:
     """One gateway on each host, all at the one port, and all say the same."""
     gateways = {f"{host}:50051" for host in (HEAD, *WORKERS)}
@@ -155,6 +162,12 @@ def generate_everywhere(laptop: Laptop) -> None:
         command = f"expertmesh generate 'Who are you?' --max-tokens 8 --temperature 0 --address {gateway} --json"
         said.add(json.loads(laptop.type(command).strip().splitlines()[-1])["answer"])
     assert len(said) == 1
+    if WHOLE:
+        caches = {host: laptop.hosts.home(host) / ".cache" / "expertmesh" for host in (HEAD, *WORKERS)}
+        sizes = {host: sum(p.stat().st_blocks * 512 for p in cache.rglob("*.*")) for host, cache in caches.items()}
+        shown = ", ".join(f"{host} {size / 1e6:.1f} MB" for host, size in sizes.items())
+        laptop.log.lines.append(f"in the hosts' caches: {shown}")
+        assert not list(caches[HEAD].rglob("*.safetensors*")), "the head has no replica and fetched weights"
 
 
 def grow_and_shrink(laptop: Laptop) -> None:

@@ -34,6 +34,7 @@ RAY_FILES = {
     "cluster/app.py",
     "cluster/conductor.py",
     "cluster/conductor_client.py",
+    "cluster/declared.py",
     "cluster/per_node.py",
     "cluster/replica.py",
     "cluster/tier_policy.py",
