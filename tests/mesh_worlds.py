@@ -247,12 +247,22 @@ class CallByTcp:
 
 
 def agent_process(
-    rank: int, connection: Connection, roles: str, exchange: ExchangeConfig, port: int, name: str
+    rank: int,
+    connection: Connection,
+    roles: str,
+    exchange: ExchangeConfig,
+    port: int,
+    name: str,
+    flipping_rank: int = -1,
 ) -> None:
-    """A member that follows a Conductor by itself."""
-    process = MemberProcess(rank, connection, roles, exchange, name)
+    """A member that follows a Conductor by itself; what one of them sends loses a bit in every third message."""
+    mesh_type = FlippingMesh if rank == flipping_rank else ClusterMesh
+    process = MemberProcess(rank, connection, roles, exchange, name, mesh_type)
+    if isinstance(process.mesh, FlippingMesh):
+        process.mesh.rate, process.mesh.generator = 1 / 3, random.Random(rank)
     agent = MemberAgent(process.mesh, CallByTcp(port))
     process.mesh._on_trouble = agent.on_trouble
+    process.mesh.guard._on_suspect = agent.on_suspect
     agent.start()
     process.run()
     agent.stop()

@@ -96,3 +96,32 @@ async def test_a_killed_shard_costs_no_output_and_a_new_one_joins():
         assert output.equal(want)
     watched.host.close()
     server.close()
+
+
+async def test_a_shard_whose_rows_come_back_damaged_is_drained_and_no_output_changes():
+    watched = Watched(num_attention=1, num_expert=2)
+    server = await serve(watched.host)
+    port = server.sockets[0].getsockname()[1]
+    batches = [(i, 1 + i % 5) for i in range(40)]
+    done, num_replays = [], 0
+    with process_world.ProcessWorld(mesh_worlds.agent_process, 3, "aee", EXCHANGE, port, "member", 2) as world:
+        await watched.until(lambda: watched.core.ready)
+        await ask(world, 0, "submit", batches[:30])
+        while len(done) < 30:
+            ((batch_id, output, epoch),) = await ask(world, 0, "collect", 1)
+            if isinstance(output, torch.Tensor):
+                done.append((batch_id, output, epoch))
+            else:
+                assert output.startswith("GuardError: "), output
+                assert "shard member2#0" in output
+                num_replays += 1
+        await watched.until(lambda: watched.core.ready and len(watched.core.epoch.members) == 2)
+        assert "member2#0 is drained: 3 bad rows within 60 s" in watched.core.last_failure
+        await ask(world, 0, "submit", batches[30:])
+        done += await ask(world, 0, "collect", 10)
+    assert num_replays >= 3
+    assert [batch_id for batch_id, _, _ in done] == [batch_id for batch_id, _ in batches]
+    for (_, output, _), want in zip(done, outputs_of_one_process(batches), strict=True):
+        assert output.equal(want)
+    watched.host.close()
+    server.close()
