@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .contract_checks import CHECKS, Contract
 from .contract_cluster import ServedCluster
-from .contract_tools import command_line
+from .contract_tools import command_lines
 
 
 def main() -> int:
@@ -38,7 +38,7 @@ def main() -> int:
                     traceback.print_exc()
             print(f"{word}  {name:<22} {time.perf_counter() - begun:6.1f} s  {detail}", flush=True)
         contract.close()
-    tool = command_line()
+    tools = [tool.name for tool in command_lines()]
     print(
         json.dumps(
             {
@@ -46,7 +46,7 @@ def main() -> int:
                 "checks": len(chosen),
                 "passed": len(chosen) - len(failed),
                 "failed": failed,
-                "tool": tool.name if tool else "none here: generic reflection only",
+                "tools": tools or "none here: generic reflection only",
                 "total_s": round(time.perf_counter() - started, 1),
             }
         )

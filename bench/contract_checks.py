@@ -18,7 +18,7 @@ from ..errors import DeadlineExceeded, InvalidRequest, NotFound, SessionConflict
 from ..request import FinishReason
 from ..router.gateway.plan import CLOSING_TEXT
 from .contract_cluster import ServedCluster
-from .contract_tools import CommandLine, Reflection, command_line
+from .contract_tools import CommandLine, Reflection, command_lines
 from .gateway_processes import MODEL, tokenizer
 from .streams import folded, token_ids
 
@@ -55,10 +55,10 @@ def health(c: Contract) -> str:
 
 
 def by_command_line(c: Contract) -> str:
-    tool = command_line()
-    if tool is None:
+    tools = command_lines()
+    if not tools:
         return "neither grpcurl nor buf is on this machine: the same calls by generic reflection stand in (next row)"
-    return _foreign_client(c, tool)
+    return "; ".join(_foreign_client(c, tool) for tool in tools)
 
 
 def by_reflection(c: Contract) -> str:

@@ -83,10 +83,10 @@ class Reflection:
             return Answer("ok", [json_format.MessageToDict(message) for message in messages], "")
 
 
-def command_line() -> CommandLine | None:
-    """grpcurl or buf, whichever is here."""
-    path = shutil.which("grpcurl") or shutil.which("buf") or shutil.which("buf", path=str(BUF_FOLDER))
-    return CommandLine(path) if path else None
+def command_lines() -> list[CommandLine]:
+    """grpcurl and buf, where they are here."""
+    paths = (shutil.which("grpcurl"), shutil.which("buf") or shutil.which("buf", path=str(BUF_FOLDER)))
+    return [CommandLine(path) for path in paths if path]
 
 
 _BUF = ("curl", "--protocol", "grpc", "--http2-prior-knowledge")

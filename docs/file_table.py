@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("", "client", "commands", "router", "router/gateway", "experts", "cluster", "cluster/attention", "kernels", "proto", "deploy")
-FOLDERS += ("deploy/demo_model", "bench")
+FOLDERS = ("", "client", "commands", "router", "router/gateway", "experts", "cluster", "cluster/attention", "kernels")
+FOLDERS += ("proto", "deploy", "deploy/demo_model", "bench")
 
 
 def first_sentence(path: Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from expertmesh import cli
-from expertmesh.bench.contract_tools import Reflection, command_line
+from expertmesh.bench.contract_tools import Reflection, command_lines
 from expertmesh.bench.gateway_processes import GatewayPlan, GatewayProcess
 from expertmesh.redis_server import EmbeddedRedis
 
@@ -74,9 +74,7 @@ def test_every_call_without_our_client_is_answered(line: str, address: str):
     words = shlex.split(line)
     data = words[words.index("-d") + 1]
     method = "/".join(line.split("/")[-2:]).rpartition(" ")[2]
-    found = command_line()
-    tools = [Reflection(), *([found] if found is not None else [])]
-    for tool in tools:
+    for tool in (Reflection(), *command_lines()):
         answer = tool.call(address, method, json.loads(data))
         assert answer.code == "ok", answer.text
         assert answer.messages
