@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from time import perf_counter
-from typing import Protocol
 
 from ...config import SchedulerConfig
 from ...errors import (
@@ -31,7 +30,7 @@ from ...errors import (
     Unavailable,
 )
 from ...request import AnswerGrammar, EngineLoad, EngineRequest, FinishReason, RequestOutput
-from ...router.contracts import Mesh, StepContext
+from ...router.contracts import Mesh
 from ...router.epoch import StepHeader
 from .batch import ScheduledTokens, StepBatch
 from .grammar import Compiled, GrammarCompiler, GrammarState
@@ -39,42 +38,13 @@ from .kv_cache import KVCache
 from .runner import Runner, StepResult
 from .scheduler import Scheduler
 from .sequence import Sequence
+from .step_stats import StepObserver, StepStats
 
 _log = logging.getLogger(__name__)
 _NOT_FINITE = "the model's output for this request is not finite; nothing of it was cached"
 _NO_TOKEN = "the model's output for this request is not finite, or its response_format allows no token here"
 
 Publish = Callable[[list[RequestOutput]], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepStats:
-    """What one step of this replica did, for telemetry. No tokens = it only served its experts to others. `forward_s`
-    is the attention tier's own part."""
-
-    header: StepHeader
-    started_at: float  # unix seconds
-    schedule_s: float  # entering the epoch, choosing and building the batch
-    forward_s: float
-    exchange_s: float
-    expert_s: float
-    sample_s: float
-    publish_s: float
-    num_decode_tokens: int
-    num_prefill_tokens: int
-    num_running: int
-    num_waiting: int
-    num_free_kv_blocks: int
-    num_kv_blocks: int
-    num_preemptions: int  # since start
-    request_traceparents: tuple[str, ...]
-    error: BaseException | None = None  # the step failed and will be run again
-
-
-class StepObserver(Protocol):
-    """Called from the engine thread once a step, after its tokens are out; must not block or raise."""
-
-    def observe(self, stats: StepStats) -> None: ...
 
 
 class _Stop(Enum):
@@ -334,7 +304,17 @@ class Engine:
         self._flush()
         if self._observer is not None:
             self._observer.observe(
-                self._stats(step, started_at, scheduled_s, pending, result, perf_counter() - computed, failure)
+                StepStats.of(
+                    step,
+                    pending.scheduled if pending is not None else [],
+                    result,
+                    self.load(),
+                    started_at=started_at,
+                    schedule_s=scheduled_s,
+                    publish_s=perf_counter() - computed,
+                    num_preemptions=self.scheduler.num_preemptions,
+                    error=failure,
+                )
             )
 
     def _choose(self, granted: int) -> _Pending | None:
@@ -472,36 +452,3 @@ class Engine:
     @property
     def _max_len(self) -> int:
         return self.scheduler.max_model_len
-
-    def _stats(
-        self,
-        step: StepContext,
-        started_at: float,
-        schedule_s: float,
-        pending: _Pending | None,
-        result: StepResult | None,
-        publish_s: float,
-        error: ExchangeError | None,
-    ) -> StepStats:
-        load = self.load()
-        scheduled = pending.scheduled if pending is not None else []
-        num_decode = sum(1 for item in scheduled if item.num_tokens == 1)
-        return StepStats(
-            header=step.header,
-            started_at=started_at,
-            schedule_s=schedule_s,
-            forward_s=result.forward_s - step.exchange_s - step.expert_s if result is not None else 0.0,
-            exchange_s=step.exchange_s,
-            expert_s=step.expert_s,
-            sample_s=result.sample_s if result is not None else 0.0,
-            publish_s=publish_s,
-            num_decode_tokens=num_decode,
-            num_prefill_tokens=sum(item.num_tokens for item in scheduled) - num_decode,
-            num_running=load.num_running,
-            num_waiting=load.num_waiting,
-            num_free_kv_blocks=load.num_free_kv_blocks,
-            num_kv_blocks=load.num_kv_blocks,
-            num_preemptions=self.scheduler.num_preemptions,
-            request_traceparents=tuple(t for item in scheduled if (t := item.sequence.request.traceparent)),
-            error=error,
-        )
