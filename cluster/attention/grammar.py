@@ -3,7 +3,7 @@
     INSIDE   a think block is open: free, but the turn may not end there
     OPENING  the answer has not begun: its first tokens, or what may stand before it (a block, a separator, a call)
     ANSWER   what the grammar allows; the end of the turn where it is complete
-    FREE     the model has begun a tool call
+    FREE     the model has begun a tool call, or the answer has ended
 
 Like the thinking budget (`thinking.py`) the state follows from accepted tokens alone, so preemption, a step run twice
 and failover rebuild it by accepting the same tokens. Tokens that the budget forces are no part of the answer.
@@ -54,7 +54,7 @@ class Matcher(Protocol):
 class GrammarState:
     """Of one request. Engine thread only."""
 
-    __slots__ = ("_before", "_bits", "_fill_in", "_filling", "_grammar", "_matcher", "_never_end", "phase")
+    __slots__ = ("_before", "_bits", "_fill_in", "_filling", "_grammar", "_matcher", "_never_end", "_stop_ids", "phase")
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class GrammarState:
         stop_ids: frozenset[int],
         fill_in: ThreadPoolExecutor | None = None,
     ) -> None:
-        self._grammar, self._matcher, self._fill_in = grammar, matcher, fill_in
+        self._grammar, self._matcher, self._stop_ids, self._fill_in = grammar, matcher, stop_ids, fill_in
         self.phase = Phase.INSIDE if grammar.starts_inside else Phase.OPENING
         self._before = {i for i in (grammar.think_id, grammar.tool_call_id) if i >= 0}  # instead of the first token
         self._bits = np.zeros((1, -(-vocab_size // 32)), np.int32)
@@ -98,6 +98,8 @@ class GrammarState:
             self._wait()
             accepted = self._matcher.accept_token(token_id)
             assert accepted, f"the grammar does not allow token {token_id}"
+            if token_id in self._stop_ids:
+                self.phase = Phase.FREE
         self._fill_ahead()
 
     def mask(self) -> np.ndarray | None:
