@@ -5,8 +5,10 @@ no more than a pause. One answer without a session is not, so that it is served 
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import InvalidRequest
 from .connect import add_connection, client_of
 
 if TYPE_CHECKING:
@@ -21,6 +23,10 @@ def add(commands: Any) -> None:
         "--raw", action="store_true", help="take the prompt as plain text, without the chat template"
     )
     _add_options(generate_parser)
+    form = generate_parser.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", metavar="FILE", help="the answer is JSON of this schema")
+    form.add_argument("--regex", metavar="R", help="the answer matches this whole")
+    form.add_argument("--choice", action="append", metavar="TEXT", help="the answer is one of these; once for each")
     generate_parser.add_argument(
         "--json", action="store_true", help="one JSON object: texts, finish reason, usage, times"
     )
@@ -39,6 +45,12 @@ def generate(arguments: argparse.Namespace) -> int:
     from .. import console
 
     options = _options(arguments, resumable=bool(arguments.session))
+    if arguments.json_schema:
+        options["json_schema"] = _text_of(Path(arguments.json_schema))
+    if arguments.regex is not None:
+        options["regex"] = arguments.regex
+    if arguments.choice:
+        options["choice"] = arguments.choice
     with client_of(arguments) as client:
         if arguments.raw:
             options["prompt"] = text
@@ -55,6 +67,13 @@ def chat(arguments: argparse.Namespace) -> int:
         session = client.session(arguments.session)
         options = _options(arguments, resumable=True)
         return console.chat(client, session, options, out=sys.stdout, err=sys.stderr)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest("--json-schema", str(path), f"a readable file ({error})") from None
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

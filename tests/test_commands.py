@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+from pathlib import Path
 
 import pytest
 from gateway_world import World, gateway, say
@@ -55,6 +56,19 @@ async def test_a_conversation_is_made_listed_forked_exported_and_deleted(
         assert [json.loads((await run(world, "sessions", "list", "--json"))[1])["session_id"]] == ["s"]
     await journal.close()
     await store.close()
+
+
+async def test_the_form_of_the_answer_goes_to_the_engine(tmp_path: Path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "integer"}')
+    async with gateway(say("7<|im_end|>")) as world:
+        for words in (["--regex", "[0-9]"], ["--choice", "7", "--choice", "8"], ["--json-schema", str(schema)]):
+            assert await asyncio.to_thread(cli.main, ["generate", "hi", "--address", world.server.address, *words]) == 0
+        kinds = [request.grammar.kind for request in world.engine.submitted if request.grammar is not None]
+        assert kinds == ["regex", "choice", "json_schema"]
+        missing = ["generate", "hi", "--address", world.server.address, "--json-schema", str(tmp_path / "nowhere")]
+        assert await asyncio.to_thread(cli.main, missing) == 2
+        assert len(world.engine.submitted) == 3
 
 
 @pytest.mark.parametrize("resumable", [False, True])

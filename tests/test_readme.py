@@ -64,7 +64,9 @@ def test_every_command_is_run_or_understood(line: str, address: str, capsys: pyt
         return
     assert cli.main([*words, "--address", address]) == 0
     out = capsys.readouterr().out
-    if words[0] == "generate":
+    if "--regex" in words:
+        assert re.fullmatch(words[-1], out.strip())
+    elif words[0] == "generate":
         assert "42" in (json.loads(out)["answer"] if "--json" in words else out)
 
 
