@@ -8,8 +8,8 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-gpu sanitize-gpu lint format parity bench memory prefix preemption bit-flips idle eval-demo \
-  served-equals-offline contract conversation-cost gateway-kills redis-faults proto setup clean ray-up-test wheel
+.PHONY: chaos bench-elastic bench-zipf demo test test-gpu sanitize-gpu lint format parity bench memory prefix preemption bit-flips epochs idle eval-demo \
+  served-equals-offline contract conversation-cost gateway-kills redis-faults fuzz slow-readers proto setup clean ray-up-test wheel
 
 setup: $(VENV)/.runtime
 
@@ -92,6 +92,10 @@ parity preemption prefix memory: $(VENV)/.test
 bit-flips: $(VENV)/.test
 	$(PY) -m expertmesh.bench.bit_flips
 
+# Every interleaving of joins, leaves, deaths and messages of a small cluster, as far as the time goes.
+epochs: $(VENV)/.test
+	$(PY) -m expertmesh.bench.explore_epochs
+
 bench: $(VENV)/.test
 	$(PY) -m expertmesh.bench.serve
 	$(PY) -m expertmesh.bench.gateway
@@ -118,6 +122,13 @@ gateway-kills: $(VENV)/.test
 redis-faults: $(VENV)/.test
 	$(PY) -m expertmesh.bench.redis_faults
 
+# Ten minutes of hostile bytes, metadata, requests and cancels at a gateway with the demo model; seeds in bench/fuzz_seeds.txt.
+fuzz: $(VENV)/.test
+	$(PY) -m expertmesh.bench.fuzz $(if $(MINUTES),--minutes $(MINUTES))
+
+slow-readers: $(VENV)/.test
+	$(PY) -m expertmesh.bench.slow_readers
+
 served-equals-offline: $(VENV)/.test
 	$(PY) -m expertmesh.deploy.demo_model.served_equals_offline
 
@@ -126,3 +137,13 @@ idle: $(VENV)/.runtime
 
 clean:
 	rm -rf $(VENV) .link .cache build *.egg-info
+
+# Elasticity: faults under streams (about 10 minutes), load up and down, hot experts placed anew.
+chaos: $(VENV)/.test
+	$(PY) -m expertmesh.bench.chaos
+
+bench-elastic: $(VENV)/.test
+	$(PY) -m expertmesh.bench.elastic --out docs/elastic.svg
+
+bench-zipf: $(VENV)/.test
+	$(PY) -m expertmesh.bench.zipf
