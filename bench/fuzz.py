@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from ..redis_server import EmbeddedRedis
+from . import fuzz_chunks
 from .fuzz_attacks import ATTACKS, HANG_S, Finding, Target
 from .fuzz_server import Books, TargetProcess
 
@@ -177,13 +178,7 @@ def kept_cases() -> list[tuple[str, int]]:
 def _run_chunks(seed: int, result: Any) -> None:
     """In a process of its own: the conversation is all Python."""
     os.nice(5)
-    try:
-        from .fuzz_chunks import run  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
-        result.put(0)
-        return
-    run(seed, NUM_CUTS)
-    result.put(NUM_CUTS)
+    result.put(fuzz_chunks.run(seed, NUM_CUTS)["cuts"])
 
 
 def main() -> int:
