@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import redis
 from test_session import turn
 from test_tls import make_certificate
 
@@ -178,7 +179,11 @@ async def test_on_a_cluster_with_a_node_away_the_sessions_of_the_others_are_serv
 
 
 async def test_a_wrong_kind_of_server_or_password_is_named_at_the_start(
-    one: valkey.ValkeyProcess, cluster: list[valkey.ValkeyProcess], certificates: Path, tmp_path: Path
+    one: valkey.ValkeyProcess,
+    cluster: list[valkey.ValkeyProcess],
+    certificates: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ):
     with valkey.persistent(tmp_path, "--requirepass", "right") as guarded:
         port = guarded.port
@@ -189,6 +194,16 @@ async def test_a_wrong_kind_of_server_or_password_is_named_at_the_start(
             with pytest.raises(SessionStoreUnavailable, match="refuses"):
                 await SessionStore(wrong).open("s")
         await SessionStore(f"redis://:right@{valkey.HOST}:{port}/0").check()
+        with redis.Redis(host=valkey.HOST, port=port, password="right") as client:
+            client.acl_setuser("silent", enabled=True, passwords=["+pw"], keys=["*"], commands=["+@all", "-info"])
+            client.acl_setuser("mute", enabled=True, passwords=["+pw"], keys=["*"], commands=["+@all", "-eval"])
+            client.config_set("maxmemory-policy", "allkeys-lru")
+            client.config_set("maxmemory", 1 << 30)
+        await SessionStore(f"redis://silent:pw@{valkey.HOST}:{port}/0").check()
+        with pytest.raises(ConfigError, match="NoPermission"):
+            await SessionStore(f"redis://mute:pw@{valkey.HOST}:{port}/0").check()
+        await SessionStore(f"redis://:right@{valkey.HOST}:{port}/0").check()
+        assert "allkeys-lru" in caplog.text
     with pytest.raises(ConfigError, match="this is a Cluster's node"):
         await SessionStore(cluster[0].url).check()
     with pytest.raises(ConfigError, match="this is no Cluster's node"):

@@ -23,7 +23,13 @@ from redis.asyncio.connection import SSLConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ConstantBackoff
-from redis.exceptions import AuthenticationError, RedisClusterException, RedisError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    NoPermissionError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from ...errors import ConfigError, SessionStoreUnavailable
@@ -67,16 +73,13 @@ class RedisConnection:
                 call.close()  # one that had no turn
 
     async def check(self) -> None:
-        """ConfigError where the store answers and will never serve: a wrong password, or another kind of server than
-        the URL says. One that is away may come back: that is only noted."""
-        expected_cluster = "+cluster" in urlsplit(self.url).scheme
+        """ConfigError where the store answers and will never serve: a wrong password, no right to run scripts, another
+        kind of server than the URL says. One that is away may come back: that is only noted."""
         try:
             async with asyncio.timeout(2 * self._timeout_s):
-                if not expected_cluster and (await self.client.info("cluster")).get("cluster_enabled"):
-                    raise ConfigError(
-                        "redis_url", shown(self.url), "redis+cluster://..., since this is a Cluster's node"
-                    )
-                await self.client.ping()
+                if "+cluster" not in urlsplit(self.url).scheme:
+                    await self._check_node()
+                await self.client.eval("return 1", 0)
         except (AuthenticationError, ResponseError) as error:
             raise ConfigError("redis_url", shown(self.url), f"a store that lets us in: {_short(error)}") from None
         except RedisClusterException as error:
@@ -87,6 +90,20 @@ class RedisConnection:
             _log.warning("the session store is not there yet: %s", _short(error))
         except (RedisError, OSError, TimeoutError) as error:
             _log.warning("the session store is not there yet: %s", _short(error))
+
+    async def _check_node(self) -> None:
+        """What a server says of itself, where we may ask."""
+        try:
+            info = await self.client.info()
+        except NoPermissionError:
+            return
+        if info.get("cluster_enabled"):
+            raise ConfigError("redis_url", shown(self.url), "redis+cluster://..., since this is a Cluster's node")
+        if info.get("maxmemory") and info.get("maxmemory_policy") != "noeviction":
+            policy = info.get("maxmemory_policy")
+            _log.warning(
+                "the session store drops sessions when it is full (%s); noeviction refuses turns instead", policy
+            )
 
     async def close(self) -> None:
         for client in (self.client, *self._others):
