@@ -194,6 +194,25 @@ async def test_a_required_call_comes_behind_the_thinking(name, thinks):
         assert events[-1].finished.usage.completion_tokens == len(ids)
 
 
+async def test_a_turn_that_would_end_inside_its_thinking_makes_the_required_call():
+    beginning = list(call_beginning(TOKENIZER, "weather"))
+    thought = TOKENIZER.encode("<think>\nenough")
+    closed = [*thought, *TOKENIZER.encode("</think>\n\n")]
+
+    def reply(request):
+        if not request.output_ids:
+            return [*thought, IM_END]
+        return [*closed, *beginning, *TOKENIZER.encode(" {}}\n</tool_call><|im_end|>")]
+
+    async with gateway(reply) as world:
+        choice = pb.ToolChoice(mode=pb.ToolChoice.NAMED, name="weather")
+        events = await world.generate(chat=chat("hi"), tools=[TOOL], tool_choice=choice, include_token_ids=True)
+        assert events[-1].finished.reason == pb.FINISH_REASON_TOOL_CALLS
+        assert text_of(events, "reasoning") == "enough"
+        ids = [i for e in events[1:-1] for i in getattr(e, e.WhichOneof("event")).token_ids]
+        assert ids[: len(closed) + len(beginning)] == [*closed, *beginning]
+
+
 async def test_wrong_choices_are_refused():
     async with gateway(say("x")) as world:
         for fields, field in (

@@ -1,5 +1,7 @@
 """A tool call that must come: where the model has done its thinking, the call's beginning is put in its mouth.
 
+A turn that would end inside its thinking has done it too: the block is closed in place of the end.
+
 The stream is cut at the first token of the answer and goes on, as after a failover, from the tokens so far plus the
 forced ones. They are output like any other: counted, in the prefix cache, in the journal. The cut depends on accepted
 ids alone, so however the stream came in pieces, and whoever goes on with it, it says the same."""
@@ -32,13 +34,15 @@ def call_beginning(tokenizer: Tokenizer, name: str = "") -> tuple[int, ...]:
 class CallFinder:
     """Where the forced call goes in a stream of accepted ids."""
 
-    __slots__ = ("_end_think", "_inside", "_separator", "_think", "found")
+    __slots__ = ("_end_think", "_ends", "_inside", "_separator", "_think", "found")
 
-    def __init__(self, state: State, tokenizer: Tokenizer) -> None:
+    def __init__(self, state: State, tokenizer: Tokenizer, stop_ids: frozenset[int] = frozenset()) -> None:
+        """`stop_ids` end the text where they come; of them the model's own are not let end a block of thinking."""
         special = tokenizer.special_ids
         self._inside = state is State.REASONING
         self._think = special.think if state is State.OPEN else None
         self._end_think = special.end_think
+        self._ends = special.eos & stop_ids
         self._separator = tuple(tokenizer.encode("\n\n"))  # what stands behind a think block
         self.found = False
 
@@ -51,6 +55,9 @@ class CallFinder:
                 if token_id == self._end_think:
                     self.found = True
                     return index + 1, self._separator
+                if token_id in self._ends and self._end_think is not None:
+                    self.found = True
+                    return index, (self._end_think, *self._separator)
             elif token_id == self._think:
                 self._inside = True
             else:

@@ -147,7 +147,7 @@ class Generation:
         submit = partial(tier.generate, affinity=affinity, owner=plan.owner)
         stream: OutputStream
         if plan.forced_call:
-            finder = CallFinder(plan.state, self._shared.tokenizer)
+            finder = CallFinder(plan.state, self._shared.tokenizer, request.sampling.stop_token_ids)
             stream = ForcedCallStream(submit, request, plan.forced_call, finder)
         else:
             stream = submit(request)
