@@ -1,6 +1,6 @@
 """All interleavings of a small cluster's epochs, to a depth; and that the exploration would notice what it is for.
 
-The deep run is `python -P -m expertmesh.bench.epoch_world`."""
+The deep run is `python -P -m expertmesh.bench.explore_epochs`."""
 
 import dataclasses
 
@@ -8,17 +8,8 @@ import pytest
 import torch
 
 from expertmesh.bench import epoch_world
-from expertmesh.bench.epoch_world import (
-    SCENARIOS,
-    Violation,
-    beginning,
-    change,
-    end_step,
-    explore,
-    issue_step,
-    record_id,
-    walk,
-)
+from expertmesh.bench.epoch_world import Violation, change, end_step, issue_step, record_id
+from expertmesh.bench.explore_epochs import SCENARIOS, beginning, explore, walk
 from expertmesh.cluster.membership import Membership
 from expertmesh.router.placement import Placement
 
