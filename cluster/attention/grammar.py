@@ -13,8 +13,6 @@ large vocabulary. The mask of the next token is filled in a thread too, from the
 the library lets go of the interpreter, so other rows' work goes on meanwhile.
 Idea: XGrammar (Dong et al., 2024), whose library does both."""
 
-import contextlib
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -141,12 +139,6 @@ def _bit(token_id: int) -> int:
     return bit - (1 << 32) if bit >= 1 << 31 else bit
 
 
-def _yield_to_steps() -> None:
-    """Where cores are short, a third of what a step gets (on Linux a thread has its own priority)."""
-    with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
-
-
 Compiled = Callable[[], GrammarState]
 Done = Callable[[Compiled | ExpertMeshError], None]
 
@@ -176,7 +168,7 @@ class GrammarCompiler:
         self._num_waiting = 0
         self._vocabulary: _Vocabulary | None = None
         self._vocabulary_lock = threading.Lock()
-        self._compile_in = ThreadPoolExecutor(NUM_THREADS, "grammar", initializer=_yield_to_steps)
+        self._compile_in = ThreadPoolExecutor(NUM_THREADS, "grammar")
         self._fill_in = ThreadPoolExecutor(NUM_THREADS, "grammar mask")
 
     @classmethod
