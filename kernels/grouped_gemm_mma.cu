@@ -5,8 +5,9 @@
 //   of 1 (bf16), 2 (e4m3) or 4 (int4) steps of 16 columns, widened to bf16 in registers.  Values are exact there (e4m3
 //   and q - zero are short integers times a power of two); a group's sum is scaled in float32.
 // One launch, persistent: CTAs claim tiles in order, first all of w13, then all of w2, whose weights stream in while
-//   the rows' w13 is still being finished; a w2 tile waits for the counter of its rows.  A claimed w13 tile waits for
-//   nothing, so there is no deadlock.
+//   the rows' w13 is still being finished; a w2 tile waits for the counter of its rows.  A CTA's first tile is its own
+//   index, w13 tiles wait for nothing: no deadlock while the whole grid can be resident (plans see to that; two
+//   launches at once on two streams could not both be).
 // Smem: ring of STAGES x (M_ROWS outputs x PARTS units of columns, TILE rows of the same columns at a pitch without
 // bank
 //   conflicts), then the exchange.  Rows come straight from x (gathered by pair) and from h: no permuted copy.

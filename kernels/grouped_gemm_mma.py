@@ -101,15 +101,17 @@ def choose_mma_plan(
     capability: tuple[int, int] = (9, 0),
 ) -> MmaPlan:
     """Few rows per expert: narrow tiles, so that the ring holds weights. int4 with enough work: two CTAs share a
-    multiprocessor, so that one streams while the other finishes a tile. The first of these of which three stages fit;
-    (8, 2, 4) needs more registers than sm_80 and sm_89 have for it."""
+    multiprocessor, so that one streams while the other finishes a tile; on Hopper alone, where it was run: the kernel
+    needs all its CTAs resident. The first of these of which three stages fit."""
     rows = expected_pairs / num_local_experts
     touched = num_local_experts * (1 - (1 - 1 / num_local_experts) ** expected_pairs)
     few = form != "int4" or touched * (2 * intermediate_size + hidden_size) / 64 <= FEW_TILES
-    wanted = [(8, 1, 4)] if few else [(8, 2, 4)] if capability >= (9, 0) else [(8, 2, 2)]
-    wanted += [(8, 2, 2), (8, 1, 2)]
-    if rows > 4:
+    if rows <= 4:
+        wanted = [(8, 1, 4), (8, 1, 2)] if few else [(8, 2, 4), (8, 1, 4), (8, 1, 2)]
+    else:
         wanted = [(16, 2, 2), (16, 1, 2)] if rows <= 12 else [(32, 1, 4), (32, 1, 2), (16, 1, 2)]
+    if capability != (9, 0):
+        wanted = [w for w in wanted if w[1] == 1]
     for tile, ctas, parts in wanted:
         plan = make_plan(64, tile, form, ctas=ctas, parts=parts, has_zeros=has_zeros, capability=capability)
         if plan.stages >= 3:

@@ -186,3 +186,6 @@ def test_mma_kernels_compile_for_every_architecture_without_spills(form, arch):
         use = jit.compile_only("grouped_gemm_mma.cu", arch, plan.defines(2048, 768, 8)).use()
         assert [u.name for u in use] == ["grouped_gemm_mma"]
         assert all(u.clean for u in use), (plan, use)
+        registers = -(-use[0].registers // 8) * 8 * plan.num_threads
+        assert plan.ctas * registers <= 65536, (plan, use)  # the whole grid must be resident
+        assert plan.ctas == 1 or arch == "sm_90a"
