@@ -56,7 +56,7 @@ class Books:
     num_used_kv_blocks: int
     num_tasks: int
     num_threads: int
-    num_fds: int
+    num_fds: int  # without those of established connections, which may be the attacker's to close
     peer_ports: tuple[int, ...]  # of established connections, but those to itself
     rss_bytes: int
     errors: tuple[str, ...]  # logged by handlers, since the start
@@ -158,7 +158,7 @@ async def _serve(pipe: Connection, redis_url: str) -> None:
             num_used_kv_blocks=load.num_kv_blocks - load.num_free_kv_blocks,
             num_tasks=len(asyncio.all_tasks()),
             num_threads=process.num_threads(),
-            num_fds=process.num_fds(),
+            num_fds=process.num_fds() - len(_peer_ports(process)),
             peer_ports=_peer_ports(process),
             rss_bytes=process.memory_info().rss,
             errors=tuple(errors.lines),

@@ -308,3 +308,25 @@ async def test_a_drain_waits_for_resumable_streams_and_their_readers(redis_url):
         events += await rest(call)
         await drain
         assert events[-1].finished.usage.completion_tokens == NUM_TOKENS
+
+
+@pytest.mark.parametrize("seen", [True, False])
+async def test_a_resume_that_comes_while_its_request_begins_hangs_nobody(redis_url, monkeypatch, seen):
+    async with journal(redis_url) as made, gateway(say(REPLY), journal=made) as world:
+        begin, name, early = made.begin, f"early-{seen}", []
+
+        async def resumed_meanwhile(*arguments) -> bool:
+            if not seen:  # it has looked and not found it, and is told so after the journal was begun
+                early.append(world.server._resumables.resume("", name))
+                await asyncio.sleep(0)
+            begun = await begin(*arguments)
+            if seen:
+                early.append(world.server._resumables.resume("", name))
+            return begun
+
+        monkeypatch.setattr(made, "begin", resumed_meanwhile)
+        events = await rest(world.generation.Generate(ask(name), timeout=60))
+        assert text_of(events) == "the answer 👩‍👧 is"
+        assert [e.offset for e in events] == list(range(len(events)))
+        await asyncio.wait([early[0].task], timeout=60)
+        assert early[0].recording.ended

@@ -45,7 +45,11 @@ class Resumables:
             if other.digest != digest:
                 raise InvalidRequest("request_id", request_id, "an id that no other request has used")
             return self.resume(owner, request_id)
-        return self._start((owner, request_id), generation)
+        other = self._running.get((owner, request_id))
+        if other is None or other.task is None:
+            return self._start((owner, request_id), generation)
+        await asyncio.wait([other.task])  # a Resume that came before its request, and has or has not seen the journal
+        return self.resume(owner, request_id)
 
     def resume(self, owner: str, request_id: str) -> "ResumableStream":
         """The stream, from wherever it is; reading it says NotFound where there is none."""
