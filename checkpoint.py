@@ -179,7 +179,7 @@ class Checkpoint:
         stored quantised is dequantised: exactly, then rounded once to `dest`'s dtype."""
         base = name.removesuffix(".weight")
         if index is None and dest.dtype in _FLOATS and base != name and quantized_form(self, base):
-            dest.copy_(dequantize(read_quantized(self, base, *dest.shape, meter=meter)))
+            dest.copy_(dequantize(read_quantized(self, base, *dest.shape, device=dest.device, meter=meter)))
             return
         entry = self.entry(name)
         expected = tuple(dest.shape) if index is None else (entry.shape[0] if entry.shape else 0, *dest.shape)

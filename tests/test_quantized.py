@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from expertmesh.checkpoint import Checkpoint
+from expertmesh.cluster.attention.weights import load_attention_weights
 from expertmesh.errors import CheckpointError, KernelError
 from expertmesh.experts.device_experts import DeviceExperts
 from expertmesh.experts.mlp import LocalExpertMLP
@@ -106,6 +107,12 @@ def test_a_quantised_checkpoint_is_read_as_its_exact_weights(twins):
         assert torch.equal(
             quantised.read(name, shape, dtype=torch.float32), plain.read(name, shape, dtype=torch.float32)
         ), name
+
+
+def test_the_attention_tier_holds_the_exact_weights_of_a_quantised_checkpoint(twins):
+    got, expected = (load_attention_weights(Checkpoint(folder), dtype=torch.float32).layers[0] for folder in twins)
+    assert torch.equal(got.qkv, expected.qkv)
+    assert torch.equal(got.o, expected.o)
 
 
 def test_experts_of_a_quantised_checkpoint_give_the_rows_of_its_exact_twin(twins):
