@@ -443,6 +443,7 @@ def end_step(world: World, name: str) -> None:
     change(world, name, in_step=-1)
     epoch = World.records[record]
     entered = [m.member_id for m in epoch.members if can_enter(world, m.member_id, record)]
+    absent = [m.member_id for m in epoch.members if m.member_id not in entered]
     for member_id in entered:
         node = world.nodes[member_id]
         newest = max((node.committed, record), key=number_of)
@@ -454,8 +455,10 @@ def end_step(world: World, name: str) -> None:
     world.broken |= {epoch.rendezvous_key}
     if world.nodes[name].committed == record:
         change(world, name, failed=True)
-    for member_id in entered:
-        report(world, member_id, Trouble(member_id, epoch.number, "the step broke"))
+    for i, member_id in enumerate(entered):
+        # Who waits accuses whom it waits for: one who hangs, or one who waits himself.
+        accused = absent[0] if absent and i % 2 == 0 else entered[i - 1]
+        report(world, member_id, Trouble(member_id, epoch.number, "the step broke", silent_id=accused))
 
 
 def can_enter(world: World, name: str, record: int) -> bool:

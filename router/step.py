@@ -83,8 +83,10 @@ class Step:
         pairs = self._take_turn(layer_id, source_plan, x)
         out = weighted_sum(pairs, source_plan, topk_weights)
         if not all_finite(out) and not self._guard.accepts_non_finite:
-            self._bad += self._not_finite(source_plan, x, pairs)
-            self.serve()
+            found = self._not_finite(source_plan, x, pairs)
+            if found:  # else finite rows have too large a sum: the model's own
+                self._bad += found
+                self.serve()
         if self._next_turn == len(self._placement.moe_layers):
             self._conclude()
         return out

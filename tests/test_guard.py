@@ -182,6 +182,24 @@ def test_a_product_that_is_never_finite_is_let_through_after_two_replays():
     assert output[[0, 2]].equal(expected([(1, 3)])[1][[0, 2]])
 
 
+def test_finite_rows_with_too_large_a_sum_are_no_damage():
+    class Huge(TinyExperts):
+        def forward(self, layer_id, rows, slot_ids):
+            return torch.full_like(super().forward(layer_id, rows, slot_ids), 3e38)
+
+    local = LocalMesh(Huge(), placement(1, 1), SHAPE)
+    headers = []
+    local.start(headers.append)
+    local.bid(2, 0)
+    step = local.enter(headers.pop())
+    for layer_id in LAYERS:
+        ids = torch.arange(SHAPE.top_k, dtype=torch.int32).repeat(2, 1)
+        out = step.moe(layer_id, torch.ones(2, SHAPE.hidden_size), ids, torch.ones(2, SHAPE.top_k))
+        assert out.isinf().all()
+    assert local.guard.num_bad_rows == 0
+    local.close()
+
+
 def test_an_owner_whose_product_is_not_finite_has_its_weights_checked_before_it_answers():
     experts = SickExperts()
     local = LocalMesh(experts, placement(1, 1), SHAPE)
