@@ -6,6 +6,7 @@ hangs and a stream that ends early without a status are findings."""
 
 import asyncio
 import contextlib
+import gc
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from random import Random
@@ -67,6 +68,8 @@ class Target:
     async def close(self) -> None:
         for channel in self._channels:
             await channel.close()
+        self._channels.clear()
+        gc.collect()  # a connection lives as long as a call object that used it
 
     def _dial(self) -> grpc.aio.Channel:
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", 64 << 20)]

@@ -5,6 +5,8 @@ work, what is free, and the errors that handlers logged (each is a bug of ours, 
 
 import asyncio
 import contextlib
+import ctypes
+import gc
 import logging
 import multiprocessing as mp
 import os
@@ -145,9 +147,11 @@ async def _serve(pipe: Connection, redis_url: str) -> None:
         resume_grace_s=GRACE_S,
     )
     pipe.send(await server.start())
-    process = psutil.Process()
+    process, libc = psutil.Process(), ctypes.CDLL(None)
 
     def books() -> Books:
+        gc.collect()
+        libc.malloc_trim(0)  # what glibc keeps for later is no leak
         load = engine.load()
         return Books(
             num_running=server.num_running,
