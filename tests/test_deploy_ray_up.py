@@ -29,10 +29,9 @@ NOISE = re.compile(
     r"WARN|VINFO|VVINFO|To ensure this mount|^bash: |^\s*$|Loaded cached|re-running|Confirm|Requested|Writing"
 )
 
-pytestmark = [
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-"),
-]
+WHY_NOT = unavailable()
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
 
 
 class Transcript:
