@@ -16,6 +16,7 @@ from expertmesh.config import CacheConfig, SchedulerConfig
 from expertmesh.experts.mlp import LocalExpertMLP
 from expertmesh.router.exchange import RowShape
 from expertmesh.router.gateway.generation import GenerationConfig
+from expertmesh.router.gateway.journal import Journal
 from expertmesh.router.gateway.link import LinkServer
 from expertmesh.router.gateway.server import GatewayServer
 from expertmesh.router.gateway.tier import AttentionTier
@@ -29,6 +30,11 @@ MAX_MODEL_LEN = 1024
 TOKEN = "t"
 
 
+CONFIG = GenerationConfig(
+    model="demo", max_model_len=MAX_MODEL_LEN, vocab_size=Checkpoint(CHECKPOINT).config.vocab_size
+)
+
+
 @dataclass(frozen=True)
 class DemoWorld:
     client: AsyncClient
@@ -38,7 +44,9 @@ class DemoWorld:
 
 
 @contextlib.asynccontextmanager
-async def demo_world(*, replicas: int = 1, num_blocks: int = 1024, **scheduler) -> AsyncIterator[DemoWorld]:
+async def demo_world(
+    *, replicas: int = 1, num_blocks: int = 1024, journal: Journal | None = None, **scheduler
+) -> AsyncIterator[DemoWorld]:
     """Ends with every KV block free in every engine that was not stopped meanwhile."""
     torch.set_num_threads(1)
     checkpoint = Checkpoint(CHECKPOINT)
@@ -67,8 +75,7 @@ async def demo_world(*, replicas: int = 1, num_blocks: int = 1024, **scheduler) 
         meshes.append(mesh)
     tier.set_replicas({link.replica_id: link.address for link in links})
     await tier.wait_connected(10, count=replicas)
-    config = GenerationConfig(model="demo", max_model_len=MAX_MODEL_LEN, vocab_size=model.vocab_size)
-    server = GatewayServer(config, tokenizer=TOKENIZER, tier=tier)
+    server = GatewayServer(CONFIG, tokenizer=TOKENIZER, tier=tier, journal=journal)
     try:
         async with AsyncClient(await server.start()) as client:
             yield DemoWorld(client, engines, links, server)
@@ -85,3 +92,18 @@ async def demo_world(*, replicas: int = 1, num_blocks: int = 1024, **scheduler) 
             await link.stop()
             engine.stop()
             mesh.close()
+
+
+@contextlib.asynccontextmanager
+async def another_gateway(world: DemoWorld, journal: Journal) -> AsyncIterator[str]:
+    """One more, before the same replicas; its address."""
+    tier = AttentionTier(gateway_id="h", cluster_token=TOKEN)
+    tier.set_replicas({link.replica_id: link.address for link in world.links})
+    await tier.wait_connected(10, count=len(world.links))
+    server = GatewayServer(CONFIG, tokenizer=TOKENIZER, tier=tier, journal=journal)
+    try:
+        yield await server.start()
+        await server.drain(5)
+    finally:
+        await server.stop()
+        await tier.close()

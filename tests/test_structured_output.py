@@ -7,16 +7,19 @@ import threading
 
 import grpc
 import pytest
-from demo_world import CHECKPOINT, TOKENIZER, demo_world
+from demo_world import CHECKPOINT, TOKENIZER, another_gateway, demo_world
 from grammar_walks import compiled
 
 from expertmesh.client import AnswerDelta, ReasoningDelta, ToolCallDelta
 from expertmesh.client.requests import make_request
 from expertmesh.cluster.attention.grammar import GrammarCompiler
 from expertmesh.errors import ExpertMeshError, InvalidRequest
+from expertmesh.proto import expertmesh_pb2 as pb
 from expertmesh.proto import expertmesh_pb2_grpc as pb_grpc
+from expertmesh.redis_server import EmbeddedRedis
 from expertmesh.request import AnswerGrammar, FinishReason
 from expertmesh.router import grammar as library_of
+from expertmesh.router.gateway.journal import Journal
 
 QUESTION = "What is 4821 + 377?"
 SCHEMA = {
@@ -134,6 +137,34 @@ async def test_preemption_and_failover_change_no_token():
         assert await work == expected
         await asyncio.gather(*(c.answer() for c in canaries))
         assert first.failure is not None
+
+
+async def test_a_stream_resumed_at_another_gateway_keeps_its_form():
+    def ids_of(events) -> list[int]:
+        return [i for e in events for i in (*e.reasoning.token_ids, *e.answer.token_ids)]
+
+    with EmbeddedRedis() as redis:
+        journals = [Journal(redis.url), Journal(redis.url)]
+        options = {"json_schema": SCHEMA, "temperature": 1.0, "seed": 3, "thinking_budget": 10, "max_tokens": 250}
+        async with demo_world(journal=journals[0]) as world, another_gateway(world, journals[1]) as other:
+            expected, _, answer = await read(world.client.generate(QUESTION, include_token_ids=True, **options))
+            check("json_schema", answer)
+            async with (
+                grpc.aio.insecure_channel(world.server.address) as here,
+                grpc.aio.insecure_channel(other) as there,
+            ):
+                for num_read in (4, 20, 45):  # in the thinking, the closing sentence, the answer
+                    request = make_request(QUESTION, include_token_ids=True, resumable=True, **options)
+                    call = pb_grpc.GenerationStub(here).Generate(request)
+                    begun = [await call.read() for _ in range(num_read)]
+                    resume = pb.ResumeRequest(request_id=request.request_id, from_offset=num_read)
+                    rest = [e async for e in pb_grpc.GenerationStub(there).Resume(resume)]
+                    assert ids_of([*begun, *rest]) == expected
+                    assert [e.offset for e in (*begun, *rest)] == list(range(num_read + len(rest)))
+                    assert rest[-1].finished.reason == pb.FINISH_REASON_STOP
+                    call.cancel()
+        for journal in journals:
+            await journal.close()
 
 
 async def test_a_cut_answer_says_so():
