@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
-from ..errors import ExpertMeshError, InvalidRequest, NotFound, Unavailable
+from ..errors import ExpertMeshError, InvalidRequest, NotFound, SlowReader, Unavailable
 from ..proto import expertmesh_pb2 as pb
 from ..proto import expertmesh_pb2_grpc as pb_grpc
 from ..router.gateway.link import TOKEN_KEY
@@ -163,7 +163,7 @@ class Route:
         patient = self.request.resumable and (begun or self._gateways.served)
         most = MAX_RESUMES if patient else len(self._gateways.addresses) - 1
         gives_up = self._num_failed > most or self._clock() - self._failing_since > MAX_FAILING_S
-        if not isinstance(found, Unavailable) or gives_up or (begun and not patient):
+        if not isinstance(found, Unavailable | SlowReader) or gives_up or (begun and not patient):
             raise found from None
         self._gateways.turn(self._gateway)
         if not patient:

@@ -17,10 +17,11 @@ from expertmesh.client import (
     gateways,
     make_request,
 )
-from expertmesh.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, Unavailable
+from expertmesh.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, SlowReader, Unavailable
 from expertmesh.proto import expertmesh_pb2 as pb
 from expertmesh.redis_server import EmbeddedRedis
 from expertmesh.request import FinishReason
+from expertmesh.router.gateway.rpc_errors import trailing_metadata
 from expertmesh.router.gateway.session import SessionStore
 
 REPLY = "<think>\nwhy\n</think>\n\nbecause 你好<|im_end|>"
@@ -262,3 +263,25 @@ def test_a_client_gives_up_where_every_answer_takes_long():
         now[0] += 4.0
     with pytest.raises(Unavailable):
         route.failed(_Refused())
+
+
+class _Stalled(_Refused):
+    """What a gateway says to a reader that took a break."""
+
+    def code(self):
+        return grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def trailing_metadata(self):
+        return trailing_metadata(SlowReader(30.0))
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_a_stream_that_was_not_read_for_long_is_resumed_if_it_can_be(resumable):
+    known = gateways.Gateways(["a:1"], grpc)
+    route = gateways.Route(known, pb.GenerateRequest(resumable=resumable), None)
+    route.came(pb.GenerateEvent(started=pb.Started()))
+    if resumable:
+        assert route.failed(_Stalled()) < 1
+    else:
+        with pytest.raises(SlowReader):
+            route.failed(_Stalled())
