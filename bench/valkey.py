@@ -114,7 +114,7 @@ def cluster(folder: Path, num_nodes: int = 3) -> Iterator[list[ValkeyProcess]]:
     nodes: list[ValkeyProcess] = []
     try:
         for i in range(num_nodes):
-            settings = ("--cluster-enabled", "yes", "--cluster-node-timeout", "5000")
+            settings = ("--cluster-enabled", "yes", "--cluster-require-full-coverage", "no")
             nodes.append(ValkeyProcess(folder / f"node-{i}", *settings))
         for i, node in enumerate(nodes):
             with node.client() as client:

@@ -39,7 +39,7 @@ def text(events: list[Event]) -> str:
 @pytest.mark.parametrize("fault", ["stopped", "killed"])
 async def test_turns_around_a_fault_of_redis_are_all_in_the_record_once(tmp_path: Path, fault: str):
     with valkey.persistent(tmp_path, "--appendfsync", "always") as server:
-        store, journal = SessionStore(server.url, timeout_s=0.3), Journal(server.url, timeout_s=0.3)
+        store, journal = SessionStore(server.url, timeout_s=0.8), Journal(server.url, timeout_s=0.8)
         async with (
             gateway(say(REPLY), sessions=store, journal=journal) as world,
             AsyncClient(world.server.address) as client,

@@ -4,8 +4,9 @@ a pause; a URL that never will serve is refused at the start, by name and withou
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import redis
@@ -18,6 +19,7 @@ from expertmesh.router.gateway.journal import Journal
 from expertmesh.router.gateway.redis_connection import RedisConnection, shown
 from expertmesh.router.gateway.session import SessionStore
 
+T = TypeVar("T")
 TOPOLOGIES = ("one", "tls", "sentinel", "cluster")
 
 
@@ -117,43 +119,43 @@ async def test_sessions_and_journals_do_the_same_on_every_kind(url: str):
     await store.close()
 
 
+async def served(call: Callable[[], Awaitable[T]]) -> T:
+    """The call's answer, asked for again while the store is away."""
+    async with asyncio.timeout(90):
+        while True:
+            with contextlib.suppress(SessionStoreUnavailable):
+                return await call()
+
+
 async def test_a_failover_is_a_pause_and_no_turn_is_doubled(tmp_path: Path):
     with valkey.sentinel(tmp_path) as (primary, replica, watcher):
         url = f"redis+sentinel://{valkey.HOST}:{watcher.port}/main"
-        store, journal = SessionStore(url, timeout_s=0.5), Journal(url, timeout_s=0.5)
-        assert await journal.begin("", "r", b"head")
+        store, journal = SessionStore(url, timeout_s=1.0), Journal(url)
+        assert await served(lambda: journal.begin("", "r", b"head"))
         for i in range(3):
-            await store.commit("s", i, turn(request_id=f"r{i}"))
+            await served(lambda i=i: store.commit("s", i, turn(request_id=f"r{i}")))
         with primary.client() as client:
             assert client.wait(1, 60_000) == 1  # the replica has them
         primary.kill()
-        async with asyncio.timeout(60):
-            while True:
-                with contextlib.suppress(SessionStoreUnavailable):
-                    assert await store.commit("s", 3, turn(request_id="r3")) == 4
-                    break
-        record = await store.get("s")
+        assert await served(lambda: store.commit("s", 3, turn(request_id="r3"))) == 4
+        record = await served(lambda: store.get("s"))
         assert [t.request_id for t in record.turns] == ["r0", "r1", "r2", "r3"]
         with replica.client() as client:
             assert client.info("replication")["role"] == "master"
-        assert await journal.append("", "r", 1, 0, [b"x"])
+        assert await served(lambda: journal.append("", "r", 1, 0, [b"x"]))
+        assert (await served(lambda: journal.take("", "r"))).outputs == [b"x"]
         await journal.close()
         await store.close()
 
 
 async def test_on_a_cluster_with_a_node_away_the_sessions_of_the_others_are_served(cluster: list[valkey.ValkeyProcess]):
-    store, journal = SessionStore(cluster_url(cluster), timeout_s=0.5), Journal(cluster_url(cluster), timeout_s=0.5)
+    store = SessionStore(cluster_url(cluster), timeout_s=0.5)
     names = [f"n{i}" for i in range(12)]
-    away = f"{valkey.HOST}:{cluster[2].port}"
     for name in names:
-        await store.commit(name, 0, turn(name, name))
-        assert await journal.begin("", name, b"head")
-    client = store._redis
-
-    def node_of(name: str) -> str:
-        return client.get_node_from_key(f"expertmesh:session:{{/{name}}}:meta").name
-
-    lost = [name for name in names if node_of(name) == away]
+        await served(lambda name=name: store.commit(name, 0, turn(name, name)))
+    away = f"{valkey.HOST}:{cluster[2].port}"
+    nodes = {n: store._redis.get_node_from_key(f"expertmesh:session:{{/{n}}}:meta").name for n in names}
+    lost = [name for name in names if nodes[name] == away]
     assert 0 < len(lost) < len(names)
     cluster[2].pause()
     try:
@@ -161,20 +163,12 @@ async def test_on_a_cluster_with_a_node_away_the_sessions_of_the_others_are_serv
             if name in lost:
                 with pytest.raises(SessionStoreUnavailable):
                     await store.open(name)
-                continue
-            async with asyncio.timeout(60):  # a call may meet the client while it learns of the node
-                while True:
-                    with contextlib.suppress(SessionStoreUnavailable):
-                        assert (await store.open(name)).version == 1
-                        break
+            else:  # a call may meet the client while it learns of the node
+                assert (await served(lambda name=name: store.open(name))).version == 1
     finally:
         cluster[2].go_on()
-    async with asyncio.timeout(60):
-        while True:
-            with contextlib.suppress(SessionStoreUnavailable):
-                assert [(await store.open(name)).version for name in names] == [1] * len(names)
-                break
-    await journal.close()
+    for name in names:
+        assert (await served(lambda name=name: store.open(name))).version == 1
     await store.close()
 
 
@@ -213,7 +207,13 @@ async def test_a_wrong_kind_of_server_or_password_is_named_at_the_start(
         with pytest.raises(SessionStoreUnavailable, match="does not answer"):
             await stranger.open("s")
         await stranger.close()
-    await SessionStore(f"redis://{valkey.HOST}:1/0", timeout_s=0.2).check()  # away: may come back
+    for away in ("redis://{}/0", "redis+cluster://{}", "redis+sentinel://{}/main"):
+        store = SessionStore(away.format(f"{valkey.HOST}:1"), timeout_s=0.2)
+        await store.check()  # it may come back
+        with pytest.raises(SessionStoreUnavailable, match="does not answer") as caught:
+            await store.open("s")
+        assert caught.value.retry_after_s
+        await store.close()
 
 
 @pytest.mark.parametrize(

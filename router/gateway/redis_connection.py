@@ -25,12 +25,13 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ConstantBackoff
 from redis.exceptions import (
     AuthenticationError,
+    ClusterError,
     NoPermissionError,
+    ReadOnlyError,
     RedisClusterException,
     RedisError,
     ResponseError,
 )
-from redis.exceptions import ConnectionError as RedisConnectionError
 
 from ...errors import ConfigError, SessionStoreUnavailable
 
@@ -38,6 +39,7 @@ T = TypeVar("T")
 FORMS = "redis://, rediss:// or unix://, or redis[s]+sentinel://hosts/name, or redis[s]+cluster://hosts"
 REFUSED_RETRY_S = 5.0
 _CLUSTER_RETRY = (3, 0.1)  # attempts of one call on a Cluster, each after so many seconds: slots move
+_PASSING = (ClusterError, ReadOnlyError)  # answers of a server that is about to serve again, or no longer to be asked
 _log = logging.getLogger(__name__)
 
 
@@ -64,9 +66,7 @@ class RedisConnection:
                 if isinstance(self.client, redis.RedisCluster):
                     await self.client.initialize()  # before it knows the slots, redis-py asks any node
                 return await call
-        except RedisError as error:
-            raise failure(error) from error
-        except (OSError, TimeoutError) as error:
+        except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
             raise failure(error) from error
         finally:
             if inspect.iscoroutine(call):
@@ -80,6 +80,8 @@ class RedisConnection:
                 if "+cluster" not in urlsplit(self.url).scheme:
                     await self._check_node()
                 await self.client.eval("return 1", 0)
+        except _PASSING as error:
+            _log.warning("the session store is not there yet: %s", _short(error))
         except (AuthenticationError, ResponseError) as error:
             raise ConfigError("redis_url", shown(self.url), f"a store that lets us in: {_short(error)}") from None
         except RedisClusterException as error:
@@ -126,10 +128,7 @@ def check_store(url: str) -> None:
 
 def failure(error: BaseException) -> SessionStoreUnavailable:
     """What it means to those who asked. A refusal is for an operator to mend: it is retried later."""
-    refused = isinstance(error, AuthenticationError) or (
-        isinstance(error, ResponseError) and not isinstance(error, RedisConnectionError)
-    )
-    if refused:
+    if isinstance(error, AuthenticationError | ResponseError) and not isinstance(error, _PASSING):
         text = f"the session store refuses: {_short(error)}"
         return SessionStoreUnavailable(text, retry_after_s=REFUSED_RETRY_S)
     return SessionStoreUnavailable(f"the session store does not answer ({_short(error)}); try again")
@@ -185,6 +184,7 @@ def _to_cluster(scheme: str, parts: SplitResult, common: dict[str, Any]) -> Any:
     attempts, pause_s = _CLUSTER_RETRY
     return redis.RedisCluster(
         startup_nodes=[ClusterNode(host, port) for host, port in hosts],
+        require_full_coverage=False,  # a part without an owner stops its own sessions only
         max_connections=1 << 20,
         retry=Retry(ConstantBackoff(pause_s), attempts),
         **common,
