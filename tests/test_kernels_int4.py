@@ -180,7 +180,7 @@ def test_mma_kernels_compile_for_every_architecture_without_spills(form, arch):
     plans = {
         choose_mma_plan(form, rows * 16, 16, 2048, 768, has_zeros=zeros, capability=CAPABILITIES[arch])
         for rows in (0.1, 3, 8, 100)
-        for zeros in ((False, True) if form == "int4" else (False,))
+        for zeros in ((False, True) if form == "int4" and rows == 3 else (False,))
     }
     for plan in plans:
         use = jit.compile_only("grouped_gemm_mma.cu", arch, plan.defines(2048, 768, 8)).use()
