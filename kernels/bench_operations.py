@@ -24,7 +24,9 @@ def plan_for(layer: ExpertLayer, expected_pairs: float) -> GemmPlan | MmaPlan:
     packed = layer.packed
     assert packed is not None
     if isinstance(packed, PackedWeights):
-        return choose_plan(packed.form, expected_pairs, layer.num_local_experts)
+        return choose_plan(
+            packed.form, expected_pairs, layer.num_local_experts, packed.hidden_size, packed.intermediate_size
+        )
     return choose_mma_plan(
         packed.form,
         expected_pairs,
@@ -90,7 +92,8 @@ def stage_times(layer: ExpertLayer, draws: list[Draw], expected: float, plan: Ge
     """Microseconds of route, route + gather, and route + gather + products, as they overlap in the layer."""
     packed = layer.packed
     assert isinstance(packed, PackedWeights), "stages are those of the wgmma path"
-    plan = plan or choose_plan(packed.form, expected, layer.num_local_experts)
+    plan = plan or plan_for(layer, expected)
+    assert isinstance(plan, GemmPlan)
 
     def run(d: Draw, upto: int) -> None:
         places = _route(d, layer, plan)

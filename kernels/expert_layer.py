@@ -105,7 +105,9 @@ class ExpertLayer:
             grouped_gemm_mma(rows, self.packed, places, plan, out)
             return out
         if plan is None:
-            plan = choose_plan(self.packed.form, expected, self.num_local_experts)
+            plan = choose_plan(
+                self.packed.form, expected, self.num_local_experts, self.hidden_size, self.intermediate_size
+            )
         assert isinstance(plan, GemmPlan)
         places = route(ids, self.num_local_experts, plan.tile, expert_map, granule=plan.granule)
         packed, scales = pack_rows(rows, places, fp8=self.packed.form == "fp8")

@@ -48,7 +48,11 @@ class GemmPlan:
         return 16 * self.stages + 320 + (9 * 4 * self.tile if self.form == "fp8" else 0)
 
     def fits(self, hidden_size: int, intermediate_size: int) -> bool:
-        """Whether these sizes are whole numbers of (pairs of) tiles."""
+        """Whether these sizes are whole numbers of (pairs of) tiles. Rows wide: also whether each product has more
+        k-blocks than the ring has slots: a warpgroup that may be a tile ahead of another could take its slot of output.
+        """
+        if self.rows_wide and min(hidden_size, intermediate_size) // 128 <= self.stages:
+            return False
         grain = self.m_rows * self.cluster
         return hidden_size % grain == 0 and 2 * intermediate_size % grain == 0
 
@@ -86,8 +90,13 @@ def all_plans(form: WeightForm) -> list[GemmPlan]:
     return [*([NARROW] if form == "bf16" else []), *(plan for _, plan in PLANS[form])]
 
 
-def choose_plan(form: WeightForm, expected_pairs: float, num_local_experts: int) -> GemmPlan:
-    """The plan for about `expected_pairs` (row, expert) pairs over `num_local_experts` experts."""
+def choose_plan(
+    form: WeightForm, expected_pairs: float, num_local_experts: int, hidden_size: int, intermediate_size: int
+) -> GemmPlan:
+    """The plan for about `expected_pairs` (row, expert) pairs over `num_local_experts` experts, or where it does not
+    fit these sizes the next narrower one that does."""
     if form == "bf16" and FEWEST_PAIRS < expected_pairs <= FEW_PAIRS:
         return NARROW
-    return next(plan for limit, plan in PLANS[form] if expected_pairs / num_local_experts <= limit)
+    rows = expected_pairs / num_local_experts
+    wanted = next(i for i, (limit, _) in enumerate(PLANS[form]) if rows <= limit)
+    return next(plan for _, plan in PLANS[form][wanted::-1] if plan.fits(hidden_size, intermediate_size))

@@ -44,7 +44,7 @@ GROUPS = [
     ("fp8", 256, 128, 6, 3),
     ("fp8", 256, 128, 40, 8),
     ("fp8", 512, 384, 5, 4),
-    ("fp8", 1024, 256, 4, 5),
+    ("fp8", 1024, 768, 4, 5),
     ("w8a16", 256, 128, 16, 8),
     ("w8a16", 384, 256, 5, 3),
     ("int4", 256, 128, 16, 8),
@@ -108,8 +108,8 @@ def exact_rows(w13, w2):
 
 
 def plans_of(form: str, hidden: int, intermediate: int) -> list[GemmPlan | MmaPlan | None]:
-    """None is the layer's own choice. The wide plans compile slowly: one shape has them all."""
-    if (hidden, intermediate) != (256, 128):
+    """None is the layer's own choice. The wide plans compile slowly: two shapes have all that fit."""
+    if (hidden, intermediate) not in ((256, 128), (1024, 768)):
         return [None]
     if form in ("bf16", "fp8"):
         return [None, *(p for p in all_plans(form) if p.fits(hidden, intermediate))]

@@ -122,8 +122,23 @@ def test_torch_path_serves_any_shape_and_says_so_once(caplog):
 def test_plans_fit_shared_memory_and_widen_with_the_rows():
     for form in PLANS:
         assert all(p.shared_bytes + p.static_shared_bytes <= SHARED_BYTES_LIMIT for p in all_plans(form))
-        tiles = [choose_plan(form, pairs, 16).tile for pairs in (8, 64, 512, 1024, 4096, 65536)]
+        tiles = [choose_plan(form, pairs, 16, 4096, 1536).tile for pairs in (8, 64, 512, 1024, 4096, 65536)]
         assert tiles == sorted(tiles)
+
+
+@pytest.mark.parametrize("form", PLANS)
+@pytest.mark.parametrize(("hidden", "intermediate"), [(128, 64), (256, 128), (640, 448), (1024, 512), (2048, 768)])
+def test_a_chosen_plan_fits_the_sizes(form, hidden, intermediate):
+    for pairs in (1, 8, 100, 1000, 10_000, 100_000):
+        assert choose_plan(form, pairs, 4, hidden, intermediate).fits(hidden, intermediate)
+
+
+def test_rows_are_the_wide_operand_only_where_no_warpgroup_can_be_a_tile_ahead():
+    plan = choose_plan("fp8", 100_000, 16, 2048, 768)
+    assert plan.rows_wide
+    assert plan.stages < 768 // 128
+    assert not plan.fits(2048, 128 * plan.stages)
+    assert not choose_plan("fp8", 100_000, 16, 2048, 128 * plan.stages).rows_wide
 
 
 # ---------------------------------------------------------------------------------------------------------- compilation

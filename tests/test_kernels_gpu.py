@@ -37,6 +37,11 @@ FP8_PLANS = [
 ]
 
 
+def sizes_for(plan):
+    """Hidden and intermediate; rows-wide plans need tiles longer than their ring."""
+    return (HIDDEN, INTERMEDIATE) if plan.fits(HIDDEN, INTERMEDIATE) else (1024, 768)
+
+
 def weights(num_local, hidden=HIDDEN, intermediate=INTERMEDIATE, seed=0):
     generator = torch.Generator(device=DEVICE).manual_seed(seed)
     w13 = torch.randn(num_local, 2 * intermediate, hidden, device=DEVICE, generator=generator) * 0.05
@@ -152,8 +157,9 @@ def test_bf16_rows_are_near_float64(plan, kind, num_rows, num_local):
 @pytest.mark.parametrize("kind", ["random", "sparse", "one", "none"])
 @pytest.mark.parametrize(("num_rows", "num_local"), [(1, 1), (1, 16), (33, 16), (129, 4), (700, 5)])
 def test_fp8_rows_are_near_float64(plan, kind, num_rows, num_local):
-    packed = fp8_weights(num_local)
-    x, ids, _ = inputs(num_rows, num_local, kind)
+    hidden, intermediate = sizes_for(plan)
+    packed = fp8_weights(num_local, hidden, intermediate)
+    x, ids, _ = inputs(num_rows, num_local, kind, hidden=hidden)
     poison()
     y = ExpertLayer(*packed, kernels="cuda").rows(x, ids, plan=plan)
     local = ids >= 0
@@ -182,10 +188,10 @@ def test_any_shape_of_the_grain_works(hidden, intermediate):
 
 @pytest.mark.parametrize("form", ["bf16", "fp8"])
 def test_a_row_does_not_depend_on_other_rows_their_order_or_the_plan(form):
-    packed = fp8_weights(8, 512, 256) if form == "fp8" else weights(8, 512, 256)
+    packed = fp8_weights(8, 1024, 768) if form == "fp8" else weights(8, 512, 256)
     layer = ExpertLayer(*packed, kernels="cuda")
     plans = FP8_PLANS if form == "fp8" else BF16_PLANS
-    x, ids, topk_weights = inputs(600, 8, "random", hidden=512)
+    x, ids, topk_weights = inputs(600, 8, "random", hidden=layer.hidden_size)
     y, out = layer.rows(x, ids, plan=plans[0]), layer.combined(x, ids, topk_weights, plan=plans[0])
     for plan in plans:
         assert torch.equal(layer.rows(x, ids, plan=plan), y)
