@@ -119,6 +119,7 @@ def flip_weights(folder: str | Path, wanted: int, *, period_s: float, at_once: i
         "not_named_and_repaired": num_wrong,
         "period_s": period_s,
         "longest_s": round(longest_s, 2),
+        "last_round_s": round(scrubber.round_s, 2),
         "most_rounds_begun": most_rounds,
         "memory_restored": restored,
         "streams_after_that_differ": num_different,

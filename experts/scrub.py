@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from time import monotonic, perf_counter, time
+from time import monotonic, thread_time, time
 
 import numpy as np
 import numpy.typing as npt
@@ -134,12 +134,13 @@ class Scrubber:
             started = monotonic()
             cells = list(self._cells())
             self._clean = {cell.key: self._clean[cell.key] for cell in cells if cell.key in self._clean}
-            for cell in cells:
-                before = perf_counter()
+            for done, cell in enumerate(cells, start=1):
+                before = thread_time()  # of the processor: a share of it is meant, not of the clock
                 self._check(cell)
-                took_s = perf_counter() - before
+                took_s = thread_time() - before
                 self.busy_s += took_s
-                pause_s = max(self._period_s / len(cells) - took_s, took_s * (1 / self._max_share - 1))
+                until_due_s = started + self._period_s * done / len(cells) - monotonic()
+                pause_s = max(0.0, until_due_s, took_s * (1 / self._max_share - 1))
                 if self._stop.wait(pause_s):
                     return
             if not cells and self._stop.wait(1.0):
