@@ -59,7 +59,7 @@ class NetworkConfig:
     gateway_host: str = "127.0.0.1"
     gateway_port: int = 50051
     metrics_port: int = -1  # Prometheus; -1 = off, 0 = chosen by the system
-    api_keys_file: str = ""  # lines `OWNER SHA256_OF_KEY`; empty = clients need no key
+    api_keys_file: str = ""  # lines `OWNER SHA256_OF_KEY [WEIGHT]`; empty = clients need no key
     cluster_token: str = ""  # required by link and cluster RPCs; empty = a random one made by `serve`
     max_message_bytes: int = 64 << 20
     max_request_bytes: int = 16 << 20  # of one client request
