@@ -14,6 +14,10 @@
 #endif
 static_assert(FP8 && TILE % (64 * WARPGROUPS) == 0 && M_ROWS == 128, "whole chunks");
 static_assert(K_BLOCKS_1 <= 64 && K_BLOCKS_2 <= 64, "two registers keep a row of block scales");
+// A chunk's barrier is waited for by parity, which tells one turn from the next only. The warpgroup that fills a slot
+// may be another than the one before, so none may be a tile ahead: the ring's slots must be fewer than a tile's
+// k-blocks.
+static_assert(K_BLOCKS_1 > STAGES && K_BLOCKS_2 > STAGES, "no warpgroup is a tile ahead of another");
 constexpr int CHUNKS = TILE / 64 / WARPGROUPS;  // of a warpgroup
 
 __device__ __forceinline__ void take_turn(int group) {
