@@ -1,13 +1,6 @@
 """The exchange of CPU processes: one message each way per layer and pair of ranks, over a ProcessGroupGloo.
 
-A dispatch message is one run of int32 words: 16 words of head (magic, rows, pairs, layer, step, and the checksum of
-all words before the rows), the rows' checksums, the slot ids, the rows' bytes from a multiple of 64 bytes on. Counts so
-travel with the rows: a Gloo receive accepts a message shorter than its buffer, and the header bounds the buffer. The
-answer is the bare rows, whose number the source knows, received where they will be read.
-
-The checksums of the answers come once a step, in the **verdict** that a shard sends to each source after the last
-layer, with what it found wrong in the dispatched rows: one small message a step instead of one a layer. A message whose
-head is damaged is answered with one row of zeros, since nothing in it can be believed.
+The messages and what is checked in them: `gloo_messages.py`.
 
 What makes it quick: a Gloo send flows at once only if the peer's receive is posted. So an owner of experts posts the
 next layer's receive as soon as it has answered, and a source posts those of its answers while its rows are on their
@@ -28,25 +21,10 @@ from ..errors import ExchangeError, ExchangeTimeout, PeerLost
 from .dispatch import DispatchPlan
 from .epoch import Epoch, StepHeader
 from .exchange import ExchangeHandle, RowShape
+from .gloo_messages import HEAD_DAMAGED, HEAD_WORDS, MAGIC, Inbox, Outbox, head_is_whole, rows_at, status_of
 from .group import abort_gloo
-from .guard import (
-    BadRow,
-    Direction,
-    Fault,
-    Int32Array,
-    Int64Array,
-    all_finite,
-    checksums,
-    non_finite_rows,
-    row_checksums,
-)
+from .guard import BadRow, Direction, Fault, Int64Array, checksums, row_checksums
 
-_HEAD_WORDS = 16  # 64 bytes, so that rows are aligned
-_SUM_WORDS = slice(14, 16)  # of the head: the checksum of everything before the rows, computed with 0 here
-_MAGIC = 0x454D5832
-# What a shard says of one turn's dispatch: 0 all is well, -1 the head is damaged, else 1 + the first bad row, doubled,
-# and + 1 where that row is as it was sent but not finite.
-_HEAD_DAMAGED = -1
 _TAG_SPACE = 1 << 30
 
 
@@ -70,8 +48,8 @@ class GlooExchange:
         self._timeout_base_s, self._timeout_per_row_s = timeout_base_s, timeout_per_row_s
         self._row_words = shape.hidden_size * shape.dtype.itemsize // 4
         assert self._row_words * 4 == shape.hidden_size * shape.dtype.itemsize, "rows are whole 32-bit words"
-        self._outboxes = {peer: _Outbox() for peer in self._expert_ranks if peer != rank}
-        self._inboxes: dict[int, _Inbox] = {}
+        self._outboxes = {peer: Outbox() for peer in self._expert_ranks if peer != rank}
+        self._inboxes: dict[int, Inbox] = {}
         self._all_sources: tuple[int, ...] = ()  # sources of this step in rank order, where this rank owns experts
         self._no_slots = torch.empty(0, shape.top_k, dtype=torch.int32)
         self._layers: Sequence[int] = ()
@@ -94,7 +72,7 @@ class GlooExchange:
             outbox.answer_sums.clear()
         self._all_sources = header.sources if self._ep_rank >= 0 else ()
         for source in self._remote_sources():
-            inbox = self._inboxes.setdefault(source, _Inbox())
+            inbox = self._inboxes.setdefault(source, Inbox())
             inbox.reserve(self._message_words(header.num_tokens[source]))
             inbox.statuses.clear()
             inbox.answer_sums.clear()
@@ -120,7 +98,7 @@ class GlooExchange:
                 continue
             inbox = self._inboxes[source]
             inbox.answer_sums.append(row_checksums(part))
-            if inbox.statuses[-1] == _HEAD_DAMAGED:
+            if inbox.statuses[-1] == HEAD_DAMAGED:
                 part = torch.zeros(1, self._shape.hidden_size, dtype=self._shape.dtype)
             if part.shape[0]:
                 # The rows stay referenced until the source is heard again, which proves that it has them.
@@ -217,7 +195,7 @@ class GlooExchange:
         for layer_id, status, sums in zip(self._layers, statuses, received, strict=True):
             if status:
                 yield self._status_as_bad_row(status, self._rank, ep_rank, layer_id)
-            if status != _HEAD_DAMAGED:  # else nothing was computed
+            if status != HEAD_DAMAGED:  # else nothing was computed
                 expected = sent[start : start + len(sums)]
                 start += len(sums)
                 for row in (expected != sums).nonzero()[0].tolist():
@@ -253,26 +231,26 @@ class GlooExchange:
         rows = x.index_select(0, torch.from_numpy(plan.row_to_token[mine]))
         return self._rank, rows, torch.from_numpy(plan.row_slot_ids[mine]), plan.pair_counts[self._ep_rank]
 
-    def _open(self, inbox: "_Inbox", source: int, layer_id: int) -> tuple[int, torch.Tensor, torch.Tensor, int]:
+    def _open(self, inbox: "Inbox", source: int, layer_id: int) -> tuple[int, torch.Tensor, torch.Tensor, int]:
         """Check and unpack one message. One with a damaged head counts as empty: its layout cannot be believed."""
         words = inbox.buffer.numpy()
         magic, num_rows, num_pairs, sent_layer, sent_step = words[:5].tolist()
         top_k = self._shape.top_k
-        start = _rows_at(num_rows, top_k)
-        is_whole = _head_is_whole(words, num_rows, top_k, start + num_rows * self._row_words)
+        start = rows_at(num_rows, top_k)
+        is_whole = head_is_whole(words, num_rows, top_k, start + num_rows * self._row_words)
         if not is_whole:
             num_rows = num_pairs = start = 0
-        elif magic != _MAGIC or sent_layer != layer_id or sent_step != self._step_id & 0x7FFFFFFF:
+        elif magic != MAGIC or sent_layer != layer_id or sent_step != self._step_id & 0x7FFFFFFF:
             self.abort()
             raise self._error(
                 ExchangeError, f"rank {source} sent layer {sent_layer} of step {sent_step}: out of turn", source
             )
-        slots_at = _HEAD_WORDS + 2 * num_rows
+        slots_at = HEAD_WORDS + 2 * num_rows
         slot_ids = words[slots_at : slots_at + num_rows * top_k].reshape(num_rows, top_k)
         row_words = words[start : start + num_rows * self._row_words].reshape(num_rows, self._row_words)
         rows = torch.from_numpy(row_words).view(self._shape.dtype)
-        sums = words[_HEAD_WORDS:slots_at].view(np.int64)
-        status = _status_of(rows, row_words, sums) if is_whole else _HEAD_DAMAGED
+        sums = words[HEAD_WORDS:slots_at].view(np.int64)
+        status = status_of(rows, row_words, sums) if is_whole else HEAD_DAMAGED
         inbox.statuses.append(status)
         if status:
             self._seen.append(self._status_as_bad_row(status, source, self._ep_rank, layer_id))
@@ -294,7 +272,7 @@ class GlooExchange:
     # -- both
 
     def _message_words(self, num_rows: int) -> int:
-        return _rows_at(num_rows, self._shape.top_k) + num_rows * self._row_words
+        return rows_at(num_rows, self._shape.top_k) + num_rows * self._row_words
 
     def _tag(self, direction: int, turn: int) -> int:
         """`turn` = len(layers) is the verdict's."""
@@ -304,7 +282,7 @@ class GlooExchange:
         return [source for source in self._all_sources if source != self._rank]
 
     def _status_as_bad_row(self, status: int, source: int, ep_rank: int, layer_id: int) -> BadRow:
-        if status == _HEAD_DAMAGED:
+        if status == HEAD_DAMAGED:
             return self._bad(Fault.HEAD, Direction.DISPATCH, source, ep_rank, layer_id)
         fault = Fault.NOT_FINITE if status & 1 else Fault.DAMAGED
         return self._bad(fault, Direction.DISPATCH, source, ep_rank, layer_id, status // 2 - 1)
@@ -353,92 +331,3 @@ class GlooExchange:
             epoch=self._epoch,
             peer=peer,
         )
-
-
-class _Inbox:
-    """What one source sends here. Its receive is posted when the rows of the layer before have been multiplied."""
-
-    __slots__ = ("answer", "answer_sums", "buffer", "posted", "statuses", "verdict")
-
-    def __init__(self) -> None:
-        self.buffer = torch.empty(0, dtype=torch.int32)
-        self.posted: Work | None = None
-        self.answer: tuple[torch.Tensor, Work] | None = None  # kept until the source is heard again
-        self.verdict: tuple[torch.Tensor, Work] | None = None  # likewise
-        self.statuses: list[int] = []  # of each turn's dispatch
-        self.answer_sums: list[Int64Array] = []  # [pairs] of each turn's answer
-
-    def reserve(self, num_words: int) -> None:
-        if self.buffer.numel() < num_words:
-            self.buffer = torch.empty(num_words, dtype=torch.int32)
-
-
-class _Outbox:
-    """What goes to one expert rank. A buffer is written again only after the peer answered; until then it is kept and
-    another one is taken (an empty message has no answer)."""
-
-    __slots__ = ("_array", "_buffer", "_kept", "answer_sums", "awaited", "verdict")
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.int32)
-        self._array = self._buffer.numpy()
-        self._kept: list[tuple[torch.Tensor, Work]] = []
-        self.awaited: Work | None = None  # the answer's receive
-        self.answer_sums: list[Int64Array] = []  # [pairs] of what came in each turn
-        self.verdict: tuple[torch.Tensor, Work] | None = None
-
-    def fill(
-        self, plan: DispatchPlan, rows: slice, num_pairs: int, step_id: int, words: Int32Array, sums: Int64Array
-    ) -> torch.Tensor:
-        """Write the message for the plan's `rows` of the batch `words` [num_tokens, row_words], with its checksums."""
-        num_rows, row_words = rows.stop - rows.start, words.shape[1]
-        start = _rows_at(num_rows, plan.top_k)
-        end = start + num_rows * row_words
-        if self._kept or self._buffer.numel() < end:
-            self._buffer = torch.empty(end, dtype=torch.int32)
-            self._array = self._buffer.numpy()
-        array = self._array
-        array[:_HEAD_WORDS] = 0
-        array[:5] = (_MAGIC, num_rows, num_pairs, plan.layer_id, step_id & 0x7FFFFFFF)
-        slots_at = _HEAD_WORDS + 2 * num_rows
-        slots_end = slots_at + num_rows * plan.top_k
-        if num_rows:
-            tokens = plan.row_to_token[rows]
-            array[_HEAD_WORDS:slots_at].view(np.int64)[:] = sums[tokens]
-            array[slots_at:slots_end] = plan.row_slot_ids[rows].reshape(-1)
-            words.take(tokens, axis=0, out=array[start:end].reshape(num_rows, row_words), mode="clip")
-        array[slots_end:start] = 0
-        array[_SUM_WORDS].view(np.int64)[:] = checksums(array[None, :start])
-        return self._buffer[:end]
-
-    def sent(self, message: torch.Tensor, work: Work) -> None:
-        self._kept.append((message, work))
-
-    def answered(self) -> None:
-        self.awaited = None
-        self._kept.clear()
-
-
-def _rows_at(num_rows: int, top_k: int) -> int:
-    """Word at which the rows begin: behind head, checksums and slot ids, at a multiple of 64 bytes."""
-    return _HEAD_WORDS + (num_rows * (2 + top_k) + 15) // 16 * 16
-
-
-def _head_is_whole(words: Int32Array, num_rows: int, top_k: int, end: int) -> bool:
-    """Everything before the rows, padding included: no bit of a message is unchecked."""
-    if num_rows < 0 or end > len(words):
-        return False
-    before = words[: _rows_at(num_rows, top_k)].copy()
-    claimed = int(before[_SUM_WORDS].view(np.int64)[0])
-    before[_SUM_WORDS] = 0
-    return int(checksums(before[None])[0]) == claimed
-
-
-def _status_of(rows: torch.Tensor, words: Int32Array, claimed: Int64Array) -> int:
-    """See _HEAD_DAMAGED."""
-    sums = checksums(words)
-    if not np.array_equal(sums, claimed):
-        return 2 * (1 + int((sums != claimed).nonzero()[0][0]))
-    if not all_finite(rows):
-        return 2 * (1 + non_finite_rows(rows)[0]) + 1
-    return 0
