@@ -30,6 +30,7 @@ from .tokenizer import Tokenizer
 from .waiting_room import WaitingRoomConfig
 
 WATCH_S = 20.0  # length of a long poll for the topology
+JOIN_S = 10.0  # a gateway that joins waits so long for an attention replica before it opens its port
 RETRY_S = 1.0  # pause while the Conductor restarts
 DRAIN_S = 20.0  # below Serve's graceful_shutdown_timeout_s
 
@@ -49,6 +50,7 @@ class Gateway:
         )
         try:
             self._server = await self._build(config, context.rank.local_rank)
+            await self._dial_who_serves()
             address = await self._server.start()
         except Exception as error:
             await report_failure(conductor, self.gateway_id, error)
@@ -133,6 +135,13 @@ class Gateway:
         self._server.telemetry.shutdown()
         with contextlib.suppress(Unavailable):
             await self._conductor.forget(self.gateway_id)
+
+    async def _dial_who_serves(self) -> None:
+        """A gateway that joins a running cluster opens its port when it can serve; in a new one nobody serves yet."""
+        with contextlib.suppress(Unavailable):  # NoReplica is one: the port opens all the same
+            if links := (await self._conductor.watch(0, 0.0)).links:
+                self._tier.set_replicas(links)
+                await self._tier.wait_connected(JOIN_S)
 
     async def _follow_topology(self) -> None:
         """Dial who serves. While the Conductor restarts, the present links go on."""
