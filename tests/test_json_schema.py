@@ -55,6 +55,8 @@ def test_what_a_random_schema_allows_is_valid_by_it():
         ('{"oneOf": [{"type": "integer"}, {"type": "number"}]}', "oneOf that differ"),
         ('{"$ref": "http://x/y"}', "into this schema"),
         ('{"$ref": "#/$defs/x"}', "something that is there"),
+        ('{"$ref": "#"}', "it leads to itself"),
+        ('{"allOf": [{"$ref": "#"}]}', "it leads to itself"),
         ('{"type": "string", "pattern": "a", "maxLength": 3}', "one of lengths"),
         ('{"type": "string", "pattern": "("}', "a regular expression"),
         ('{"type": "string", "pattern": "a\\"b"}', "without quotes"),

@@ -11,7 +11,6 @@ from demo_world import CHECKPOINT, TOKENIZER, another_gateway, demo_world
 from grammar_walks import compiled
 
 from expertmesh.client import AnswerDelta, ReasoningDelta, ToolCallDelta
-from expertmesh.client.requests import make_request
 from expertmesh.cluster.attention.grammar import GrammarCompiler
 from expertmesh.errors import ExpertMeshError, InvalidRequest
 from expertmesh.proto import expertmesh_pb2 as pb
@@ -19,6 +18,7 @@ from expertmesh.proto import expertmesh_pb2_grpc as pb_grpc
 from expertmesh.redis_server import EmbeddedRedis
 from expertmesh.request import AnswerGrammar, FinishReason
 from expertmesh.router import grammar as library_of
+from expertmesh.router.client.requests import make_request
 from expertmesh.router.gateway.journal import Journal
 
 QUESTION = "What is 4821 + 377?"
@@ -191,6 +191,7 @@ async def test_tools_that_may_be_called_leave_the_answer_its_form():
 UNKEPT = [
     {"json_schema": "nope"},
     {"json_schema": {"type": "integer", "multipleOf": 3}},
+    {"json_schema": {"$ref": "#"}},
     {"regex": "("},
     {"regex": r"(?=a)b"},
     {"regex": ""},
@@ -212,6 +213,8 @@ async def test_what_cannot_be_kept_is_refused_before_any_event():
         for options in UNKEPT:
             with pytest.raises(InvalidRequest):
                 await anext(aiter(world.client.generate(QUESTION, **options)))
+        with pytest.raises(InvalidRequest, match="a text can match"):  # only compiling tells
+            await read(world.client.generate(QUESTION, json_schema={"anyOf": [{"$ref": "#"}]}))
 
 
 async def test_without_the_library_the_error_says_what_to_install(monkeypatch):

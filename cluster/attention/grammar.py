@@ -223,6 +223,9 @@ class GrammarCompiler:
     def _compile(self, grammar: AnswerGrammar, key: tuple[str, str]) -> Any:
         try:
             compiled = self._load().compiler.compile_grammar(parse(grammar))
+            first = np.zeros((1, -(-self._vocab_size // 32)), np.int32)
+            if library().GrammarMatcher(compiled).fill_next_token_bitmask(first) and not first.any():
+                raise InvalidRequest(f"response_format.{grammar.kind}", grammar.source, "one that a text can match")
             with self._lock:
                 self._cache[key] = compiled
                 self._num_cached_bytes += compiled.memory_size_bytes

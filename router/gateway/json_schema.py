@@ -74,7 +74,7 @@ class _Checker:
         if beside:
             raise Unsupported(f"{whole} alone at {path}, beside it is {min(beside)}")
         if whole == "$ref":
-            self._resolve(node["$ref"], path)
+            self._target(node, path)
         elif whole in ("const", "enum"):
             self._check_values(node, whole, path)
         else:
@@ -158,11 +158,15 @@ class _Checker:
             node["anyOf"] = node.pop("oneOf")
 
     def _target(self, node: Any, path: str) -> Any:
+        """What a chain of references and schemas that stand alone in an `allOf` leads to."""
         for _ in range(MAX_DEPTH):
-            if not isinstance(node, dict) or "$ref" not in node:
-                break
-            node = self._resolve(node["$ref"], path)
-        return node
+            if isinstance(node, dict) and "$ref" in node:
+                node = self._resolve(node["$ref"], path)
+            elif isinstance(node, dict) and isinstance(node.get("allOf"), list) and len(node["allOf"]) == 1:
+                node = node["allOf"][0]
+            else:
+                return node
+        raise Unsupported(f"a $ref that leads to a schema at {path}, it leads to itself")
 
     def _resolve(self, reference: Any, path: str) -> Any:
         if reference == "#":
