@@ -1,4 +1,4 @@
-"""The command line: `expertmesh COMMAND`; each command is a file of `commands/` whose `add` makes its parser.
+"""The command line: `expertmesh COMMAND`; each command is a file of `cluster/commands/` whose `add` makes its parser.
 
 Heavy modules are imported inside the commands, so that `--help` answers at once. What a machine reads goes to stdout,
 progress and errors to stderr. Exit codes: 0 done, 1 it failed (one line says why), 2 wrong usage, 130 interrupted."""
@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .commands import checkpoint, operate, serve, sessions, status, talk
+from .cluster.commands import checkpoint, operate, serve, sessions, status, talk
 from .errors import ConfigError, ExpertMeshError, InvalidRequest
 
 COMMANDS = (serve, talk, sessions, status, operate, checkpoint)  # in the order of --help

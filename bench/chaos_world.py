@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cluster.app import Cluster, stop_ray
-from ..commands.serve import DEMO_MODEL
+from ..cluster.commands.serve import DEMO_MODEL
 from ..config import NODE, CacheConfig, ClusterConfig, ExchangeConfig, NetworkConfig
 from ..errors import Unavailable
 from ..router.status import ClusterState, ProcessStatus

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import cli
 from ..client import AnswerDelta, AsyncClient, Client, ReasoningDelta, ToolCallDelta
-from ..console import gateway_health
+from ..cluster.commands.console import gateway_health
 from ..deploy.demo import calculate
 from ..deploy.demo_model.tools import CALCULATOR
 from ..errors import DeadlineExceeded, InvalidRequest, NotFound, SessionConflict, Unauthenticated

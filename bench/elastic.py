@@ -28,7 +28,7 @@ import torch
 from ..client import AnswerDelta, AsyncClient, ReasoningDelta
 from ..cluster import app
 from ..cluster.app import Cluster
-from ..commands.serve import DEMO_MODEL
+from ..cluster.commands.serve import DEMO_MODEL
 from ..config import AutoscalingConfig, CacheConfig, ClusterConfig, NetworkConfig
 from ..errors import ExpertMeshError, Unavailable
 from ..experts import worker

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..client import AnswerDelta, Client, Finished, Messages, Session, ToolCallDelta
+from ..cluster.commands.console import TurnPrinter, gateway_health, status_table, summary_of, topology_line
 from ..config import CacheConfig, ClusterConfig, NetworkConfig, SchedulerConfig
-from ..console import TurnPrinter, gateway_health, status_table, summary_of, topology_line
 from ..errors import ExpertMeshError
 from ..request import FinishReason
 from .demo_model.tools import CALCULATOR

@@ -5,7 +5,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("", "client", "commands", "router", "router/gateway", "experts", "cluster", "cluster/attention", "kernels")
+FOLDERS = (
+    "",
+    "router",
+    "router/client",
+    "router/gateway",
+    "experts",
+    "cluster",
+    "cluster/attention",
+    "cluster/commands",
+    "kernels",
+)
 FOLDERS += ("proto", "deploy", "deploy/demo_model", "bench")
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from expertmesh import cli
 from expertmesh.client import AnswerDelta, Finished, ReasoningDelta
-from expertmesh.commands.serve import serve_config
+from expertmesh.cluster.commands.console import TurnPrinter, status_table, summary_of, topology_as_dict
+from expertmesh.cluster.commands.serve import serve_config
 from expertmesh.config import ClusterConfig
-from expertmesh.console import TurnPrinter, status_table, summary_of, topology_as_dict
 from expertmesh.errors import ConfigError
 from expertmesh.proto import expertmesh_pb2 as pb
 from expertmesh.request import FinishReason

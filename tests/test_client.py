@@ -14,13 +14,13 @@ from expertmesh.client import (
     Finished,
     ReasoningDelta,
     Started,
-    gateways,
     make_request,
 )
 from expertmesh.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, SlowReader, Unavailable
 from expertmesh.proto import expertmesh_pb2 as pb
 from expertmesh.redis_server import EmbeddedRedis
 from expertmesh.request import FinishReason
+from expertmesh.router.client import gateways
 from expertmesh.router.gateway.rpc_errors import trailing_metadata
 from expertmesh.router.gateway.session import SessionStore
 

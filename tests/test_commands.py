@@ -10,8 +10,8 @@ from gateway_world import World, gateway, say
 
 from expertmesh import cli
 from expertmesh.client import Client, Event
-from expertmesh.commands.connect import API_KEY_VARIABLE
-from expertmesh.console import TurnPrinter, run_turn
+from expertmesh.cluster.commands.connect import API_KEY_VARIABLE
+from expertmesh.cluster.commands.console import TurnPrinter, run_turn
 from expertmesh.redis_server import EmbeddedRedis
 from expertmesh.request import FinishReason
 from expertmesh.router.gateway.api_keys import ApiKeys, hash_of

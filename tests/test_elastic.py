@@ -15,11 +15,11 @@ from solo_engine import solo_tokens
 from test_cluster import all_idle, client_of, config_of, eventually, greedy, state_or_none
 
 from expertmesh.client import AnswerDelta, Client, ReasoningDelta
-from expertmesh.client.gateways import Unary
 from expertmesh.cluster.app import Cluster
 from expertmesh.config import AutoscalingConfig, ExchangeConfig
 from expertmesh.errors import InvalidRequest
 from expertmesh.proto import expertmesh_pb2 as pb
+from expertmesh.router.client.gateways import Unary
 from expertmesh.router.status import ProcessStatus
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_runtime")]

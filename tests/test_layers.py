@@ -18,6 +18,7 @@ LAYERS = [
         "numerics",
         "checkpoint",
         "model_config",
+        "make_checkpoint",
         "model_source",
         "quantized",
         "remote_file",
@@ -27,7 +28,7 @@ LAYERS = [
     {"router"},
     {"experts"},
     {"cluster"},
-    {"client", "console", "cli", "commands", "make_checkpoint"},
+    {"client", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 RAY_FILES = {
@@ -46,7 +47,7 @@ REDIS_FILES = {"router/gateway/redis_connection.py", "redis_server.py"}
 
 def package_files() -> list[Path]:
     files = [p for p in ROOT.glob("*.py") if p.stem != "__init__"]
-    for layer in ("kernels", "proto", "router", "experts", "cluster", "client", "commands"):
+    for layer in ("kernels", "proto", "router", "experts", "cluster"):
         files += (ROOT / layer).rglob("*.py")
     return sorted(p for p in files if "_pb2" not in p.name)
 

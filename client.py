@@ -13,12 +13,12 @@ whichever gateway answers, if it was asked to be `resumable=True`: its events go
 it is an error, as nobody knows what was said last. Leaving the loop, or `close()`, cancels the work; that of a
 resumable stream goes on for a grace, unless `cancel` ends it."""
 
-from ..router.gateway.tls import ClientTls
-from .asynchronous import AsyncClient, AsyncSession, AsyncStream
-from .blocking import Client, Session, Stream
-from .events import AnswerDelta, Event, Finished, ReasoningDelta, Started, ToolCallDelta
-from .gateways import DEFAULT_ADDRESS
-from .requests import GenerateOptions, Messages, make_request
+from .router.client.asynchronous import AsyncClient, AsyncSession, AsyncStream
+from .router.client.blocking import Client, Session, Stream
+from .router.client.events import AnswerDelta, Event, Finished, ReasoningDelta, Started, ToolCallDelta
+from .router.client.gateways import DEFAULT_ADDRESS
+from .router.client.requests import GenerateOptions, Messages, make_request
+from .router.gateway.tls import ClientTls
 
 __all__ = [
     "DEFAULT_ADDRESS",

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidRequest
+from ...errors import InvalidRequest
 from .connect import add_connection, client_of
 
 if TYPE_CHECKING:
-    from ..client import GenerateOptions
+    from ...router.client.requests import GenerateOptions
 
 
 def add(commands: Any) -> None:
@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
 
 def generate(arguments: argparse.Namespace) -> int:
     text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    from .. import console
+    from . import console
 
     options = _options(arguments, resumable=bool(arguments.session))
     if arguments.json_schema:
@@ -60,7 +60,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 def chat(arguments: argparse.Namespace) -> int:
-    from .. import console
+    from . import console
 
     with client_of(arguments) as client:
         client.topology()  # an address that nobody serves is said now, not after the first line

@@ -9,12 +9,12 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
-from ..errors import ExpertMeshError, InvalidRequest, NotFound, SlowReader, Unavailable
-from ..proto import expertmesh_pb2 as pb
-from ..proto import expertmesh_pb2_grpc as pb_grpc
-from ..router.gateway.link import TOKEN_KEY
-from ..router.gateway.rpc_errors import from_rpc
-from ..router.gateway.tls import ClientTls
+from ...errors import ExpertMeshError, InvalidRequest, NotFound, SlowReader, Unavailable
+from ...proto import expertmesh_pb2 as pb
+from ...proto import expertmesh_pb2_grpc as pb_grpc
+from ..gateway.link import TOKEN_KEY
+from ..gateway.rpc_errors import from_rpc
+from ..gateway.tls import ClientTls
 from .events import Event, Finished, decode_event
 
 T = TypeVar("T")

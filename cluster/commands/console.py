@@ -12,20 +12,12 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
-from .client import (
-    AnswerDelta,
-    Client,
-    Event,
-    Finished,
-    GenerateOptions,
-    ReasoningDelta,
-    Session,
-    Stream,
-    ToolCallDelta,
-)
-from .errors import ExpertMeshError
-from .proto import expertmesh_pb2 as pb
-from .router.gateway.tls import ClientTls
+from ...errors import ExpertMeshError
+from ...proto import expertmesh_pb2 as pb
+from ...router.client.blocking import Client, Session, Stream
+from ...router.client.events import AnswerDelta, Event, Finished, ReasoningDelta, ToolCallDelta
+from ...router.client.requests import GenerateOptions
+from ...router.gateway.tls import ClientTls
 
 SHOWN_DECISIONS = 8
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"

@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import ClusterConfig, environment_overrides, from_mapping, override
-from ..errors import ConfigError
+from ...config import ClusterConfig, environment_overrides, from_mapping, override
+from ...errors import ConfigError
 from .connect import API_KEY_VARIABLE
 
 LOOK_S = 0.5  # between looks at whether an upgrade was asked for
-DEMO_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "demo_model" / "checkpoint"  # what it starts on
+DEMO_MODEL = Path(__file__).resolve().parent.parent.parent / "deploy" / "demo_model" / "checkpoint"  # what it starts on
 
 
 def add(commands: Any) -> None:
@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
 
 def serve(arguments: argparse.Namespace) -> int:
     config = serve_config(arguments, os.environ)
-    from ..cluster.app import Cluster
+    from ..app import Cluster
 
     with _set_by(signal.SIGINT, signal.SIGTERM) as ended, _set_by(signal.SIGUSR1) as renew:
         cluster = Cluster(config, ray_address=arguments.ray_address, progress=_progress, interrupted=ended.is_set)

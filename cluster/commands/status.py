@@ -29,7 +29,7 @@ def status(arguments: argparse.Namespace) -> int:
 
 def show(arguments: argparse.Namespace) -> int:
     """Once; 1 where a gateway does not serve."""
-    from .. import console
+    from . import console
 
     with client_of(arguments) as client:
         topology = client.topology()

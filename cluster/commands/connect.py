@@ -5,7 +5,8 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..client import Client, ClientTls
+    from ...router.client.blocking import Client
+    from ...router.gateway.tls import ClientTls
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 TOKEN_VARIABLE = "EXPERTMESH_NETWORK__CLUSTER_TOKEN"
@@ -28,7 +29,7 @@ def add_connection(parser: argparse.ArgumentParser, *, cluster_token: bool = Fal
 
 
 def client_of(arguments: argparse.Namespace) -> "Client":
-    from ..client import Client
+    from ...router.client.blocking import Client
 
     return Client(
         [a.strip() for a in arguments.address.split(",") if a.strip()],
@@ -41,6 +42,6 @@ def client_of(arguments: argparse.Namespace) -> "Client":
 def tls_of(arguments: argparse.Namespace) -> "ClientTls | None":
     if not (arguments.tls or arguments.tls_ca or arguments.tls_cert or arguments.tls_key):
         return None
-    from ..client import ClientTls
+    from ...router.gateway.tls import ClientTls
 
     return ClientTls(ca_file=arguments.tls_ca, cert_file=arguments.tls_cert, key_file=arguments.tls_key)

@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
 
 
 def list_sessions(arguments: argparse.Namespace) -> int:
-    from .. import console
+    from . import console
 
     with client_of(arguments) as client:
         for session in client.list_sessions():
@@ -36,7 +36,7 @@ def list_sessions(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    from .. import console
+    from . import console
 
     with client_of(arguments) as client:
         json.dump(console.as_dict(client.export_session(arguments.SESSION)), sys.stdout, ensure_ascii=False, indent=1)

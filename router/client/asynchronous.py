@@ -9,8 +9,8 @@ from typing import Any, TypeVar, Unpack
 import grpc
 import grpc.aio
 
-from ..proto import expertmesh_pb2 as pb
-from ..router.gateway.tls import ClientTls
+from ...proto import expertmesh_pb2 as pb
+from ..gateway.tls import ClientTls
 from . import gateways
 from .events import AnswerDelta, Event, Finished
 from .gateways import DEFAULT_ADDRESS, Attempts, Gateways, Route, Unary

@@ -5,8 +5,8 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack
 
-from ..errors import InvalidRequest
-from ..proto import expertmesh_pb2 as pb
+from ...errors import InvalidRequest
+from ...proto import expertmesh_pb2 as pb
 
 Messages = str | Sequence[Mapping[str, Any]]
 """A user's text, or a list of {"role", "content", ...} as the OpenAI API has them."""

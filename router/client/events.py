@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ..proto import expertmesh_pb2 as pb
-from ..request import FinishReason
+from ...proto import expertmesh_pb2 as pb
+from ...request import FinishReason
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,9 @@ def add(commands: Any) -> None:
 
 
 def make_checkpoint(arguments: argparse.Namespace) -> int:
-    from ..console import Stopwatch
-    from ..make_checkpoint import PRESETS
-    from ..make_checkpoint import make_checkpoint as make
+    from ...make_checkpoint import PRESETS
+    from ...make_checkpoint import make_checkpoint as make
+    from .console import Stopwatch
 
     named = arguments.config in PRESETS
     config = arguments.config if named else read_mapping(Path(arguments.config))

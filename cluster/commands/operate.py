@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ..errors import ConfigError
+from ...errors import ConfigError
 from .connect import add_connection, client_of
 
 
