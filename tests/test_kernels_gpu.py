@@ -202,6 +202,21 @@ def test_a_row_does_not_depend_on_other_rows_their_order_or_the_plan(form):
             assert torch.equal(layer.rows(x[:count].contiguous(), ids[:count].contiguous(), plan=plan), y[:count])
 
 
+@pytest.mark.parametrize("form", ["bf16", "fp8"])
+def test_plans_agree_at_the_size_of_a_prefill(form):
+    packed = fp8_weights(16, 2048, 768) if form == "fp8" else weights(16, 2048, 768)
+    layer = ExpertLayer(*packed, kernels="cuda")
+    x, ids, topk_weights = inputs(4096, 128, hidden=2048)
+    ids = torch.where(ids < 16, ids, -1).to(torch.int32)
+    plans = [plan for plan in all_plans(form) if plan.tile >= 64]
+    y = layer.rows(x, ids, plan=plans[0])[ids >= 0]
+    out = layer.combined(x, ids, topk_weights, plan=plans[0])
+    for _ in range(20):
+        for plan in plans:
+            assert torch.equal(layer.rows(x, ids, plan=plan)[ids >= 0], y)
+            assert torch.equal(layer.combined(x, ids, topk_weights, plan=plan), out)
+
+
 def test_a_row_does_not_depend_on_the_number_of_local_experts():
     w13, w2 = weights(8)
     x, ids, _ = inputs(100, 8)
