@@ -49,6 +49,7 @@ class DeviceExperts:
         self._loading = torch.cuda.Stream(device) if on_gpu else None
         self._entered = torch.cuda.Event() if on_gpu else None  # everything before it read older versions
 
+    @torch.inference_mode()  # as all of it, so that what one thread made another may write to
     def place(
         self,
         layer_id: int,
@@ -65,6 +66,7 @@ class DeviceExperts:
         self._loading.synchronize()
         return placed
 
+    @torch.inference_mode()
     def use(self, layers: Mapping[int, PlacedExperts]) -> None:
         """From here on `rows` reads these. Enqueued on the current stream; nothing waits."""
         for layer_id, placed in layers.items():
