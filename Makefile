@@ -77,7 +77,8 @@ MYPY_STRICT := -m expertmesh.errors -m expertmesh.config -m expertmesh.request -
   -m expertmesh.router.leader -m expertmesh.experts.eplb -m expertmesh.experts.eplb_search -m expertmesh.experts.eplb_tables \
   -m expertmesh.experts.placing -m expertmesh.cluster.autoscale -m expertmesh.telemetry \
   -m expertmesh.cluster.membership -m expertmesh.cluster.attention.scheduler -m expertmesh.cluster.attention.kv_cache
-MYPY_BASIC := -p expertmesh.cluster -p expertmesh.experts -p expertmesh.router -m expertmesh.client -m expertmesh.cli
+MYPY_BASIC := -p expertmesh.cluster -p expertmesh.experts -p expertmesh.router -m expertmesh.client -m expertmesh.cli \
+  -m expertmesh.model_source -m expertmesh.remote_file -m expertmesh.deploy.host
 
 format: $(VENV)/.test
 	$(VENV)/bin/ruff check --fix .
