@@ -56,6 +56,7 @@ def test_what_a_random_schema_allows_is_valid_by_it():
         ('{"$ref": "http://x/y"}', "into this schema"),
         ('{"$ref": "#/$defs/x"}', "something that is there"),
         ('{"$ref": "#"}', "it leads to itself"),
+        (r'{"const": "\ud800"}', "values that can be written"),
         ('{"allOf": [{"$ref": "#"}]}', "it leads to itself"),
         ('{"type": "string", "pattern": "a", "maxLength": 3}', "one of lengths"),
         ('{"type": "string", "pattern": "("}', "a regular expression"),

@@ -47,7 +47,12 @@ def check(text: str) -> str:
     except (ValueError, RecursionError) as error:
         raise Unsupported(f"JSON: {error}") from None
     _Checker(schema).check(schema, "#", 0)
-    return json.dumps(schema, ensure_ascii=False)
+    try:
+        said = json.dumps(schema, ensure_ascii=False)
+        said.encode()
+    except (RecursionError, UnicodeEncodeError) as error:  # a lone surrogate, escaped
+        raise Unsupported(f"values that can be written: {error}") from None
+    return said
 
 
 class _Checker:
