@@ -11,8 +11,9 @@ from expertmesh.errors import CheckpointError
 from expertmesh.experts import mlp
 from expertmesh.experts.mlp import LocalExpertMLP
 from expertmesh.experts.scrub import Scrubber
-from expertmesh.experts.truth import block_checksums
+from expertmesh.experts.truth import TOLERANCE, block_checksums
 from expertmesh.make_checkpoint import make_checkpoint
+from expertmesh.numerics import Numerics
 from expertmesh.router.placement import Placement, uniform
 
 NUM_EXPERTS, LAYERS = 8, (0, 2)
@@ -170,6 +171,29 @@ def test_a_machine_that_computes_wrong_serves_nothing(checkpoint, monkeypatch):
     monkeypatch.setattr(LocalExpertMLP, "_host_rows", wrong)
     with pytest.raises(CheckpointError, match="expert 7 of layer 0"):
         make_shard(checkpoint)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_without_batch_invariance_golden_rows_may_differ_by_the_stated_tolerance(checkpoint, monkeypatch, dtype):
+    rows, wrong_by = LocalExpertMLP._host_rows, [0.0]
+
+    def wrong(self, experts, x, slot_ids):
+        products = rows(self, experts, x, slot_ids).clone()
+        products[-1, 3] += wrong_by[0] * products[-1].abs().max()
+        return products
+
+    monkeypatch.setattr(LocalExpertMLP, "_host_rows", wrong)
+
+    def load():
+        experts = LocalExpertMLP(checkpoint, Numerics(), dtype=dtype)
+        experts.set_placement(uniform(3, NUM_EXPERTS, 1, moe_layers=LAYERS), 0)
+
+    load()
+    wrong_by[0] = TOLERANCE[dtype] / 4
+    load()
+    wrong_by[0] = TOLERANCE[dtype] * 3
+    with pytest.raises(CheckpointError):
+        load()
 
 
 def test_a_copy_that_moves_is_judged_by_the_same_truth_without_the_disk(checkpoint, monkeypatch):
