@@ -88,7 +88,7 @@ __shared__ float peaks[8][TILE];
 __shared__ float tile_scales[TILE];
 #endif
 
-// The swizzle is by address: the ring begins at a multiple of 1024. Behind it: row scales, then two chunks of output.
+// The swizzle is by address: the ring begins at a multiple of 1024. Behind it: row scales, then chunks of output.
 __device__ __forceinline__ u32 ring_base() { return shared_address(ring_memory); }
 __device__ __forceinline__ u32 stage_a(int slot) { return ring_base() + slot * STAGE_BYTES; }
 __device__ __forceinline__ u32 stage_b(int slot) { return stage_a(slot) + A_BYTES; }
@@ -335,17 +335,11 @@ extern "C" __global__ void CLUSTER_OF_TWO __launch_bounds__(THREADS, 1)
     if constexpr (MOVE_REGISTERS) registers_up<WARPGROUPS == 3 ? 152 : 224>();
     const int group = (warp >> 2) - 1;
     Ring ring, q, chunks;
-#if ROWS_WIDE
-    if (group == 1) pass_turn(group);  // the first turn is group 0's
-#endif
     while (true) {
       const Tile tile = next_tile<true>(q);
       if (tile.expert < 0) break;
       run(tile, group, ring, chunks, out);
     }
-#if ROWS_WIDE
-    if (group == 0) take_turn(group);  // no turn stays untaken
-#endif
   }
   if constexpr (CLUSTER == 2) cluster_sync();  // the other CTA may still arrive on this one's barriers
 }

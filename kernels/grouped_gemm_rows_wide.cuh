@@ -3,14 +3,11 @@
 // product costs one FFMA for each element and four factors for all, where outputs as M cost a factor for each element
 // as well. Products, factors and order are the same, so are the bits.
 // The tile's rows are chunks of 64; of the W warpgroups, g takes chunks g, g + W, ... PIPELINED (one chunk each): a
-// warpgroup multiplies a group of columns while it scales and adds the one before. Otherwise ORDERED lets the
-// warpgroups take turns at the tensor cores, so that one adds while the other multiplies.
+// warpgroup multiplies a group of columns while it scales and adds the one before. Otherwise the
+// warpgroups overlap each other.
 #pragma once
 #ifndef PIPELINED
 #define PIPELINED (TILE == 128 ? 2 : 0)
-#endif
-#ifndef ORDERED
-#define ORDERED 0
 #endif
 static_assert(FP8 && TILE % (64 * WARPGROUPS) == 0 && M_ROWS == 128, "whole chunks");
 static_assert(K_BLOCKS_1 <= 64 && K_BLOCKS_2 <= 64, "two registers keep a row of block scales");
@@ -19,13 +16,6 @@ static_assert(K_BLOCKS_1 <= 64 && K_BLOCKS_2 <= 64, "two registers keep a row of
 // k-blocks.
 static_assert(K_BLOCKS_1 > STAGES && K_BLOCKS_2 > STAGES, "no warpgroup is a tile ahead of another");
 constexpr int CHUNKS = TILE / 64 / WARPGROUPS;  // of a warpgroup
-
-__device__ __forceinline__ void take_turn(int group) {
-  if constexpr (ORDERED) named_barrier(2 + group, CONSUMERS);
-}
-__device__ __forceinline__ void pass_turn(int group) {
-  if constexpr (ORDERED) named_barrier_arrive(3 - group, CONSUMERS);
-}
 
 template <int GROUPS, int K_BLOCKS>
 struct RowProducts {
@@ -100,7 +90,6 @@ struct RowProducts {
   __device__ __forceinline__ void pass() {
     for (int kb = 0; kb < K_BLOCKS; ++kb) {
       wait_full(ring);
-      for (int i = 0; i < CHUNKS * GROUPS; ++i) take_turn(group), pass_turn(group);
       finish_block();
     }
   }
@@ -114,14 +103,9 @@ struct RowProducts {
       for (int c = 0; c < CHUNKS; ++c)
 #pragma unroll
         for (int g = 0; g < GROUPS; ++g) {
-          take_turn(group);
-          if (c >= USED) {
-            pass_turn(group);
-            continue;
-          }
+          if (c >= USED) continue;
           float product[64], factor[4];
           issue(product, c, g);
-          pass_turn(group);
           load_factors(factor, kb, c, g);
           wgmma_wait<0>();
           pin_registers(product);

@@ -1,7 +1,8 @@
 // grouped_gemm_store.cuh: what becomes of a tile's accumulators.  Part of grouped_gemm.cu.
 // w13: SwiGLU, rounded (FP8: quantised per 64 outputs), to the packed rows that w2 reads; then the rows' counter goes
-// up. w2: bf16 rows of y, each at its pair's place. Few rows: straight from registers.  STAGED: through two chunks of
-// 64 rows in shared memory that a warp of its own drains by bulk stores, so that the warpgroups go on multiplying.
+// up. w2: bf16 rows of y, each at its pair's place. Few rows: straight from registers.  STAGED: through chunks of 64
+// rows in shared memory that a warp of its own drains, so that the warpgroups go on multiplying: 16 bytes a lane, since
+// a bulk store for each row costs more to issue than the row to copy.
 #pragma once
 
 // The fragment of 8 outputs x 8 rows that starts at row 8 j: SwiGLU of gate (first 8 rows of the pair) and up, as bf16.
