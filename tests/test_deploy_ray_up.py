@@ -24,6 +24,7 @@ WHOLE = os.environ.get("RAY_UP_TEST") == "whole"
 LOG = os.environ.get("RAY_UP_LOG", "")
 LAPTOP, HEAD, WORKERS = "10.77.0.9", "10.77.0.1", ["10.77.0.2", "10.77.0.3"][: 2 if WHOLE else 1]
 TOKEN = "between-members"
+WEIGHTS = ("model.safetensors", "model.safetensors.part")
 DEADLINE_S = 240.0
 NOISE = re.compile(
     r"WARN|VINFO|VVINFO|To ensure this mount|^bash: |^\s*$|Loaded cached|re-running|Confirm|Requested|Writing"
@@ -166,7 +167,9 @@ def generate_everywhere(laptop: Laptop) -> None:
         sizes = {host: sum(p.stat().st_blocks * 512 for p in cache.rglob("*.*")) for host, cache in caches.items()}
         shown = ", ".join(f"{host} {size / 1e6:.1f} MB" for host, size in sizes.items())
         laptop.log.lines.append(f"in the hosts' caches: {shown}")
-        assert not list(caches[HEAD].rglob("*.safetensors*")), "the head has no replica and fetched weights"
+        weights = {host for host, cache in caches.items() for name in WEIGHTS if list(cache.rglob(name))}
+        assert weights, "nobody fetched weights"
+        assert HEAD not in weights, "the head has no replica and fetched weights"
 
 
 def grow_and_shrink(laptop: Laptop) -> None:
