@@ -4,11 +4,12 @@ Real gRPC on loopback, each part in a process: two paced fake engines that say a
 model), each behind a gateway; `--normal` clients at each gateway whose time between events is measured, in one process
 and at the same time, so that what else the machine does hits both alike; and, at one of the two gateways, `--stalled`
 clients that read one event and then no more, each of them blocked (its window and the gateway's buffer full) before a
-round is measured. Their work goes on in the engine and over the link until the gateway's limit, so that is in the figure.
-Goal: the normal clients' p99 beside stalled ones within 1.3 of the p99 at the other gateway; at most MAX_KIB_A_CLIENT of
-the gateway's memory for each stalled client, and no more in a later round than in the first; after they hung up no
-request, task, or connection left. Then the limit: stalled clients that stay are ended by the gateway. The last line is
-JSON.
+round is measured. Their work goes on in the engine and over the link until the gateway's limit, and is in the figure.
+
+Goal: the normal clients' p99 beside stalled ones within 1.3 of the p99 at the other gateway; at most MAX_KIB_A_CLIENT
+of the gateway's memory for each stalled client, and no more in a later round than in the first; after they hung up no
+request, task, or connection left. Then the limit: stalled clients that stay are ended by the gateway. The last line
+is JSON.
 
     python -P -m expertmesh.bench.slow_readers [--stalled 200] [--normal 50] [--rounds 3] [--seconds 8]"""
 
