@@ -144,7 +144,7 @@ def bring_up(laptop: Laptop) -> None:
     laptop.type("ray up --yes --no-config-cache deploy/cluster.yaml", keep=4)
     served = laptop.hosts.home(HEAD) / "expertmesh" / "serve.log"
     laptop.until("serve.log on the head says ready", lambda: "ready: gRPC on" in served.read_text())
-    laptop.log.add("ray exec deploy/cluster.yaml 'cat ~/expertmesh/serve.log'", served.read_text())
+    laptop.log.lines += ["serve.log:", *served.read_text().splitlines()]
 
 
 def serve_files(laptop: Laptop, folder: Path) -> None:
