@@ -97,13 +97,15 @@ class GlooExchange:
                 own = part
                 continue
             inbox = self._inboxes[source]
-            inbox.answer_sums.append(row_checksums(part))
-            if inbox.statuses[-1] == HEAD_DAMAGED:
+            inbox.answered_rows = part
+            if inbox.unchecked is None:  # its head was damaged
                 part = torch.zeros(1, self._shape.hidden_size, dtype=self._shape.dtype)
             if part.shape[0]:
                 # The rows stay referenced until the source is heard again, which proves that it has them.
                 inbox.answer = (part, self._send(part, source, tag))
-        if self._turn + 1 < len(self._layers):  # while the sources read their answers
+        for source in self._remote_sources():  # while the sources read their answers
+            self._check(source, handle.layer_id)
+        if self._turn + 1 < len(self._layers):
             for source in self._remote_sources():
                 self._post(source, self._turn + 1)
         else:
@@ -237,6 +239,7 @@ class GlooExchange:
         magic, num_rows, num_pairs, sent_layer, sent_step = words[:5].tolist()
         top_k = self._shape.top_k
         start = rows_at(num_rows, top_k)
+        inbox.unchecked = None
         is_whole = head_is_whole(words, num_rows, top_k, start + num_rows * self._row_words)
         if not is_whole:
             num_rows = num_pairs = start = 0
@@ -249,12 +252,19 @@ class GlooExchange:
         slot_ids = words[slots_at : slots_at + num_rows * top_k].reshape(num_rows, top_k)
         row_words = words[start : start + num_rows * self._row_words].reshape(num_rows, self._row_words)
         rows = torch.from_numpy(row_words).view(self._shape.dtype)
-        sums = words[HEAD_WORDS:slots_at].view(np.int64)
-        status = status_of(rows, row_words, sums) if is_whole else HEAD_DAMAGED
+        if is_whole:
+            inbox.unchecked = rows, row_words, words[HEAD_WORDS:slots_at].view(np.int64)
+        return source, rows, torch.from_numpy(slot_ids), num_pairs
+
+    def _check(self, source: int, layer_id: int) -> None:
+        """The rows of one message, and the checksums of what answered them: after the answer has left, since nobody
+        waits for this before the verdict, and before the next message comes into the same buffer."""
+        inbox = self._inboxes[source]
+        status = HEAD_DAMAGED if inbox.unchecked is None else status_of(*inbox.unchecked)
         inbox.statuses.append(status)
+        inbox.answer_sums.append(row_checksums(inbox.answered_rows))
         if status:
             self._seen.append(self._status_as_bad_row(status, source, self._ep_rank, layer_id))
-        return source, rows, torch.from_numpy(slot_ids), num_pairs
 
     def _send_verdicts(self) -> None:
         for source in self._remote_sources():

@@ -27,13 +27,15 @@ HEAD_DAMAGED = -1
 class Inbox:
     """What one source sends here. Its receive is posted when the rows of the layer before have been multiplied."""
 
-    __slots__ = ("answer", "answer_sums", "buffer", "posted", "statuses", "verdict")
+    __slots__ = ("answer", "answer_sums", "answered_rows", "buffer", "posted", "statuses", "unchecked", "verdict")
 
     def __init__(self) -> None:
         self.buffer = torch.empty(0, dtype=torch.int32)
         self.posted: Work | None = None
         self.answer: tuple[torch.Tensor, Work] | None = None  # kept until the source is heard again
         self.verdict: tuple[torch.Tensor, Work] | None = None  # likewise
+        self.unchecked: tuple[torch.Tensor, Int32Array, Int64Array] | None = None  # arguments of `status_of`
+        self.answered_rows = torch.empty(0)
         self.statuses: list[int] = []  # of each turn's dispatch
         self.answer_sums: list[Int64Array] = []  # [pairs] of each turn's answer
 
