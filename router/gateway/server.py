@@ -38,6 +38,7 @@ from .session import SessionRecord
 from .tokenizer import Tokenizer
 from .validation import check_name, parse
 
+LAST_WORDS_S = 0.5  # for streams that were just cut to say so: else clients see CANCELLED, which nobody asks again
 DRAIN_RETRY_S = 1.0
 MAX_PAGE = 500
 MAX_STREAMS = 4096  # at once on one connection; a client's next calls wait in the client
@@ -154,7 +155,7 @@ class GatewayServer:
         if self.generations.pending is not None:
             await self.generations.pending.close()
         if self._server is not None:
-            await self._server.stop(0)
+            await self._server.stop(LAST_WORDS_S)
 
     # ---- Generation
 
