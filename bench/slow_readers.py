@@ -35,6 +35,7 @@ from ..router.gateway.link import LinkServer
 from ..router.gateway.server import GatewayServer
 from ..router.gateway.tier import AttentionTier
 from ..router.gateway.tokenizer import QWEN3_FOLDER, Tokenizer
+from ..router.heap import freeze_heap
 from .fake_engine import FakeEngine
 from .gateway import METHOD, TEXT, TOKEN, Server, until_ended
 
@@ -92,7 +93,9 @@ async def gateway_process(pipe: Connection, link_address: str) -> None:
         )
         pipe.send(asdict(books))
 
-    pipe.send(await server.start())
+    address = await server.start()
+    freeze_heap()  # as `deployment.py` does
+    pipe.send(address)
     await until_ended(pipe, tell)
     await server.stop()
     await tier.close()

@@ -36,6 +36,7 @@ from ..experts.worker import (
 from ..model_source import open_model
 from ..request import EngineLoad
 from ..router.gateway.link import LinkServer
+from ..router.heap import freeze_heap
 from ..router.mesh import ClusterMesh, MeshOptions
 from ..router.status import ConductorLink, ProcessStatus, report_failure, report_forever, report_rows_forever
 from ..telemetry import (
@@ -137,6 +138,7 @@ class AttentionReplica:
         self._mesh.start(engine.on_header)
         engine.start()
         await self._link.start(spans.around(engine) if spans else engine)
+        freeze_heap()
         self._agent.start()
         return engine
 

@@ -28,6 +28,7 @@ from ..numerics import select_numerics
 from ..router.epoch import StepHeader
 from ..router.exchange import RowShape
 from ..router.group import use_batch_scheduling
+from ..router.heap import freeze_heap
 from ..router.mesh import ClusterMesh, MeshOptions
 from ..router.status import (
     ConductorLink,
@@ -135,6 +136,7 @@ class ExpertShard:
             ]
         )
         server = StepServer(self._mesh, self._telemetry)
+        freeze_heap()
         server.start()
         self._agent.start()
         return server

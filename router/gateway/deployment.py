@@ -17,6 +17,7 @@ from ...errors import NoReplica, Unavailable
 from ...model_config import ModelConfig
 from ...model_source import model_folder
 from ...telemetry import configure
+from ..heap import freeze_heap
 from ..status import ConductorLink, ProcessStatus, report_failure, report_forever
 from .api_keys import ApiKeys
 from .balancer import BalancerConfig
@@ -56,6 +57,7 @@ class Gateway:
             await report_failure(conductor, self.gateway_id, error)
             raise
         self._status = replace(self._status, address=address)
+        freeze_heap()
         self._tasks = [
             asyncio.create_task(self._follow_topology(), name="topology"),
             asyncio.create_task(report_forever(conductor, lambda: self._status), name="reports"),
