@@ -72,7 +72,7 @@ lint: $(VENV)/.test
 MYPY_STRICT := -m expertmesh.errors -m expertmesh.config -m expertmesh.request -m expertmesh.model_config \
   -m expertmesh.router.epoch -m expertmesh.router.placement -m expertmesh.router.dispatch -m expertmesh.router.control \
   -m expertmesh.router.gateway.balancer -m expertmesh.router.gateway.conversation \
-  -m expertmesh.router.gateway.fair_queue -m expertmesh.router.gateway.limits \
+  -m expertmesh.router.gateway.fair_queue \
   -m expertmesh.router.gateway.json_schema -m expertmesh.router.gateway.regex_limits \
   -m expertmesh.router.leader -m expertmesh.experts.eplb -m expertmesh.experts.eplb_search -m expertmesh.experts.eplb_tables \
   -m expertmesh.experts.placing -m expertmesh.cluster.autoscale -m expertmesh.telemetry \
