@@ -16,7 +16,15 @@ from expertmesh.client import (
     Started,
     make_request,
 )
-from expertmesh.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, SlowReader, Unavailable
+from expertmesh.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    RequestCancelled,
+    SlowReader,
+    Unavailable,
+)
 from expertmesh.proto import expertmesh_pb2 as pb
 from expertmesh.redis_server import EmbeddedRedis
 from expertmesh.request import FinishReason
@@ -79,7 +87,9 @@ async def test_leaving_the_loop_cancels_the_work():
         assert len(world.engine.aborted) == 1
         world.engine.allow(1)
         async with AsyncClient(world.server.address) as client, client.generate("hi") as stream:
-            await stream.__anext__()
+            async for event in stream:
+                if isinstance(event, AnswerDelta):
+                    break
         assert await run(world.engine.wait_idle)
         assert len(world.engine.aborted) == 2
 
@@ -224,11 +234,14 @@ async def test_topology_lists_the_gateways_to_dial():
 
 
 class _Refused(grpc.RpcError):
+    def __init__(self, code=grpc.StatusCode.UNAVAILABLE, message="connection refused"):
+        self._code, self._message = code, message
+
     def code(self):
-        return grpc.StatusCode.UNAVAILABLE
+        return self._code
 
     def details(self):
-        return "connection refused"
+        return self._message
 
     def trailing_metadata(self):
         return ()
@@ -285,3 +298,9 @@ def test_a_stream_that_was_not_read_for_long_is_resumed_if_it_can_be(resumable):
     else:
         with pytest.raises(SlowReader):
             route.failed(_Stalled())
+
+
+def test_a_server_that_ends_under_a_call_is_no_cancel_of_ours():
+    cancelled = grpc.StatusCode.CANCELLED
+    assert isinstance(gateways.error_of(_Refused(cancelled, "CANCELLED")), Unavailable)
+    assert isinstance(gateways.error_of(_Refused(cancelled, "Locally cancelled by application!")), RequestCancelled)

@@ -13,7 +13,7 @@ from ...errors import ExpertMeshError, InvalidRequest, NotFound, SlowReader, Una
 from ...proto import expertmesh_pb2 as pb
 from ...proto import expertmesh_pb2_grpc as pb_grpc
 from ..gateway.link import TOKEN_KEY
-from ..gateway.rpc_errors import from_rpc
+from ..gateway.rpc_errors import DETAILS_KEY, from_rpc
 from ..gateway.tls import ClientTls
 from .events import Event, Finished, decode_event
 
@@ -173,7 +173,13 @@ class Route:
 
 
 def error_of(error: Any) -> ExpertMeshError:
-    return from_rpc(error.code(), error.details() or "", tuple(error.trailing_metadata() or ()))
+    metadata, message = tuple(error.trailing_metadata() or ()), error.details() or ""
+    nobody_said_it = not any(key == DETAILS_KEY for key, _ in metadata) and "ocally cancelled" not in message
+    if error.code() is grpc.StatusCode.CANCELLED and nobody_said_it:
+        return Unavailable(
+            f"the gateway ended under the call ({message})"
+        )  # its server cancels what is left at its end
+    return from_rpc(error.code(), message, metadata)
 
 
 # ---------------------------------------------------------------- the calls
