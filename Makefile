@@ -55,10 +55,10 @@ test-gpu: | .link/expertmesh
 
 # The ugly shapes under compute-sanitizer; every tensor an allocation of its own, so that a read past its end shows.
 sanitize-gpu: | .link/expertmesh
-	for tool in memcheck racecheck; do \
-	  PYTHONPATH=.link PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    python3 -P -m pytest -m gpu tests/test_kernels_sanitize_gpu.py || exit 1; \
-	done
+	PYTHONPATH=.link PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+	  python3 -P -m pytest -m gpu tests/test_kernels_sanitize_gpu.py
+	PYTHONPATH=.link RACECHECK=1 compute-sanitizer --tool racecheck --error-exitcode 1 \
+	  python3 -P -m pytest -m gpu tests/test_kernels_sanitize_gpu.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -20,13 +20,12 @@ from typing import Any
 
 import torch
 
-from . import bench_inputs, bench_peers, bench_report, reference
+from . import bench_inputs, bench_peers, bench_report, jit, reference
 from .bench_clock import Call, Ceilings, measure_ceilings, median_us
 from .bench_inputs import FORMS, MODELS, TOP_K, Draw, Shape, Weights
 from .bench_operations import gemm_us, operation_times, plan_for, stage_times
 from .bench_report import Cell
 from .expert_layer import ExpertLayer, LayerForm
-from .grouped_gemm import enable_watchdog
 from .grouped_gemm_mma import MmaPlan, make_plan
 from .plan import GemmPlan
 
@@ -43,7 +42,7 @@ WRONG_PEER = 0.1  # relative difference from us above which a peer computed some
 def main() -> int:
     options = parse()
     if options.watchdog:
-        enable_watchdog()
+        jit.set_debug(WATCHDOG=1)
     started = time.monotonic()
     ceilings = Ceilings(1.0, 1.0, 1.0) if options.once else measure_ceilings()
     device = torch.cuda.get_device_name()

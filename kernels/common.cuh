@@ -34,6 +34,14 @@ __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __e
 
 __device__ __forceinline__ int round_up_8(int n) { return (n + 7) & ~7; }
 
+// Who arrives on a barrier for a warp that has agreed (__syncwarp, or products that the whole warp awaited): its first
+// lane. -DEVERY_LANE_ARRIVES=1: each for itself, for racecheck, which knows no order but from the thread that arrived.
+#ifndef EVERY_LANE_ARRIVES
+#define EVERY_LANE_ARRIVES 0
+#endif
+constexpr u32 WARP_ARRIVALS = EVERY_LANE_ARRIVES ? 32 : 1;
+__device__ __forceinline__ bool arrives(int lane) { return EVERY_LANE_ARRIVES || lane == 0; }
+
 constexpr float E4M3_MAX = 448.0f;
 
 // The scale of a group whose largest magnitude is `peak`; a group of zeros gets 1. NaN and infinity pass through.

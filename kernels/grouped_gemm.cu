@@ -123,8 +123,8 @@ template <bool WHOLE_WARP>
 __device__ __forceinline__ Tile next_tile(Ring& q) {
   barrier_wait(at(barriers.queue_full[q.slot]), q.parity);
   Tile tile = queue[q.slot];
-  if constexpr (WHOLE_WARP) tile = uniform(tile);
-  if (!WHOLE_WARP || (threadIdx.x & 31) == 0) {
+  if constexpr (WHOLE_WARP) tile = uniform(tile), __syncwarp();
+  if (!WHOLE_WARP || arrives(threadIdx.x & 31)) {
     const u32 empty = at(barriers.queue_empty[q.slot]);
     if constexpr (CLUSTER == 1)
       barrier_arrive(empty);
@@ -304,16 +304,16 @@ extern "C" __global__ void CLUSTER_OF_TWO __launch_bounds__(THREADS, 1)
   if (threadIdx.x == 0) {
     if (ring_base() & 1023) __trap();
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(at(barriers.full[i]), 2);                          // one arrival for each operand
-      barrier_init(at(barriers.empty[i]), CLUSTER * WARPGROUPS * 4);  // one for each consumer warp
+      barrier_init(at(barriers.full[i]), 2);                                          // one arrival for each operand
+      barrier_init(at(barriers.empty[i]), CLUSTER * WARPGROUPS * 4 * WARP_ARRIVALS);  // consumer warps
     }
     for (int i = 0; i < QUEUE; ++i) {
       barrier_init(at(barriers.queue_full[i]), 1);
-      barrier_init(at(barriers.queue_empty[i]), CLUSTER * (WARPGROUPS * 4 + 1 + STAGED) + CLUSTER - 1);
+      barrier_init(at(barriers.queue_empty[i]), CLUSTER * ((WARPGROUPS * 4 + STAGED) * WARP_ARRIVALS + 2) - 1);
     }
     for (int i = 0; i < CHUNK_SLOTS; ++i) {
-      barrier_init(at(barriers.chunk_full[i]), ROWS_WIDE ? 4 : WARPGROUPS * 4);  // the warps that write a chunk
-      barrier_init(at(barriers.chunk_empty[i]), 1);
+      barrier_init(at(barriers.chunk_full[i]), (ROWS_WIDE ? 4 : WARPGROUPS * 4) * WARP_ARRIVALS);  // its writers
+      barrier_init(at(barriers.chunk_empty[i]), WARP_ARRIVALS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }

@@ -56,15 +56,6 @@ def grouped_gemm(
     )
 
 
-_debug_defines: dict[str, int] = {}
-
-
-def enable_watchdog() -> None:
-    """From now on a wait of some seconds inside the kernel is an error instead of a hang. For tests and the bench."""
-    _debug_defines["WATCHDOG"] = 1
-    gemm_kernel.cache_clear()
-
-
 @functools.cache
 def gemm_kernel(plan: GemmPlan, hidden_size: int, intermediate_size: int) -> Kernel:
-    return Kernel("grouped_gemm.cu", "grouped_gemm", {**plan.defines(hidden_size, intermediate_size), **_debug_defines})
+    return Kernel("grouped_gemm.cu", "grouped_gemm", plan.defines(hidden_size, intermediate_size))

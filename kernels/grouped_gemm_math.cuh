@@ -6,7 +6,7 @@
 template <int N>
 __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Tile& tile, int group, Ring& ring, const Outputs&) {
   const int k_blocks = tile.second ? K_BLOCKS_2 : K_BLOCKS_1;
-  const bool leader = (threadIdx.x & 31) == 0;
+  const bool leader = arrives(threadIdx.x & 31);
   int previous = 0;
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) acc[i] = 0.0f;  // else ptxas keeps every width's registers alive between tiles
@@ -79,7 +79,7 @@ struct ScaledSum {
     }
     if constexpr (PART == GROUPS - 1) {
       __syncwarp();
-      if (lane == 0) hand_back(ring.slot);
+      if (arrives(lane)) hand_back(ring.slot);
       ring.next(STAGES);
     }
   }

@@ -80,7 +80,8 @@ __device__ __forceinline__ Tile next_tile(Ring& q) {
   auto one = [](int v) { return __shfl_sync(0xffffffffu, v, 0); };
   const Tile tile = {one(seen.expert),   one(seen.entry),  one(seen.first_row),
                      one(seen.num_rows), one(seen.m_tile), one(seen.second)};
-  if ((threadIdx.x & 31) == 0) barrier_arrive(queue_empty[q.slot]);
+  __syncwarp();
+  if (arrives(threadIdx.x & 31)) barrier_arrive(queue_empty[q.slot]);
   q.next(QUEUE);
   return tile;
 }
@@ -288,7 +289,7 @@ __device__ __forceinline__ void multiply(float (&acc)[CHAINS][N / 8][4], const T
         multiply_unit<N>(acc[c], block + sub * SUB_BYTES + lane * 16, block + 4 * SUB_BYTES + sub * SCALE_BYTES, rows,
                          lane);
       __syncwarp();
-      if (lane == 0) barrier_arrive(empty[ring.slot]);
+      if (arrives(lane)) barrier_arrive(empty[ring.slot]);
       ring.next(STAGES);
     }
   }
@@ -370,11 +371,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(full[i], 2 * PRODUCER_ARRIVALS);
-      barrier_init(empty[i], CONSUMERS);
+      barrier_init(empty[i], CONSUMERS * WARP_ARRIVALS);
     }
     for (int i = 0; i < QUEUE; ++i) {
       barrier_init(queue_full[i], 1);
-      barrier_init(queue_empty[i], CONSUMERS + 1);
+      barrier_init(queue_empty[i], (CONSUMERS + 1) * WARP_ARRIVALS);
     }
     barriers_visible();
   }

@@ -150,19 +150,7 @@ def grouped_gemm_mma(
     )
 
 
-_debug_defines: dict[str, int] = {}
-
-
-def set_debug(**defines: int) -> None:
-    """WATCHDOG=1: a wait of some seconds is an error instead of a hang; CP_ASYNC=1: copy as sm_80 does. For tests."""
-    _debug_defines.clear()
-    _debug_defines.update(defines)
-    mma_kernel.cache_clear()
-
-
 @functools.cache
 def mma_kernel(plan: MmaPlan, hidden_size: int, intermediate_size: int, top_k: int, scales_bf16: bool) -> Kernel:
     defines = plan.defines(hidden_size, intermediate_size, top_k)
-    return Kernel(
-        "grouped_gemm_mma.cu", "grouped_gemm_mma", {**defines, "SCALES_BF16": int(scales_bf16), **_debug_defines}
-    )
+    return Kernel("grouped_gemm_mma.cu", "grouped_gemm_mma", {**defines, "SCALES_BF16": int(scales_bf16)})

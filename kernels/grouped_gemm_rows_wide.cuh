@@ -78,7 +78,7 @@ struct RowProducts {
 
   __device__ __forceinline__ void give_back() {
     __syncwarp();
-    if (lane == 0) hand_back_at(empty + ring.slot * 8);
+    if (arrives(lane)) hand_back_at(empty + ring.slot * 8);
   }
 
   __device__ __forceinline__ void finish_block() {

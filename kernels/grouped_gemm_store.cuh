@@ -20,7 +20,7 @@ __device__ __forceinline__ Ring next_chunk(Ring& chunks) {
 __device__ __forceinline__ void chunk_written(const Ring& now, int lane) {
   fence_async_proxy_shared();
   __syncwarp();
-  if (lane == 0) barrier_arrive(at(barriers.chunk_full[now.slot]));
+  if (arrives(lane)) barrier_arrive(at(barriers.chunk_full[now.slot]));
 }
 
 __device__ __forceinline__ void rows_ready(const Tile& tile, const Outputs& out) {
@@ -231,7 +231,7 @@ __device__ __forceinline__ void drain_chunks(int lane, const Outputs& out) {
         bulk_store_wait_read();
       }
       __syncwarp();
-      if (lane == 0) barrier_arrive(at(barriers.chunk_empty[chunks.slot]));
+      if (arrives(lane)) barrier_arrive(at(barriers.chunk_empty[chunks.slot]));
     }
     if (!tile.second) {
       bulk_store_wait_all();

@@ -15,6 +15,7 @@ import os
 import re
 import tempfile
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from . import wgmma
 SUPPORTED_ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a")  # what the CPU checks compile for
 _DIRECTORY = Path(__file__).parent
 _INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"', re.MULTILINE)
-_COMMON_FLAGS = ("--std=c++17", "--ptxas-options=-v")
+_COMMON_FLAGS = ("--std=c++17", "--ptxas-options=-v", "--generate-line-info")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,20 @@ def require_gpu() -> None:
         raise KernelError(f"no GPU to run kernels on: {why}; use the torch path (kernels='torch') or check nvidia-smi")
 
 
+_debug_defines: dict[str, int] = {}
+_kernels: "weakref.WeakSet[Kernel]" = weakref.WeakSet()
+
+
+def set_debug(**defines: int) -> None:
+    """Compile every kernel with these besides its own from now on; for tests and the bench. WATCHDOG=1: a wait of some
+    seconds inside a kernel is an error instead of a hang; CP_ASYNC=1: copy as sm_80 does; EVERY_LANE_ARRIVES=1: for
+    racecheck, see common.cuh."""
+    _debug_defines.clear()
+    _debug_defines.update(defines)
+    for kernel in _kernels:
+        kernel.forget()
+
+
 class Kernel:
     """One `extern "C"` kernel of one translation unit, loaded on each device at its first launch (before any
     capture)."""
@@ -123,6 +138,11 @@ class Kernel:
         self.defines = dict(defines or {})
         self._functions: dict[int, int] = {}
         self._modules: list[Any] = []
+        _kernels.add(self)
+
+    def forget(self) -> None:
+        """Load again at the next launch."""
+        self._functions.clear()
 
     def launch(
         self,
@@ -148,7 +168,7 @@ class Kernel:
             _launch(function, grid, block, shared_bytes, stream, arguments, overlap, self.name)
 
     def _load(self, index: int, shared_bytes: int) -> int:
-        compiled = compile_only(self.file, architecture(index), self.defines)
+        compiled = compile_only(self.file, architecture(index), {**self.defines, **_debug_defines})
         from cupy.cuda.function import Module  # CuPy only where a kernel really runs
 
         with torch.cuda.device(index), _lock:

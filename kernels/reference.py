@@ -78,13 +78,13 @@ def combine(
     return out
 
 
-def quantize_fp8(x: torch.Tensor, group: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_fp8(x: torch.Tensor, group: int = 128, nudge: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Per row and `group` columns: scale = peak / 448 (1 for a group of zeros), values x * (1 / scale) in
-    e4m3. x [..., n]."""
+    e4m3. x [..., n]. `nudge`, of the scale, is added to every value before it is rounded."""
     grouped = x.float().unflatten(-1, (-1, group))
     peak = grouped.abs().amax(-1)
     scales = torch.where(peak == 0, torch.ones_like(peak), peak / torch.full_like(peak, E4M3_MAX))
-    values = (grouped * (1.0 / scales)[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    values = (grouped * (1.0 / scales)[..., None] + nudge).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return values.flatten(-2), scales
 
 
@@ -120,15 +120,17 @@ def expert_rows_fp8(
     w2_scales: torch.Tensor,
     *,
     dtype: torch.dtype = torch.float32,
+    nudge: float = 0.0,
 ) -> torch.Tensor:
-    """W8A8 as the kernel defines it: x quantised per 128 columns, the SwiGLU rows per 64 (one tile's outputs)."""
+    """W8A8 as the kernel defines it: x quantised per 128 columns, the SwiGLU rows per 64 (one tile's outputs).
+    `nudge`: see `quantize_fp8`, of the SwiGLU rows: two calls show which of them lie at an edge of two e4m3 numbers."""
     out = torch.zeros(*ids.shape, rows.shape[1], dtype=dtype, device=rows.device)
     x = dequantize_fp8(*quantize_fp8(rows), dtype=dtype)
     for expert in range(w13.shape[0]):
         row, k = (ids == expert).nonzero(as_tuple=True)
         if row.numel():
             gate_up = x[row] @ dequantize_blocks(w13[expert], w13_scales[expert], dtype=dtype).T
-            h = dequantize_fp8(*quantize_fp8(swiglu(gate_up), 64), 64, dtype=dtype)
+            h = dequantize_fp8(*quantize_fp8(swiglu(gate_up), 64, nudge), 64, dtype=dtype)
             out[row, k] = h @ dequantize_blocks(w2[expert], w2_scales[expert], dtype=dtype).T
     return out
 

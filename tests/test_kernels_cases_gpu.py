@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from expertmesh.kernels import reference
+from expertmesh.kernels import jit, reference
 from expertmesh.kernels.expert_layer import ExpertLayer
-from expertmesh.kernels.grouped_gemm import enable_watchdog
 from expertmesh.kernels.grouped_gemm_mma import MmaPlan, make_plan
 from expertmesh.kernels.pack_int4 import expert_rows_int4, random_int4
 from expertmesh.kernels.plan import GemmPlan, all_plans
@@ -23,11 +22,13 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 DEVICE = "cuda"
-enable_watchdog()  # a hang becomes an error
-ERROR_BOUND = 1e-2  # of one case; W8A8: of the group, whose many pairs even out what follows
+jit.set_debug(WATCHDOG=1)  # a hang becomes an error
+ERROR_BOUND = 1e-2  # of a case and of a group
 # In W8A8 the SwiGLU row is quantised again in between. Where its value lies at the edge of two e4m3 numbers, the tensor
-# cores' last bit decides which it becomes, a step of 1/16 of that element: in a case of few pairs one step shows.
-W8A8_CASE_BOUND = 4e-2
+# cores' last bits decide which it becomes, and in a case of few pairs that one step can be more than 1e-2. What the
+# edges within 2**-12 of the group's peak amount to is computed by the reference and allowed besides; a group of cases
+# gets no allowance.
+EDGE = 448 * 2**-12
 CASES_OF_A_GROUP = 500
 # form, hidden, intermediate, local experts, top_k
 GROUPS = [
@@ -100,7 +101,7 @@ def make_layer(form: str, num_local: int, hidden: int, intermediate: int):
     layer = ExpertLayer(*q, kernels="cuda", form=form)
     if form == "w8a16":
         return layer, exact_rows(reference.dequantize_blocks(q13, s13), reference.dequantize_blocks(q2, s2))
-    return layer, lambda x, ids: reference.expert_rows_fp8(x, ids, *q, dtype=torch.float64)
+    return layer, lambda x, ids, nudge=0.0: reference.expert_rows_fp8(x, ids, *q, dtype=torch.float64, nudge=nudge)
 
 
 def exact_rows(w13, w2):
@@ -138,11 +139,18 @@ def test_random_cases_equal_the_reference_and_do_not_see_each_other(group):
     together = layer.combined(x, local, topk_weights)
     expected = reference.combine(reference_rows(x, local), local, topk_weights, dtype=torch.float64)
     case_of_row = torch.from_numpy(np.repeat(np.arange(len(cases)), [len(c.ids) for c in cases])).to(DEVICE)
-    square = torch.zeros(2, len(cases), dtype=torch.float64, device=DEVICE)
-    square[0].index_add_(0, case_of_row, (got.double() - expected).square().sum(-1))
-    square[1].index_add_(0, case_of_row, expected.square().sum(-1))
-    bound = W8A8_CASE_BOUND if form == "fp8" else ERROR_BOUND
-    near = square[0] <= bound**2 * square[1]  # NaN is far; where nothing is local both are exactly zero
+    edges = torch.zeros_like(expected)
+    if form == "fp8":
+        up, down = (
+            reference.combine(reference_rows(x, local, n), local, topk_weights, dtype=torch.float64)
+            for n in (EDGE, -EDGE)
+        )
+        edges = up - down
+    square = torch.zeros(3, len(cases), dtype=torch.float64, device=DEVICE)
+    for i, rows in enumerate((got.double() - expected, expected, edges)):
+        square[i].index_add_(0, case_of_row, rows.square().sum(-1))
+    error, size, allowed = square.sqrt()
+    near = error <= ERROR_BOUND * size + allowed  # NaN is far; where nothing is local all are exactly zero
     equal = torch.ones(2, len(cases), dtype=torch.int32, device=DEVICE)
     for row, other in enumerate((again, together)):
         same = (got.view(torch.int16) == other.view(torch.int16)).all(-1).int()
@@ -153,8 +161,12 @@ def test_random_cases_equal_the_reference_and_do_not_see_each_other(group):
         "different among the other rows": equal[1] == 0,
     }
     found = {why: [(group, int(c)) for c in mask.nonzero().flatten()] for why, mask in wrong.items() if mask.any()}
-    worst, whole = (square[0] / square[1].clamp_min(1e-300)).max().sqrt(), (square[0].sum() / square[1].sum()).sqrt()
-    assert not found, f"seeds (group, case) of make_case: {found}; worst error {worst:.2e}"
+    excess, whole = ((error - allowed) / size.clamp_min(1e-150)).max(), (square[0].sum() / square[1].sum()).sqrt()
+    print(
+        f"{form}: whole {whole:.2e}, worst case {(error / size.clamp_min(1e-150)).max():.2e}, "
+        f"less its edges {excess:.2e}"
+    )
+    assert not found, f"seeds (group, case) of make_case: {found}; worst error, less its edges {excess:.2e}"
     assert whole <= ERROR_BOUND
 
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from expertmesh.errors import KernelError
-from expertmesh.kernels import reference
+from expertmesh.kernels import jit, reference
 from expertmesh.kernels.combine import combine
 from expertmesh.kernels.expert_layer import ExpertLayer
 from expertmesh.kernels.gate_topk import gate_topk
-from expertmesh.kernels.grouped_gemm import enable_watchdog
 from expertmesh.kernels.pack import swizzle
 from expertmesh.kernels.permute import pack_rows, route
 from expertmesh.kernels.plan import GemmPlan, all_plans
@@ -18,7 +17,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 DEVICE = "cuda"
 HIDDEN, INTERMEDIATE = 256, 128
-enable_watchdog()  # a hang becomes an error
+jit.set_debug(WATCHDOG=1)  # a hang becomes an error
 BF16_PLANS = [
     *all_plans("bf16"),
     GemmPlan(m_rows=32, tile=16, stages=32, form="bf16"),  # these are not chosen, but promised to be right

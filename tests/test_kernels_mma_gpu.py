@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from expertmesh.errors import KernelError
-from expertmesh.kernels import reference
+from expertmesh.kernels import jit, reference
 from expertmesh.kernels.expert_layer import ExpertLayer
-from expertmesh.kernels.grouped_gemm_mma import choose_mma_plan, grouped_gemm_mma, make_plan, set_debug
+from expertmesh.kernels.grouped_gemm_mma import choose_mma_plan, grouped_gemm_mma, make_plan
 from expertmesh.kernels.pack_int4 import random_int4
 from expertmesh.kernels.pack_mma import pack_mma
 from expertmesh.kernels.permute import route
@@ -24,9 +24,9 @@ FORMS = ["bf16", "w8a16", "int4", "int4-zeros"]
 
 @pytest.fixture(autouse=True, scope="module", params=["bulk", "cp.async"])
 def copies(request):
-    set_debug(WATCHDOG=1, **({"CP_ASYNC": 1} if request.param == "cp.async" else {}))
+    jit.set_debug(WATCHDOG=1, **({"CP_ASYNC": 1} if request.param == "cp.async" else {}))
     yield
-    set_debug()
+    jit.set_debug(WATCHDOG=1)
 
 
 def plans(form):

@@ -4,11 +4,12 @@ Every tensor should be an allocation of its own there (PYTORCH_NO_CUDA_MEMORY_CA
 seen. Values are checked by the other tests; here a call must only be clean, and finite where something is local."""
 
 import functools
+import os
 
 import pytest
 import torch
 
-from expertmesh.kernels import reference
+from expertmesh.kernels import jit, reference
 from expertmesh.kernels.expert_layer import ExpertLayer
 from expertmesh.kernels.gate_topk import gate_topk
 from expertmesh.kernels.pack_int4 import random_int4
@@ -18,6 +19,8 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 DEVICE = "cuda"
+if "RACECHECK" in os.environ:  # it follows a barrier only from the threads that arrived on it themselves
+    jit.set_debug(EVERY_LANE_ARRIVES=1)
 TOP_K, NUM_LOCAL = 8, 5
 SIZES = {"fp8_wide": (1024, 768)}  # rows-wide plans need tiles longer than their ring; all others: 256, 128
 
