@@ -1,14 +1,11 @@
 """The control channel: bids, reports and step headers between the members of an epoch and its leader. Plain TCP.
 
 Every attention member listens on the configured interface; members of an epoch connect to its leader. Both sides prove
-that they know the cluster token (HMAC-SHA256 over both nonces) before a frame is read; frames are length-prefixed fixed
-structs, never pickle. One blocking reader thread per connection: an idle cluster costs nothing, and a header needs one
-wake-up from the leader's `sendall` to the member. A send happens in the caller's thread, never through a queue.
-Idea: the challenge-response of multiprocessing.connection, without its pickles."""
+that they know the cluster token (`handshake.py`) before a frame is read; frames are length-prefixed fixed structs,
+never pickle. One blocking reader thread per connection: an idle cluster costs nothing, and a header needs one wake-up
+from the leader's `sendall` to the member. A send happens in the caller's thread, never through a queue."""
 
 import contextlib
-import hmac
-import secrets
 import socket
 import struct
 import threading
@@ -16,14 +13,12 @@ from collections.abc import Callable
 from enum import IntEnum
 
 from ..errors import ExpertMeshError, ReplicaLost, Unauthenticated
+from .handshake import answer, challenge, receive_exactly
 from .leader import BidPlaced, StepDone
 
 _FRAME = struct.Struct("!IB")  # payload bytes, kind
 _BID = struct.Struct("!IIQ")  # decode tokens, prefill tokens, after_step; the traceparent follows
 _DONE = struct.Struct("!Q?")  # step id, failed
-_MAGIC = b"EMC1"
-_NONCE_BYTES = _MAC_BYTES = 32
-_MAX_ID_BYTES = 512
 _MAX_FRAME_BYTES = 1 << 20
 _HANDSHAKE_S = 5.0
 _SEND_S = 5.0  # a peer that takes no byte of a 100-byte frame for so long is lost
@@ -88,10 +83,10 @@ class Channel:
     def _read(self) -> None:
         try:
             while True:
-                size, kind = _FRAME.unpack(_recv_exactly(self._sock, _FRAME.size))
+                size, kind = _FRAME.unpack(receive_exactly(self._sock, _FRAME.size))
                 if size > _MAX_FRAME_BYTES:
                     raise ConnectionError(f"frame of {size} bytes")
-                payload = _recv_exactly(self._sock, size)
+                payload = receive_exactly(self._sock, size)
                 self._on_frame(self.peer_id, Kind(kind), payload)
         except (OSError, ValueError, struct.error, ExpertMeshError):
             _shut(self._sock)
@@ -140,7 +135,7 @@ class ControlServer:
     def _welcome(self, sock: socket.socket) -> None:
         try:
             sock.settimeout(_HANDSHAKE_S)
-            peer_id = _challenge(sock, self._token)
+            peer_id = challenge(sock, self._token)
         except (OSError, ValueError, Unauthenticated):
             _shut(sock)
             return
@@ -170,7 +165,7 @@ def connect(
     """Connect to a leader's ControlServer. The channel's peer_id is `host:port`."""
     sock = socket.create_connection((host, port), timeout=_HANDSHAKE_S, source_address=(interface, 0))
     try:
-        _answer(sock, cluster_token.encode(), own_id)
+        answer(sock, cluster_token.encode(), own_id)
     except (OSError, ValueError) as error:
         _shut(sock)
         raise Unauthenticated(f"control channel at {host}:{port} refused {own_id!r}: wrong cluster token?") from error
@@ -180,51 +175,6 @@ def connect(
     channel = Channel(sock, f"{host}:{port}", on_frame, on_lost)
     channel.start()
     return channel
-
-
-def _challenge(sock: socket.socket, token: bytes) -> str:
-    """Server's half: returns the proven member id."""
-    own_nonce = secrets.token_bytes(_NONCE_BYTES)
-    sock.sendall(_MAGIC + own_nonce)
-    peer_nonce = _recv_exactly(sock, _NONCE_BYTES)
-    (id_bytes,) = struct.unpack("!H", _recv_exactly(sock, 2))
-    if id_bytes > _MAX_ID_BYTES:
-        raise Unauthenticated("member id too long")
-    member_id = _recv_exactly(sock, id_bytes)
-    proof = _recv_exactly(sock, _MAC_BYTES)
-    if not hmac.compare_digest(proof, _mac(token, b"member", own_nonce, peer_nonce, member_id)):
-        raise Unauthenticated("wrong cluster token")
-    sock.sendall(_mac(token, b"leader", own_nonce, peer_nonce, member_id))
-    return member_id.decode()
-
-
-def _answer(sock: socket.socket, token: bytes, own_id: str) -> None:
-    """Member's half: proves itself first, then checks the leader."""
-    if _recv_exactly(sock, len(_MAGIC)) != _MAGIC:
-        raise Unauthenticated("peer speaks another protocol")
-    peer_nonce = _recv_exactly(sock, _NONCE_BYTES)
-    own_nonce, member_id = secrets.token_bytes(_NONCE_BYTES), own_id.encode()
-    proof = _mac(token, b"member", peer_nonce, own_nonce, member_id)
-    sock.sendall(own_nonce + struct.pack("!H", len(member_id)) + member_id + proof)
-    if not hmac.compare_digest(
-        _recv_exactly(sock, _MAC_BYTES), _mac(token, b"leader", peer_nonce, own_nonce, member_id)
-    ):
-        raise Unauthenticated("the leader does not know the cluster token")
-    _recv_exactly(sock, 1)  # registered
-
-
-def _mac(token: bytes, role: bytes, leader_nonce: bytes, member_nonce: bytes, member_id: bytes) -> bytes:
-    return hmac.digest(token, role + leader_nonce + member_nonce + member_id, "sha256")
-
-
-def _recv_exactly(sock: socket.socket, size: int) -> bytes:
-    chunks = bytearray()
-    while len(chunks) < size:
-        chunk = sock.recv(size - len(chunks))
-        if not chunk:
-            raise ConnectionError("closed by peer")
-        chunks += chunk
-    return bytes(chunks)
 
 
 def _never_hang(sock: socket.socket) -> None:
