@@ -62,6 +62,11 @@ class LoadProgress:
     def bytes_per_s(self) -> float:
         return self.bytes_read / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
+    @property
+    def summary(self) -> str:
+        """ "58.0 GB, 9.6 GB/s"."""
+        return f"{self.bytes_read / 1e9:.1f} GB, {self.bytes_per_s / 1e9:.1f} GB/s"
+
     def __str__(self) -> str:
         percent = 100 * self.bytes_read / self.bytes_total if self.bytes_total else 100.0
         megabytes = f"{self.bytes_read / 1e6:,.1f} of {self.bytes_total / 1e6:,.1f} MB"

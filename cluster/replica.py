@@ -39,6 +39,7 @@ from ..router.gateway.link import LinkServer
 from ..router.heap import freeze_heap
 from ..router.mesh import ClusterMesh, MeshOptions
 from ..router.status import ConductorLink, ProcessStatus, report_failure, report_forever, report_rows_forever
+from ..startup_phases import StartupPhases
 from ..telemetry import (
     ATTR_EPOCH,
     ATTR_NUM_TOKENS,
@@ -72,7 +73,7 @@ class AttentionReplica:
         self._colocated = config.layout == "colocated"
         self._role = "colocated" if self._colocated else "attention"
         self.member_id, self._conductor = replica_name(self._role), conductor
-        self._detail, self._draining = "", False
+        self._detail, self._draining, self._phases = "", False, StartupPhases()
         self._engine: Engine | None = None
         self._scrubber: Scrubber | None = None
         self._row_reporter: asyncio.Task[None] | None = None  # of one that owns experts
@@ -89,11 +90,11 @@ class AttentionReplica:
 
     async def _build(self, config: ClusterConfig, make_agent: MakeAgent) -> Engine:
         checkpoint = await asyncio.to_thread(open_model, config.model, config.weights)
-        runner = await asyncio.to_thread(load_runner, config, checkpoint, self._show)
+        runner = await asyncio.to_thread(load_runner, config, checkpoint, self._show, self._phases)
         max_model_len = config.max_model_len or checkpoint.config.max_position_embeddings
         experts = None
         if self._colocated and checkpoint.config.num_experts:
-            experts = await asyncio.to_thread(load_experts, config, checkpoint, self._show)
+            experts = await asyncio.to_thread(load_experts, config, checkpoint, self._show, self._phases)
         self._mesh = ClusterMesh(
             self.member_id,
             attention=True,
@@ -140,6 +141,7 @@ class AttentionReplica:
         await self._link.start(spans.around(engine) if spans else engine)
         freeze_heap()
         self._agent.start()
+        self._phases.log(self.member_id)
         return engine
 
     def check_health(self) -> None:
@@ -184,7 +186,11 @@ class AttentionReplica:
 
     def _status(self) -> ProcessStatus:
         process = ProcessStatus(
-            name=self.member_id, role=self._role, detail=self._detail, pid=os.getpid(), node=node_name()
+            name=self.member_id,
+            role=self._role,
+            detail=self._detail or str(self._phases),
+            pid=os.getpid(),
+            node=node_name(),
         )
         if self._engine is None:
             return process
@@ -261,7 +267,9 @@ class StepTelemetry:
             telemetry.start(SPAN_STEP, first, attributes, others, started_at=stats.started_at).end(stats.error)
 
 
-def load_runner(config: ClusterConfig, checkpoint: Checkpoint, progress: ProgressCallback) -> Runner:
+def load_runner(
+    config: ClusterConfig, checkpoint: Checkpoint, progress: ProgressCallback, phases: StartupPhases
+) -> Runner:
     """This tier's weights and KV pool."""
     return Runner.load(
         checkpoint,
@@ -270,4 +278,5 @@ def load_runner(config: ClusterConfig, checkpoint: Checkpoint, progress: Progres
         device=compute_device(config),
         batch_invariant=is_batch_invariant(config),
         progress=progress,
+        phases=phases,
     )

@@ -20,6 +20,7 @@ from ..errors import CheckpointError, EpochError
 from ..kernels.expert_layer import why_no_kernels
 from ..numerics import MAX_ROWS, Numerics, select_numerics, silu_mul
 from ..router.placement import Placement
+from ..startup_phases import StartupPhases
 from .device_experts import DeviceExperts, PlacedExperts, expected_pairs
 from .truth import Truths
 from .weights import LayerExperts, expert_bytes_on_disk, expert_shapes, load_layer
@@ -47,8 +48,10 @@ class LocalExpertMLP:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         progress: ProgressCallback | None = None,
+        phases: StartupPhases | None = None,
     ) -> None:
         self.checkpoint, self.dtype, self.device, self.progress = checkpoint, dtype, device, progress
+        self.phases = phases or StartupPhases()
         shapes = expert_shapes(checkpoint.config)
         self.numerics = numerics or select_numerics(
             batch_invariant=torch.device(device).type == "cpu",
@@ -78,8 +81,9 @@ class LocalExpertMLP:
             for layer_id, ids in wanted.items()
         )
         meter = ProgressMeter(f"experts of ep_rank {ep_rank}", total, self.progress)
-        layers = {layer_id: self._resident_or_loaded(layer_id, ids, meter) for layer_id, ids in wanted.items()}
-        meter.finish()
+        with self.phases.phase("experts"):
+            layers = {layer_id: self._resident_or_loaded(layer_id, ids, meter) for layer_id, ids in wanted.items()}
+        self.phases.note("experts", meter.finish().summary)
         made = ResidentPlacement(placement.version, placement.ep_size, layers)
         self._resident[placement.version] = made
         if self._current is None:

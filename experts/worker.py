@@ -39,6 +39,7 @@ from ..router.status import (
     report_forever,
     report_rows_forever,
 )
+from ..startup_phases import StartupPhases
 from ..telemetry import (
     ATTR_EPOCH,
     ATTR_STEP_ID,
@@ -92,7 +93,7 @@ class ExpertShard:
     ) -> None:
         config = config_here(config_text)
         self.member_id, self._conductor = replica_name("expert"), conductor
-        self._detail, self._draining = "", False
+        self._detail, self._draining, self._phases = "", False, StartupPhases()
         self._last = ProcessStatus(name=self.member_id, role="expert")
         self._server: StepServer | None = None
         settle_on_cpu()
@@ -108,7 +109,7 @@ class ExpertShard:
 
     async def _build(self, config: ClusterConfig, make_agent: MakeAgent) -> "StepServer":
         checkpoint = await asyncio.to_thread(open_model, config.model, config.weights)
-        self._experts = await asyncio.to_thread(load_experts, config, checkpoint, self._show)
+        self._experts = await asyncio.to_thread(load_experts, config, checkpoint, self._show, self._phases)
         self._mesh = ClusterMesh(
             self.member_id,
             attention=False,
@@ -176,7 +177,7 @@ class ExpertShard:
             name=self.member_id,
             role="expert",
             state=state_of(epoch is not None, self._draining),
-            detail=self._detail,
+            detail=self._detail or str(self._phases),
             pid=os.getpid(),
             node=node_name(),
             epoch=epoch.number if epoch else 0,
@@ -282,7 +283,10 @@ def config_here(config_text: str) -> ClusterConfig:
 
 
 def load_experts(
-    config: ClusterConfig, checkpoint: Checkpoint, progress: Callable[[LoadProgress], None]
+    config: ClusterConfig,
+    checkpoint: Checkpoint,
+    progress: Callable[[LoadProgress], None],
+    phases: StartupPhases | None = None,
 ) -> LocalExpertMLP:
     """The expert product of this process; its weights come with the first placement."""
     device, dtype = compute_device(config), compute_dtype(config, checkpoint)
@@ -290,7 +294,7 @@ def load_experts(
     numerics = select_numerics(
         batch_invariant=is_batch_invariant(config), linear_shapes=shapes, batched_shapes=shapes, device=device
     )
-    return LocalExpertMLP(checkpoint, numerics, dtype=dtype, device=device, progress=progress)
+    return LocalExpertMLP(checkpoint, numerics, dtype=dtype, device=device, progress=progress, phases=phases)
 
 
 def start_scrub(config: ClusterConfig, mesh: ClusterMesh, experts: LocalExpertMLP, agent: Agent) -> Scrubber:

@@ -20,6 +20,8 @@ LAYERS = [
         "model_config",
         "make_checkpoint",
         "model_source",
+        "startup_phases",
+        "dummy_checkpoint",
         "quantized",
         "remote_file",
         "redis_server",

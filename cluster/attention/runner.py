@@ -17,6 +17,7 @@ from ...config import CacheConfig
 from ...errors import CheckpointError, StartupError
 from ...model_config import ModelConfig
 from ...router.contracts import StepContext
+from ...startup_phases import StartupPhases
 from .batch import ScheduledTokens, StepBatch, build
 from .model import Model
 from .sampler import Sampled, Sampler
@@ -71,6 +72,7 @@ class Runner:
         device: torch.device | str = "cpu",
         batch_invariant: bool = True,
         progress: ProgressCallback | None = None,
+        phases: StartupPhases | None = None,
     ) -> "Runner":
         """Load this tier's weights and make the KV pool. `vocab_size` = ids that may be sampled, 0 = those that the
         checkpoint's tokenizer knows.
@@ -84,21 +86,24 @@ class Runner:
         num_blocks = size_kv_pool(
             checkpoint.config, cache, dtype=dtype, weight_bytes=weight_bytes, available_bytes=available_bytes
         )
-        model = Model.load(
-            checkpoint,
-            dtype=dtype,
-            device=device,
-            block_size=cache.block_size,
-            batch_invariant=batch_invariant,
-            progress=progress,
-        )
-        return cls(
-            model,
-            num_blocks=num_blocks,
-            block_size=cache.block_size,
-            vocab_size=vocab_size or tokenizer_vocab_size(checkpoint),
-            device=device,
-        )
+        phases = phases or StartupPhases()
+        with phases.phase("weights"):
+            model = Model.load(
+                checkpoint,
+                dtype=dtype,
+                device=device,
+                block_size=cache.block_size,
+                batch_invariant=batch_invariant,
+                progress=progress,
+            )
+        with phases.phase("kv"):
+            return cls(
+                model,
+                num_blocks=num_blocks,
+                block_size=cache.block_size,
+                vocab_size=vocab_size or tokenizer_vocab_size(checkpoint),
+                device=device,
+            )
 
     def build(self, scheduled: Seq[ScheduledTokens]) -> StepBatch:
         return build(scheduled, block_size=self.block_size, device=self.device)
