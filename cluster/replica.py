@@ -13,6 +13,7 @@ from dataclasses import replace
 from ..checkpoint import Checkpoint, LoadProgress, ProgressCallback
 from ..config import ClusterConfig
 from ..errors import ExpertMeshError, Unavailable
+from ..experts.copies import CopyServer
 from ..experts.scrub import Scrubber
 from ..experts.worker import (
     LEAVE_S,
@@ -30,8 +31,10 @@ from ..experts.worker import (
     replica_name,
     row_shape,
     settle_on_cpu,
+    start_copies,
     start_scrub,
     state_of,
+    take_copies,
 )
 from ..model_source import open_model
 from ..request import EngineLoad
@@ -76,6 +79,7 @@ class AttentionReplica:
         self._detail, self._draining, self._phases = "", False, StartupPhases()
         self._engine: Engine | None = None
         self._scrubber: Scrubber | None = None
+        self._copies: CopyServer | None = None  # of one that owns experts
         self._row_reporter: asyncio.Task[None] | None = None  # of one that owns experts
         settle_on_cpu()
         self._reporter = asyncio.create_task(report_forever(conductor, self._status))
@@ -95,10 +99,12 @@ class AttentionReplica:
         experts = None
         if self._colocated and checkpoint.config.num_experts:
             experts = await asyncio.to_thread(load_experts, config, checkpoint, self._show, self._phases)
+            self._copies = start_copies(config, checkpoint, experts)
         self._mesh = ClusterMesh(
             self.member_id,
             attention=True,
             experts=experts,
+            copies_port=self._copies.port if self._copies is not None else 0,
             shape=row_shape(config, checkpoint),
             options=MeshOptions.of(config),
             on_trouble=self._on_trouble,
@@ -134,6 +140,7 @@ class AttentionReplica:
         self._steps.watch(engine.load)
         self._agent = make_agent(self._mesh, self._conductor)
         if experts is not None:
+            take_copies(config, checkpoint, self._mesh, experts)
             self._scrubber = start_scrub(config, self._mesh, experts, self._agent)
         self._telemetry.watch(guard_gauges(self._mesh, self._scrubber))
         self._mesh.start(engine.on_header)
@@ -171,6 +178,8 @@ class AttentionReplica:
         if self._scrubber is not None:
             await asyncio.to_thread(self._scrubber.stop)
         await asyncio.to_thread(self._agent.drain, LEAVE_S)
+        if self._copies is not None:
+            self._copies.close()
         await asyncio.to_thread(self._agent.stop)
         await asyncio.to_thread(self._engine.stop)
         self._mesh.close()

@@ -11,6 +11,8 @@ the work."""
 
 import logging
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ from ..numerics import MAX_ROWS, Numerics, select_numerics, silu_mul
 from ..router.placement import Placement
 from ..startup_phases import StartupPhases
 from .device_experts import DeviceExperts, PlacedExperts, expected_pairs
-from .truth import Truths
+from .truth import ExpertTruth, Truths
 from .weights import LayerExperts, expert_bytes_on_disk, expert_shapes, load_layer
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,14 @@ class ResidentPlacement:
     version: int
     ep_size: int
     layers: dict[int, LayerExperts | PlacedExperts]  # by layer id, MoE layers only
+
+
+class CopySource(Protocol):
+    """Other processes' copies (`copies.PeerCopies`)."""
+
+    def fetch(self, layer_id: int, logical: int, w13: torch.Tensor, w2: torch.Tensor) -> ExpertTruth | None: ...
+
+    def release(self) -> None: ...
 
 
 class LocalExpertMLP:
@@ -62,6 +72,7 @@ class LocalExpertMLP:
         self._resident: dict[int, ResidentPlacement] = {}
         self._current: ResidentPlacement | None = None
         self.truths = Truths(checkpoint, self.numerics, dtype)
+        self._peers: CopySource | None = None
         self._on_device = _experts_on_device(checkpoint, dtype, torch.device(device))
 
     @property
@@ -83,6 +94,7 @@ class LocalExpertMLP:
         meter = ProgressMeter(f"experts of ep_rank {ep_rank}", total, self.progress)
         with self.phases.phase("experts"):
             layers = {layer_id: self._resident_or_loaded(layer_id, ids, meter) for layer_id, ids in wanted.items()}
+        self.release_peers()
         self.phases.note("experts", meter.finish().summary)
         made = ResidentPlacement(placement.version, placement.ep_size, layers)
         self._resident[placement.version] = made
@@ -159,10 +171,33 @@ class LocalExpertMLP:
             return self._on_device.place(layer_id, ids, older, meter)
         on_host = [e for e in resident if isinstance(e, LayerExperts)]
         made = load_layer(
-            self.checkpoint, layer_id, ids, dtype=self.dtype, device=self.device, resident=on_host, meter=meter
+            self.checkpoint,
+            layer_id,
+            ids,
+            dtype=self.dtype,
+            device=self.device,
+            resident=on_host,
+            fetch=partial(self.fetch_from_peer, layer_id),
+            meter=meter,
         )
         self._verify(layer_id, made)
         return made
+
+    def take_from(self, peers: CopySource) -> None:
+        """They are asked before the disk, for experts in host memory."""
+        self._peers = peers
+
+    def release_peers(self) -> None:
+        if self._peers is not None:
+            self._peers.release()
+
+    def fetch_from_peer(self, layer_id: int, logical: int, w13: torch.Tensor, w2: torch.Tensor) -> bool:
+        """Whether another process gave this expert. The caller holds it against its truth."""
+        truth = self._peers.fetch(layer_id, logical, w13, w2) if self._peers and w13.device.type == "cpu" else None
+        if truth is None:
+            return False
+        self.truths.learn(layer_id, logical, truth)
+        return True
 
     def resident_layers(self) -> list[tuple[int, LayerExperts]]:
         """What lies in host memory, layer by layer, of all resident placements."""

@@ -3,9 +3,10 @@
 One low-priority thread walks through every resident expert and compares the bytes with `truth.py`'s checksums. It takes
 at most `max_share` of a core, and as much less as a whole round within `period_s` needs; where the weights are too many
 for both, the share wins and the round takes longer (`round_s` says how long). A damaged expert is overwritten in place
-by another copy in this process that fits its truth, else from disk; a forward in progress reads at worst what it would
-have read before. Every product since the expert's last clean check is suspect: the fault says how many rows that are,
-and since when. An expert that cannot be repaired is reported, so that the shard is drained.
+by another copy that fits its truth, in this process, else from a peer's memory, else from disk; a forward in progress
+reads at worst what it would have read before. Every product since the expert's last clean check is suspect: the fault
+says how many rows that are, and since when. An expert that cannot be repaired is reported, so that the shard is
+drained.
 
 Idea: the patrol scrub of ECC memory, for what ECC does not see or a machine does not have."""
 
@@ -24,6 +25,7 @@ import torch
 
 from ..errors import CheckpointError
 from .mlp import LocalExpertMLP
+from .truth import ExpertTruth
 from .weights import LayerExperts
 
 _log = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ class WeightFault:
     last_clean_at: float
     found_at: float
     num_rows: int  # computed with it between those two times, at least
-    repaired_from: str  # "memory", "disk", or "" where it could not be
+    repaired_from: str  # "memory", "peer", "disk", or "" where it could not be
 
     def __str__(self) -> str:
         seconds = self.found_at - self.last_clean_at
@@ -189,12 +191,23 @@ class Scrubber:
             same = (other.layer_id, other.logical) == (cell.layer_id, cell.logical)
             if same and other.key != cell.key and truth.fits(*other.parts):
                 return "memory" if self._overwrite(cell, *other.parts) else ""
+        if self._fetch(cell, truth):
+            return "peer"
         try:
             read = self._experts.truths.read(cell.layer_id, cell.logical)
         except CheckpointError as error:
             _log.error("expert %d of layer %d cannot be read again: %s", cell.logical, cell.layer_id, error)
             return ""
         return "disk" if truth.fits(*read) and self._overwrite(cell, *read) else ""
+
+    def _fetch(self, cell: _Cell, truth: ExpertTruth) -> bool:
+        """From another process, beside the damaged one: it is replaced by nothing but the expert's very bytes."""
+        w13, w2 = self._experts.truths.empty()
+        try:
+            found = self._experts.fetch_from_peer(cell.layer_id, cell.logical, w13, w2)
+        finally:
+            self._experts.release_peers()
+        return found and truth.fits(w13, w2) and self._overwrite(cell, w13, w2)
 
     def _overwrite(self, cell: _Cell, w13: torch.Tensor, w2: torch.Tensor) -> bool:
         """True when the memory then holds what was written; a stuck bit does not."""

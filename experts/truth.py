@@ -2,10 +2,10 @@
 
 A **truth** is one expert's block checksums (`router/guard.py`, a sum for every 16 KiB) and its **golden rows**: the
 products of fixed input rows by the reference path, two plain products over a scratch copy, without slots, segments or
-batches. It is made once in a process for each expert and does not depend on where copies are, so it judges every copy
-that comes later: loaded from disk, copied from memory, repaired. The second reading is what makes it worth something:
-damage between file and memory, a wrong slice, a wrong slot or a product that is wrong on this machine all show as a
-difference before the shard reports READY.
+batches. It is made once in a process for each expert, or comes with a copy from the process that made it, and does not
+depend on where copies are, so it judges every copy that comes later: loaded from disk, copied from memory, from a peer,
+repaired. The second reading is what makes it worth something: damage between file and memory, a wrong slice, a wrong
+slot or a product that is wrong on this machine all show as a difference before the shard reports READY.
 
 Tolerance: none in batch-invariant mode, where a row's bits depend on the row and the expert alone. Otherwise the
 largest error may be `TOLERANCE` of the row's largest value. Experts packed on a GPU are checked by neither yet."""
@@ -24,6 +24,11 @@ from .weights import read_expert
 NUM_GOLDEN_ROWS = 2
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 _BLOCK_WORDS = 4096
+
+
+def num_blocks(num_bytes: int) -> int:
+    """Checksums of so many bytes."""
+    return -(-num_bytes // (4 * _BLOCK_WORDS))
 
 
 def block_checksums(weights: torch.Tensor) -> Int64Array:
@@ -70,23 +75,31 @@ class Truths:
             self._known[key] = self._make(w13, w2)
         return self._known[key]
 
+    def known(self, layer_id: int, logical: int) -> ExpertTruth | None:
+        """None where it would have to be made."""
+        return self._known.get((layer_id, logical))
+
+    def learn(self, layer_id: int, logical: int, truth: ExpertTruth) -> None:
+        """One that another process made (`copies.py`); what was made here stays."""
+        self._known.setdefault((layer_id, logical), truth)
+
     def forget(self, layer_id: int, logical: int) -> None:
         self._known.pop((layer_id, logical), None)
 
     def read(self, layer_id: int, logical: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A copy from disk: w13 [2 * width, hidden], w2 [hidden, width]. CheckpointError where it cannot be."""
-        w13, w2 = self._empty()
+        w13, w2 = self.empty()
         read_expert(self._checkpoint, layer_id, logical, w13, w2)
         return w13, w2
 
-    def _empty(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def empty(self) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, width = self._checkpoint.config.hidden_size, self._checkpoint.config.moe_intermediate_size
         return torch.empty(2 * width, hidden, dtype=self._dtype), torch.empty(hidden, width, dtype=self._dtype)
 
     def _room(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Used again and again: memory that is taken and given back for every expert is not all given back."""
         if not hasattr(self._scratch, "room"):
-            self._scratch.room = self._empty()
+            self._scratch.room = self.empty()
         room: tuple[torch.Tensor, torch.Tensor] = self._scratch.room
         return room
 

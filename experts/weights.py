@@ -3,17 +3,19 @@
 The final tensors are allocated first and every slice is read straight into its place (converted piece by piece
 where the dtype differs), so a shard's memory grows by the bytes of its own experts and not by what the files hold.
 An expert that is resident already (an older placement, a second copy in the same layer) is copied from memory
-instead of read again. Experts may be stored singly (`experts.E.gate_proj.weight` ...) or fused
-(`experts.gate_up_proj` [experts, 2 * width, hidden], gate first, and `experts.down_proj` [experts, hidden, width];
-transformers' own layout in memory)."""
+instead of read again; one that a peer has comes from its memory (`copies.py`). Experts may be stored singly
+(`experts.E.gate_proj.weight` ...) or fused (`experts.gate_up_proj` [experts, 2 * width, hidden], gate first, and
+`experts.down_proj` [experts, hidden, width]; transformers' own layout in memory)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..checkpoint import Checkpoint, ProgressMeter
 from ..model_config import ModelConfig
+
+Fetch = Callable[[int, torch.Tensor, torch.Tensor], bool]  # (logical expert, its w13, w2): whether they were filled
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,9 +37,10 @@ def load_layer(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     resident: Sequence[LayerExperts] = (),
+    fetch: Fetch | None = None,
     meter: ProgressMeter | None = None,
 ) -> LayerExperts:
-    """The experts `logical_ids` of one layer, slot by slot; from `resident` where they are there."""
+    """The experts `logical_ids` of one layer, slot by slot; from `resident` where they are there, else by `fetch`."""
     config = checkpoint.config
     hidden, width, num_slots = config.hidden_size, config.moe_intermediate_size, len(logical_ids)
     w13 = torch.empty(num_slots, 2 * width, hidden, dtype=dtype, device=device)
@@ -51,7 +54,10 @@ def load_layer(
             w2[slot].zero_()
             continue
         source = _find(logical, made, slot, resident)
-        if source is None:
+        if source is None and fetch is not None and fetch(logical, w13[slot], w2[slot]):
+            if meter is not None:
+                meter.add(expert_bytes_on_disk(checkpoint, layer_id))
+        elif source is None:
             read_expert(checkpoint, layer_id, logical, w13[slot], w2[slot], meter)
         else:
             experts, its_slot = source

@@ -57,6 +57,7 @@ from ..telemetry import (
     Telemetry,
     configure,
 )
+from .copies import CopyLayout, CopyServer, PeerCopies
 from .mlp import LocalExpertMLP
 from .scrub import Scrubber, WeightFault
 from .weights import expert_shapes
@@ -110,14 +111,17 @@ class ExpertShard:
     async def _build(self, config: ClusterConfig, make_agent: MakeAgent) -> "StepServer":
         checkpoint = await asyncio.to_thread(open_model, config.model, config.weights)
         self._experts = await asyncio.to_thread(load_experts, config, checkpoint, self._show, self._phases)
+        self._copies = start_copies(config, checkpoint, self._experts)
         self._mesh = ClusterMesh(
             self.member_id,
             attention=False,
             experts=self._experts,
+            copies_port=self._copies.port,
             shape=row_shape(config, checkpoint),
             options=MeshOptions.of(config),
             on_trouble=lambda number, error: self._agent.on_trouble(number, error),
         )
+        take_copies(config, checkpoint, self._mesh, self._experts)
         self._agent = make_agent(self._mesh, self._conductor)
         self._load = ExpertLoad(self._mesh, self._experts)
         self._scrubber = start_scrub(config, self._mesh, self._experts, self._agent)
@@ -160,6 +164,7 @@ class ExpertShard:
             reporter.cancel()
         await asyncio.to_thread(self._scrubber.stop)
         await asyncio.to_thread(self._agent.drain, LEAVE_S)
+        self._copies.close()
         await asyncio.to_thread(self._agent.stop)
         await asyncio.to_thread(self._server.stop)
         self._mesh.close()
@@ -295,6 +300,19 @@ def load_experts(
         batch_invariant=is_batch_invariant(config), linear_shapes=shapes, batched_shapes=shapes, device=device
     )
     return LocalExpertMLP(checkpoint, numerics, dtype=dtype, device=device, progress=progress, phases=phases)
+
+
+def start_copies(config: ClusterConfig, checkpoint: Checkpoint, experts: LocalExpertMLP) -> CopyServer:
+    """Gives other members what is resident here."""
+    layout, network = CopyLayout.of(checkpoint, experts.dtype), config.network
+    return CopyServer(experts, layout, interface=network.interface, cluster_token=network.cluster_token)
+
+
+def take_copies(config: ClusterConfig, checkpoint: Checkpoint, mesh: ClusterMesh, experts: LocalExpertMLP) -> None:
+    """From now on experts come from other members' memory where they are there."""
+    layout, network = CopyLayout.of(checkpoint, experts.dtype), config.network
+    name, interface, token = mesh.member.member_id, network.interface, network.cluster_token
+    experts.take_from(PeerCopies(name, layout, mesh.peers, interface=interface, cluster_token=token))
 
 
 def start_scrub(config: ClusterConfig, mesh: ClusterMesh, experts: LocalExpertMLP, agent: Agent) -> Scrubber:

@@ -24,6 +24,7 @@ class Member:
     host: str = "127.0.0.1"  # address of its data interface
     control_port: int = 0  # where its control channel listens (see control.py)
     store_port: int = 0  # where its rendezvous store listens, used in epochs that it leads (see group.py)
+    copies_port: int = 0  # where it gives copies of its experts (see experts/copies.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

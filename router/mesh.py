@@ -84,6 +84,7 @@ class ClusterMesh:
         on_trouble: OnTrouble | None = None,
         on_suspect: OnSuspect | None = None,  # engine thread: a shard whose rows are bad again and again
         listen: bool = True,
+        copies_port: int = 0,  # of a member that gives copies of its experts
     ) -> None:
         use_batch_scheduling()
         self._experts, self._shape, self._options = experts, shape, options
@@ -97,6 +98,7 @@ class ClusterMesh:
         self._closed = False
         self._timer = Timer(lambda: self._lead(GraceOver()))
         self._epochs: dict[int, _Prepared] = {}
+        self._preparing: Epoch | None = None  # the newest that was asked for, prepared or not
         self._current: _Prepared | None = None  # entered
         self._committed: _Prepared | None = None  # the newest that may be entered
         self._leader_id = ""  # to whom bids go
@@ -126,6 +128,7 @@ class ClusterMesh:
             host=options.interface,
             control_port=self._server.port if self._server else 0,
             store_port=self._store.port if self._store else 0,
+            copies_port=copies_port,
         )
 
     # -- what the engine uses (contracts.Mesh)
@@ -202,6 +205,14 @@ class ClusterMesh:
         current = self._current
         return (current.epoch.placement_version if current else 0), self._load.copy()
 
+    def peers(self) -> tuple[Member, ...]:
+        """The other members of all epochs that are known here, the newest first."""
+        with self._lock:
+            known = [p.epoch for p in self._epochs.values()]
+            newest = [self._preparing] if self._preparing is not None else []
+        found = {m.member_id: m for epoch in [*newest, *reversed(known)] for m in epoch.members}
+        return tuple(m for name, m in found.items() if name != self.member.member_id)
+
     def prepare(self, epoch: Epoch) -> None:
         """Make the epoch enterable. Blocks (call it from a worker thread); EpochError where a peer does not come."""
         rank = epoch.rank_of(self.member.member_id)
@@ -221,6 +232,7 @@ class ClusterMesh:
                     f"epoch {epoch.number} has another table under placement version {epoch.placement.version}"
                 )
             self._highest_number = max(self._highest_number, epoch.number)
+            self._preparing = epoch
             stale = [n for n, p in self._epochs.items() if p not in (latest, self._current)]
         for number in stale:
             self.rollback(number)
