@@ -1,0 +1,132 @@
+"""What can be promised of the attention tier's kernels without a GPU: references that equal the plain model, wrappers
+that refuse what no kernel takes, and sources that compile for every architecture without spills."""
+
+import pytest
+import torch
+
+from expertmesh.cluster.attention.model import _head_norm
+from expertmesh.cluster.attention.rope import RotaryTable, rotate
+from expertmesh.errors import KernelError
+from expertmesh.kernels import attention_reference as reference
+from expertmesh.kernels import jit
+from expertmesh.kernels.add_norm import add_rms_norm, norm_threads
+from expertmesh.kernels.qk_norm_rope import qk_norm_rope
+from expertmesh.model_config import RopeConfig
+from expertmesh.numerics import rms_norm, silu_mul
+
+BF16 = torch.bfloat16
+EPS = 1e-6
+
+
+@pytest.fixture(autouse=True, scope="module")
+def private_cache(tmp_path_factory):
+    before = jit._cache_directory
+    jit.set_cache_directory(tmp_path_factory.mktemp("cubins"))
+    yield
+    jit.set_cache_directory(before)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(BF16)
+
+
+# ---------------------------------------------------------------------------------------------------------- references
+def test_norm_reference_is_the_models_own():
+    x, residual, weight = noise(5, 64), noise(5, 64, seed=1), noise(64, seed=2)
+    total, normed = reference.add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(total, residual + x)
+    assert torch.equal(normed, rms_norm(total, weight, EPS))
+    assert torch.equal(reference.add_rms_norm(None, residual, weight, EPS)[1], rms_norm(residual, weight, EPS))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 16), (4, 4, 32), (16, 2, 128)])
+def test_qk_norm_rope_reference_is_the_models_own(heads, kv_heads, head_dim):
+    num_tokens, block_size = 7, 4
+    rotary = RotaryTable(RopeConfig(theta=10000.0), head_dim)
+    positions = torch.tensor([0, 5, 1, 900, 2, 3, 1023])
+    slots = torch.tensor([3, -1, 0, 11, 7, -1, 8])
+    qkv = noise(num_tokens, (heads + 2 * kv_heads) * head_dim)
+    qk_norm = noise(heads + kv_heads, head_dim, seed=1)
+    rotary.rows(positions)
+    cos, sin = rotary._cos, rotary._sin  # [P, D], the halves of cos equal, the first half of sin negated
+    cos_sin = torch.cat([cos[:, : head_dim // 2], sin[:, head_dim // 2 :]], dim=1)
+    caches = [torch.full((3, block_size, kv_heads, head_dim), 7.0, dtype=BF16) for _ in range(2)]
+    q = reference.qk_norm_rope(
+        qkv, qk_norm, EPS, cos_sin, positions, slots, *caches, num_heads=heads, num_kv_heads=kv_heads
+    )
+    rows = qkv.view(num_tokens, heads + 2 * kv_heads, head_dim)
+    qk = rotate(_head_norm(rows[:, : heads + kv_heads], qk_norm, EPS), *rotary.rows(positions))
+    assert torch.equal(q, qk[:, :heads])
+    expected = [torch.full((3 * block_size, kv_heads, head_dim), 7.0, dtype=BF16) for _ in range(2)]
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            expected[0][slot], expected[1][slot] = qk[token, heads:], rows[token, heads + kv_heads :]
+    assert all(torch.equal(c.view(-1, kv_heads, head_dim), e) for c, e in zip(caches, expected))
+
+
+def test_combine_norm_reference_is_the_weighted_sum_then_the_norm():
+    y, weights = noise(4, 8, 64), torch.rand(4, 8, generator=torch.Generator().manual_seed(3))
+    residual, weight = noise(4, 64, seed=1), noise(64, seed=2)
+    ids = torch.zeros(4, 8, dtype=torch.int32)
+    ids[1] = -1
+    ids[2, 3] = -1
+    y[1], y[2, 3] = float("nan"), float("inf")
+    total, normed = reference.combine_add_rms_norm(y, weights, residual, weight, EPS, ids)
+    assert torch.equal(total[1], residual[1])
+    assert bool(normed.isfinite().all())
+    whole, _ = reference.combine_add_rms_norm(y[:1], weights[:1], residual[:1], weight, EPS)
+    sums = (y[:1].float() * weights[:1, :, None]).sum(1).to(BF16)
+    assert torch.allclose(whole.float(), (residual[:1] + sums).float(), rtol=2**-7)
+
+
+def test_silu_mul_reference_is_the_models_own():
+    gate_up = noise(3, 256)
+    assert torch.equal(reference.silu_mul(gate_up), silu_mul(gate_up))
+
+
+def test_embedding_reads_the_last_token_of_a_slot_for_negative_ids():
+    table, last_token = noise(10, 64), torch.tensor([4, 9, 2])
+    rows, normed = reference.embed_rms_norm(table, torch.tensor([7, -2, -1]), last_token, noise(64, seed=1), EPS)
+    assert torch.equal(rows, table[[7, 9, 4]])
+    assert torch.equal(normed, rms_norm(rows, noise(64, seed=1), EPS))
+
+
+# ------------------------------------------------------------------------------------------------------------ wrappers
+def test_wrappers_say_what_they_want():
+    with pytest.raises(KernelError, match="on a GPU"):
+        add_rms_norm(None, noise(2, 64), noise(64), EPS)
+    with pytest.raises(KernelError, match="multiple of 8"):
+        norm_threads(100)
+    one = torch.zeros(1, dtype=torch.int64)
+    cache = noise(1, 1, 1, 24)
+    with pytest.raises(KernelError, match="head_dim must be"):
+        qk_norm_rope(
+            noise(1, 72), noise(2, 24), EPS, torch.zeros(1, 24), one, one, cache, cache, num_heads=1, num_kv_heads=1
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- compilation
+def heads(num_heads, num_kv_heads, head_dim, per_group):
+    return {"NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "PER_GROUP": per_group}
+
+
+@pytest.mark.parametrize("arch", jit.SUPPORTED_ARCHS)
+@pytest.mark.parametrize(
+    ("file", "defines"),
+    [
+        ("add_norm.cu", {"HIDDEN": 2048, "THREADS": 256}),
+        ("add_norm.cu", {"HIDDEN": 12288, "THREADS": 1024}),
+        ("qk_norm_rope.cu", heads(32, 4, 128, 1)),
+        ("qk_norm_rope.cu", heads(64, 4, 128, 4)),
+        ("qk_norm_rope.cu", heads(16, 2, 64, 4)),
+        ("combine_norm.cu", {"HIDDEN": 2048, "THREADS": 256, "TOP_K": 8}),
+        ("combine_norm.cu", {"HIDDEN": 4096, "THREADS": 512, "TOP_K": 8}),
+        ("combine_norm.cu", {"HIDDEN": 6144, "THREADS": 768, "TOP_K": 3}),
+        ("silu_mul.cu", {}),
+        ("embed_norm.cu", {"HIDDEN": 2048, "THREADS": 256}),
+    ],
+)
+def test_kernels_compile_without_spills(file, defines, arch):
+    use = jit.compile_only(file, arch, defines).use()
+    assert use
+    assert all(u.clean for u in use), use
