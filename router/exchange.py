@@ -25,11 +25,12 @@ from .guard import BadRow
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowShape:
-    """What one row is: the same on every rank, from the checkpoint."""
+    """What one row is, the same on every rank, from the checkpoint; and where it lives on this one."""
 
     hidden_size: int
     top_k: int
     dtype: torch.dtype
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ No bid, no step. A failed step ends the epoch: no header is issued until another
 communicator must not be used again. Idea: vLLM's data-parallel step coordination, with bids instead of dummy
 batches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .epoch import Epoch, StepHeader
@@ -26,7 +27,8 @@ class BidPlaced:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """An attention member has taken all its turns of the step; or any member failed in it."""
+    """An attention member has taken all its turns of the step (on a GPU: has them in its stream, and may fail later);
+    or any member failed in it."""
 
     member_id: str
     step_id: int
@@ -75,8 +77,9 @@ class Leader:
         grace_share: float = 0.5,
         min_grace_s: float = 0.002,
         max_grace_s: float = 0.05,
+        buckets: Sequence[int] = (),  # sizes of captured steps
     ) -> None:
-        self._max_prefill_tokens = max_prefill_tokens
+        self._max_prefill_tokens, self._buckets = max_prefill_tokens, tuple(sorted(buckets))
         self._grace_share, self._min_grace_s, self._max_grace_s = grace_share, min_grace_s, max_grace_s
         self._epoch: Epoch | None = None
         self._failed = False  # the epoch in force is broken
@@ -86,7 +89,8 @@ class Leader:
         self._running: set[str] = set()  # members that have not finished the step in flight
         self._step_id = 0
         self._issued_at = 0.0
-        self._issued_in = 0  # epoch of the last step
+        self._issued_in = 0  # epoch of the last step ...
+        self._first_step = 0  # ... and its first one
         self._step_s = 0.0  # duration of the last step, what the grace is a share of
         self._grace_ends: float | None = None
 
@@ -116,13 +120,16 @@ class Leader:
             self._bids.pop(bid.member_id, None)
 
     def _take_done(self, done: StepDone, now: float) -> None:
-        if done.step_id != self._step_id or not self._running:
-            return
-        self._running.discard(done.member_id)
-        if done.failed:  # an owner of experts says so too
+        if not self._first_step <= done.step_id <= self._step_id:
+            return  # of an epoch before that of the last step
+        if done.failed:  # an owner of experts says so too; on a GPU perhaps of a step before the last
             # A step that was issued in the epoch before may fail when this one is in force already: it broke that one.
-            self._failed = self._epoch is None or self._epoch.number == self._issued_in
+            self._failed = self._failed or self._epoch is None or self._epoch.number == self._issued_in
             self._running.clear()
+        elif done.step_id == self._step_id and self._running:
+            self._running.discard(done.member_id)
+        else:
+            return
         if not self._running:
             self._step_s = now - self._issued_at
 
@@ -152,6 +159,8 @@ class Leader:
 
     def _issue(self, epoch: Epoch, now: float) -> IssueHeader:
         self._step_id += 1
+        if epoch.number != self._issued_in:
+            self._first_step = self._step_id
         self._issued_at, self._issued_in, self._grace_ends = now, epoch.number, None
         num_tokens = self._allocate(epoch)
         named = {epoch.members[rank].member_id for rank, n in enumerate(num_tokens) if n}
@@ -166,6 +175,7 @@ class Leader:
             epoch=epoch.number,
             placement_version=epoch.placement_version,
             num_tokens=num_tokens,
+            bucket=next((size for size in self._buckets if size >= max(num_tokens)), 0),
             traceparent=next((bid.traceparent for bid in answered if bid.traceparent), ""),
         )
         return IssueHeader(header, recipients)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ from ..config import ClusterConfig, ExchangeConfig
 from ..errors import EpochError, ExpertMeshError, ReplicaLost
 from .contracts import LocalExperts
 from .control import Channel, ControlServer, Kind, connect, decode_bid, decode_done, encode_bid, encode_done
+from .device_exchange import DeviceExchange, LocalDeviceExchange
+from .device_step import DeviceExperts, DeviceStep
 from .epoch import Epoch, Member, StepHeader
 from .exchange import Exchange, LocalExchange, RowShape
 from .exchange_gloo import GlooExchange
@@ -46,6 +49,7 @@ class MeshOptions:
     cluster_token: str = ""
     max_prefill_tokens_per_step: int = 1024
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    buckets: tuple[int, ...] = ()  # sizes of captured steps, for `StepHeader.bucket`; the same on all members
 
     @classmethod
     def of(cls, config: ClusterConfig) -> "MeshOptions":
@@ -63,7 +67,7 @@ class _Prepared:
 
     epoch: Epoch
     rank: int
-    exchange: Exchange
+    exchange: Exchange | DeviceExchange
 
     @property
     def shard_ids(self) -> list[str]:
@@ -93,7 +97,7 @@ class ClusterMesh:
         self._on_header: OnHeader = _drop
         self._lock = threading.RLock()
         self._step_over = threading.Condition(self._lock)
-        self._leader = Leader(max_prefill_tokens=options.max_prefill_tokens_per_step)
+        self._leader = Leader(max_prefill_tokens=options.max_prefill_tokens_per_step, buckets=options.buckets)
         self._leads = False
         self._closed = False
         self._timer = Timer(lambda: self._lead(GraceOver()))
@@ -108,8 +112,9 @@ class ClusterMesh:
         self._highest_number = 0
         self._last_epoch = 0  # the newest that a header named
         self._batch_scheduled = False
-        self._step: Step | None = None
-        self._replaced: Exchange | None = None  # the exchange of the epoch before: a slower peer may still read from it
+        self._step: Step | DeviceStep | None = None
+        # The exchange of the epoch before: a slower peer may still read from it.
+        self._replaced: Exchange | DeviceExchange | None = None
         self._replaced_steps = 0
         self._load_lock = threading.Lock()
         self._load = np.zeros((0, 0), dtype=np.int64)
@@ -149,7 +154,9 @@ class ClusterMesh:
             self._bid = (num_decode_tokens, num_prefill_tokens, traceparent)
         self._place_bid()
 
-    def enter(self, header: StepHeader) -> Step:
+    def enter(self, header: StepHeader) -> Step | DeviceStep:
+        """Where rows live on a GPU, a DeviceStep; what it enqueues at once goes to torch's current stream, and so must
+        the layers."""
         if not self._batch_scheduled:
             use_batch_scheduling()  # of the engine's thread
             self._batch_scheduled = True
@@ -170,11 +177,29 @@ class ClusterMesh:
             self._replaced_steps += 1
             if self._replaced_steps > _STEPS_TO_LEAVE:
                 self._abort_replaced()
-        self._step = Step(
+        self._step = self._make_step(prepared, header)
+        return self._step
+
+    def _make_step(self, prepared: _Prepared, header: StepHeader) -> Step | DeviceStep:
+        exchange = prepared.exchange
+        if isinstance(exchange, DeviceExchange):
+            return DeviceStep(
+                header,
+                rank=prepared.rank,
+                placement=prepared.epoch.placement,
+                exchange=exchange,
+                experts=cast(DeviceExperts | None, self._experts),
+                shape=self._shape,
+                on_launched=lambda: self._step_done(prepared, header.step_id, None),
+                on_done=lambda error: self._device_step_done(prepared, header.step_id, error),
+                guard=self.guard,
+                shard_ids=prepared.shard_ids,
+            )
+        return Step(
             header,
             rank=prepared.rank,
             placement=prepared.epoch.placement,
-            exchange=prepared.exchange,
+            exchange=exchange,
             experts=self._experts,
             shape=self._shape,
             load=self._load if self._experts is not None else None,
@@ -182,7 +207,11 @@ class ClusterMesh:
             guard=self.guard,
             shard_ids=prepared.shard_ids,
         )
-        return self._step
+
+    def _device_step_done(self, prepared: _Prepared, step_id: int, error: BaseException | None) -> None:
+        """The leader was told when it was launched: only a failure is news."""
+        if error is not None:
+            self._step_done(prepared, step_id, error)
 
     # -- what the member's agent uses
 
@@ -365,7 +394,7 @@ class ClusterMesh:
             self._lead(event)
 
     def _step_done(self, prepared: _Prepared, step_id: int, error: BaseException | None) -> None:
-        local = isinstance(prepared.exchange, LocalExchange)
+        local = isinstance(prepared.exchange, LocalExchange | LocalDeviceExchange)
         event = StepDone(self.member.member_id, step_id, failed=error is not None and not local)
         if event.failed:
             if not isinstance(error, ExpertMeshError):
@@ -426,6 +455,8 @@ class ClusterMesh:
         placement = prepared.epoch.placement
         if self._experts is not None:
             self._experts.use_placement(placement.version)
+        if isinstance(prepared.exchange, DeviceExchange):
+            prepared.exchange.use_placement(placement)
         self._load = np.zeros((placement.num_layers, placement.slots_per_rank), dtype=np.int64)
         leader_id = prepared.epoch.members[prepared.epoch.leader_rank].member_id
         idle = [self._channels.pop(name) for name in list(self._channels) if name != leader_id]
@@ -448,9 +479,10 @@ class ClusterMesh:
         if replaced is not None:
             replaced.abort()
 
-    def _build_exchange(self, epoch: Epoch, rank: int) -> Exchange:
+    def _build_exchange(self, epoch: Epoch, rank: int) -> Exchange | DeviceExchange:
         if len(epoch.members) == 1:
-            return LocalExchange()
+            on_gpu = self._shape.device.type == "cuda"
+            return LocalDeviceExchange(self._shape.device) if on_gpu else LocalExchange()
         options = self._options.exchange
         return GlooExchange(
             self._build_group(epoch, rank),

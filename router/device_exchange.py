@@ -1,0 +1,147 @@
+"""The exchange of GPUs: rows and ids stay on the device, nothing is planned on the host. One interface, several back
+ends.
+
+`local` (here): one process owns both roles. `peer` (exchange_peer.py): GPUs of one host write into each other's
+memory. `nccl` (exchange_nccl.py): anywhere. Why another interface than `exchange.py`: a host plan costs a sync in every
+layer and cannot stand in a CUDA graph. So shapes are fixed by the header alone (`stride` rows a source, the same on all
+ranks), tokens without an expert here are rows whose slots are all -1, and which copy of an expert a token goes to is
+read from a table in device memory: a rebalance writes that table and changes no address and no graph.
+
+Every rank that a header names calls `begin` once, then for each turn (a MoE layer, or a part of its tokens where they
+are more than `capacity`) `dispatch` and `combine`, then `end`; all enqueue on torch's current stream and none waits.
+When the device is done with the step, `verdict` tells what became of it. After an ExchangeError the exchange is spent.
+Idea: the low-latency kernels of DeepEP."""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from .epoch import StepHeader
+from .guard import BadRow
+from .placement import Placement
+
+_serials = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Of one step on this rank: the bad rows among its tokens, as far as they were seen (the first of each shard)."""
+
+    bad: tuple[BadRow, ...] = ()
+
+
+class DeviceExchange(ABC):
+    """One membership's way to move rows between GPUs. Engine thread alone, `abort` and `lose` from any."""
+
+    capacity: int  # most rows that a source sends in one turn; 0 = any number
+
+    def __init__(self) -> None:
+        self.serial = next(_serials)  # addresses are this object's own
+
+    @abstractmethod
+    def use_placement(self, placement: Placement) -> None:
+        """From the next `begin` on this table counts. Between steps; enqueued on the current stream."""
+
+    @abstractmethod
+    def begin(self, header: StepHeader, *, stride: int, attempt: int) -> None:
+        """Open a step in which every source's turn has `stride` rows. `attempt` shifts the choice among copies."""
+
+    @abstractmethod
+    def dispatch(
+        self, layer_id: int, x: torch.Tensor | None, topk_ids: torch.Tensor | None, stride: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, hidden], T <= stride, and topk_ids [T, top_k] int32 logical on a source, None elsewhere. Returns the
+        rows for this rank's experts [R, hidden] and their local slots [R, top_k] int32, -1 none. R depends on `stride`
+        alone; what stands in rows without a slot means nothing."""
+
+    @abstractmethod
+    def combine(self, expert_rows: torch.Tensor) -> torch.Tensor | None:
+        """expert_rows [R, top_k, hidden] of the last `dispatch` -> y [T, top_k, hidden] on a source: unweighted, valid
+        until the next `dispatch`; pairs of -1 hold nothing of meaning."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """After the last turn: what `verdict` reads is on its way to the host."""
+
+    def verdict(self) -> Verdict:
+        """The device has done all of the step. Raises ExchangeError if a wait in it did not end well."""
+        return Verdict()
+
+    def graph_key(self, header: StepHeader) -> Hashable:
+        """A graph captured in a step with this key may be replayed in any other with the same."""
+        return self.serial
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        """Until the device has reached `event`; raises ExchangeError where it cannot."""
+        event.synchronize()
+
+    @abstractmethod
+    def hold(self, graph: torch.cuda.CUDAGraph) -> None:
+        """A graph was captured with this exchange in it, and must be reset should the exchange break."""
+
+    def rows_per_slot(self) -> torch.Tensor | None:
+        """[num_layers, slots_per_rank] int32 on the device, rows computed since `use_placement`, mod 2^32; None = not
+        counted here."""
+        return None
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Give up at once: own waits and the peers' end with an error. Idempotent."""
+
+    def lose(self, rank: int, reason: str) -> None:
+        """The member of this rank is known to be gone: waits for it end now."""
+        self.abort()
+
+
+class LocalDeviceExchange(DeviceExchange):
+    """One process owns both roles: rows go in and out without a copy. Ids are mapped where slots are in another order
+    than the experts."""
+
+    capacity = 0
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self._table: torch.Tensor | None = None  # [num_layers, num_logical + 1] int32 slot, the last one -1
+        self._mapped: frozenset[int] = frozenset()
+
+    def use_placement(self, placement: Placement) -> None:
+        table = torch.full((placement.num_layers, placement.num_logical_experts + 1), -1, dtype=torch.int32)
+        table[:, :-1] = placement.logical_to_physical[:, :, 0]  # one rank: a physical id is a slot, any copy will do
+        natural = torch.arange(placement.num_logical_experts, dtype=torch.int32)
+        self._mapped = frozenset(i for i in placement.moe_layers if not table[i, :-1].equal(natural))
+        if self._table is None:
+            self._table = table.to(self._device)
+        else:
+            self._table.copy_(table)
+
+    def dispatch(
+        self, layer_id: int, x: torch.Tensor | None, topk_ids: torch.Tensor | None, stride: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert x is not None
+        assert topk_ids is not None
+        if layer_id not in self._mapped:
+            return x, topk_ids
+        assert self._table is not None
+        return x, self._table[layer_id][topk_ids.long()]  # -1 reads the last one
+
+    def combine(self, expert_rows: torch.Tensor) -> torch.Tensor | None:
+        return expert_rows
+
+    def begin(self, header: StepHeader, *, stride: int, attempt: int) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+    def hold(self, graph: torch.cuda.CUDAGraph) -> None:
+        pass
+
+    def graph_key(self, header: StepHeader) -> Hashable:
+        return self.serial, self._mapped
+
+    def abort(self) -> None:
+        pass
