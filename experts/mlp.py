@@ -76,6 +76,11 @@ class LocalExpertMLP:
         self._on_device = _experts_on_device(checkpoint, dtype, torch.device(device))
 
     @property
+    def capturable(self) -> bool:
+        """`forward` with slot ids on the device neither syncs nor changes its launches: it may stand in a CUDA graph."""
+        return self._on_device is not None
+
+    @property
     def graph_version(self) -> int:
         """Changes when CUDA graphs captured with `forward` in them hold no longer."""
         return 0 if self._on_device is None else self._on_device.graph_version

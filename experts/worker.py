@@ -350,7 +350,12 @@ def guard_gauges(mesh: ClusterMesh, scrubber: Scrubber | None) -> list[Gauge]:
 
 def row_shape(config: ClusterConfig, checkpoint: Checkpoint) -> RowShape:
     model = checkpoint.config
-    return RowShape(hidden_size=model.hidden_size, top_k=model.top_k, dtype=compute_dtype(config, checkpoint))
+    return RowShape(
+        hidden_size=model.hidden_size,
+        top_k=model.top_k,
+        dtype=compute_dtype(config, checkpoint),
+        device=compute_device(config),
+    )
 
 
 def compute_device(config: ClusterConfig) -> torch.device:
