@@ -113,7 +113,8 @@ class TelemetryConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoscalingConfig:
-    """Of the expert tier; `num_expert_shards` is where it starts."""
+    """Of the expert tier and of the attention tier; `num_expert_shards` and `num_attention_replicas` are where they
+    start."""
 
     max_expert_shards: int = 0  # 0 = off: the number stays as configured
     min_expert_shards: int = 1
@@ -121,8 +122,16 @@ class AutoscalingConfig:
     upscale_delay_s: float = 2.0  # for so long the load must be too high
     downscale_delay_s: float = 30.0
     cooldown_s: float = 10.0  # between two changes
+    max_attention_replicas: int = 0  # 0 = off: the number stays as configured
+    min_attention_replicas: int = 1
+    target_pressure: float = 0.7  # part of a replica's KV or places that should be taken (`attention_pressure`)
 
     def __post_init__(self) -> None:
+        if self.max_attention_replicas and not 1 <= self.min_attention_replicas <= self.max_attention_replicas:
+            expected = f"1 to max_attention_replicas ({self.max_attention_replicas})"
+            raise ConfigError("autoscaling.min_attention_replicas", self.min_attention_replicas, expected)
+        if not 0 < self.target_pressure < 1:
+            raise ConfigError("autoscaling.target_pressure", self.target_pressure, "between 0 and 1")
         if self.max_expert_shards and not 1 <= self.min_expert_shards <= self.max_expert_shards:
             expected = f"1 to max_expert_shards ({self.max_expert_shards})"
             raise ConfigError("autoscaling.min_expert_shards", self.min_expert_shards, expected)
@@ -150,7 +159,7 @@ class RebalanceConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsConfig:
-    """How the files of a model that is named by URL or hub id come to each host (`model_source.py`)."""
+    """How the files of a model that is named by URL or hub id come to each host (`model_source.py`), or none."""
 
     cache_dir: str = "~/.cache/expertmesh"  # on each host; its processes share it
     whole_files: bool = False  # fetch and verify whole files, not only the parts that hold a process's tensors
@@ -159,6 +168,7 @@ class WeightsConfig:
     max_attempts: int = 6  # in a row without a byte
     hub_endpoint: str = "https://huggingface.co"  # `serve` takes HF_ENDPOINT
     hub_token: str = ""  # `serve` takes HF_TOKEN
+    load_format: Literal["auto", "dummy"] = "auto"  # dummy: only config.json is read, weights are seeded noise
 
     def __post_init__(self) -> None:
         for name in ("num_connections", "max_attempts"):

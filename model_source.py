@@ -51,9 +51,13 @@ def model_folder(model: str, config: WeightsConfig) -> Path:
 
 
 def open_model(model: str, config: WeightsConfig) -> "Checkpoint":
-    """The model's tensors, fetched as they are read where the model is remote."""
+    """The model's tensors, fetched as they are read where the model is remote; or noise (`load_format`)."""
     from .checkpoint import Checkpoint  # and torch, which a gateway does without
 
+    if config.load_format == "dummy":
+        from .dummy_checkpoint import DummyCheckpoint
+
+        return DummyCheckpoint(model_folder(model, config))
     remote = _remote(model, config)
     if remote is None:
         return Checkpoint(model_folder(model, config))

@@ -37,6 +37,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--port", type=int, help="first gateway's port (default 50051, 0 = any free one)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument(
+        "--load-format", choices=("auto", "dummy"), help="dummy: seeded noise instead of weights; config.json suffices"
+    )
     parser.add_argument("--redis-url", metavar="URL", help="default: REDIS_URL, else an embedded server")
     parser.add_argument(
         "--ray-address", metavar="ADDRESS", default="", help='a running Ray ("auto"); default: a local one'
@@ -85,6 +88,7 @@ def serve_config(arguments: argparse.Namespace, environ: Mapping[str, str]) -> C
         "redis_url": arguments.redis_url,
         "device": arguments.device,
         "dtype": arguments.dtype,
+        "weights.load_format": arguments.load_format,
     }
     named = {path: str(value) for path, value in flags.items() if value is not None}
     config = override(config, named | dict(map(_assignment, arguments.set)))
