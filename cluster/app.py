@@ -32,7 +32,7 @@ from .conductor_client import ConductorClient
 from .member_agent import MemberAgent
 from .per_node import OnePerNode, nodes_for
 from .replica import AttentionReplica
-from .tier_policy import TierPolicy
+from .tier_policy import AttentionTierPolicy, TierPolicy
 
 OBJECT_STORE_BYTES = 80 << 20  # nothing of ours travels through Ray's object store
 REPLICA_NUM_CPUS = 0.01  # Serve replicas share the cores; Ray's count must not stop a laptop from starting them
@@ -287,7 +287,7 @@ def applications(config: ClusterConfig, conductor: ConductorClient, num_experts:
         )
         made["experts"] = shards(ExpertShard).bind(text, conductor, MemberAgent)
     replicas = serve.deployment(
-        ray_actor_options=actor_options(config, "attention"), num_replicas=config.num_attention_replicas, **common
+        ray_actor_options=actor_options(config, "attention"), **_number_of_replicas(config, conductor), **common
     )
     made["attention"] = replicas(AttentionReplica).bind(text, conductor, MemberAgent)
     gateways = serve.deployment(
@@ -351,6 +351,34 @@ def _number_of_shards(config: ClusterConfig, conductor: ConductorClient) -> dict
         metrics_interval_s=push_s,
         look_back_period_s=2 * push_s,
         policy=AutoscalingPolicy(policy_function=TierPolicy, policy_kwargs=policy),
+    )
+    return {"autoscaling_config": autoscaling}
+
+
+def _number_of_replicas(config: ClusterConfig, conductor: ConductorClient) -> dict[str, Any]:
+    """Of the attention tier: fixed, or by KV use and queue. A victim's requests end, or go on elsewhere with their
+    tokens. In the colocated layout they own the experts too: fixed."""
+    scaling = config.autoscaling
+    if not scaling.max_attention_replicas or config.layout == "colocated":
+        return {"num_replicas": config.num_attention_replicas}
+    policy: dict[str, Any] = {
+        "conductor": conductor.name,
+        "min_shards": scaling.min_attention_replicas,
+        "max_shards": scaling.max_attention_replicas,
+        "target_busy": scaling.target_pressure,
+        "upscale_delay_s": scaling.upscale_delay_s,
+        "downscale_delay_s": scaling.downscale_delay_s,
+        "cooldown_s": scaling.cooldown_s,
+    }
+    autoscaling = AutoscalingConfig(
+        min_replicas=1,
+        initial_replicas=config.num_attention_replicas,
+        max_replicas=max(scaling.max_attention_replicas, config.num_attention_replicas),
+        upscale_delay_s=0.0,  # the policy's own count, as above
+        downscale_delay_s=0.0,
+        metrics_interval_s=AUTOSCALING_PUSH_S,
+        look_back_period_s=2 * AUTOSCALING_PUSH_S,
+        policy=AutoscalingPolicy(policy_function=AttentionTierPolicy, policy_kwargs=policy),
     )
     return {"autoscaling_config": autoscaling}
 

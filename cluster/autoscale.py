@@ -10,6 +10,9 @@ followed by a cooldown, growth is at most a doubling, shrinking one shard at a t
 wanted number is said until it is reached or given up: Serve applies delays of its own to a policy (set them to 0), and
 would forget a number said only once.
 
+The attention tier is decided by the same function: busy is `attention_pressure`, KV in use or places taken and what
+waits for them. Gateways keep what finds no place (`waiting_room.py`), so a full tier shows as a pressure near 1.
+
 `ServePolicy` is the class given to Serve's AutoscalingPolicy. It runs in Serve's controller, so this module imports
 neither Ray nor torch. Idea: the target tracking of Kubernetes' horizontal autoscaler."""
 
@@ -40,6 +43,8 @@ class ScalePolicy:
     rebalance_delay_s: float = 2.0
     rebalance_interval_s: float = 15.0  # a rebalance shows in the windows after it
     idle_busy: float = 0.05  # below this mean, proportions are noise
+    unit: str = "shards"  # how reasons call what is counted, and what is measured of it
+    measure: str = "busy"
 
     def __post_init__(self) -> None:
         if not 0 < self.target_busy < 1:
@@ -110,21 +115,23 @@ def decide(state: ScaleState, window: LoadWindow, now: float, policy: ScalePolic
     fewest = max(policy.min_shards, window.fits)
     most = max(policy.max_shards, fewest)
     if state.wanted < fewest:
-        return _want(state, fewest, now, f"{fewest} shards are the least that hold every expert")
+        return _want(state, fewest, now, f"{fewest} {policy.unit} are the least that hold every expert")
     if state.wanted > most:
-        return _want(state, most, now, f"at most {most} shards are allowed")
+        return _want(state, most, now, f"at most {most} {policy.unit} are allowed")
     if state.wanted_at is not None:
-        return _hold(state, f"waiting for {state.wanted} shards, {window.num_running} run")
+        return _hold(state, f"waiting for {state.wanted} {policy.unit}, {window.num_running} run")
     if len(window.busy) < window.num_running or not window.busy:
-        return _hold(state, f"waiting for reports of {window.num_running} shards, {len(window.busy)} came")
+        came = f"waiting for reports of {window.num_running} {policy.unit}, {len(window.busy)} came"
+        return _hold(state, came)
     cooling = state.changed_at is not None and now - state.changed_at < policy.cooldown_s
-    seen = f"busy {window.mean:.2f} of {window.num_running} shards, peak {window.peak:.2f}"
+    seen = f"{policy.measure} {window.mean:.2f} of {window.num_running} {policy.unit}, peak {window.peak:.2f}"
     if (grown := _grow(state, window, now, policy, most)) and not cooling:
-        return _want(state, grown, now, f"{seen}, target {policy.target_busy:.2f}: {grown} shards")
+        return _want(state, grown, now, f"{seen}, target {policy.target_busy:.2f}: {grown} {policy.unit}")
     if state.skew_since is not None:
         return _answer_skew(state, window, now, policy, most, cooling, seen)
     if (shrunk := _shrink(state, window, now, policy, fewest)) and not cooling:
-        return _want(state, shrunk, now, f"{seen}, target {policy.target_busy:.2f}: {shrunk} shards are enough")
+        enough = f"{seen}, target {policy.target_busy:.2f}: {shrunk} {policy.unit} are enough"
+        return _want(state, shrunk, now, enough)
     return _hold(state, _why_not(state, window, policy, fewest, most, cooling, seen))
 
 
@@ -197,7 +204,7 @@ def _answer_skew(
             return _hold(state, f"{skew}: a shard more did not cool the peak")
         why = "stays after a rebalance" if state.num_vain else "no rebalance helps"
         state = replace(state, num_vain=0, skew_peak=window.peak)
-        return _want(state, state.wanted + 1, now, f"{skew} {why}: {state.wanted + 1} shards")
+        return _want(state, state.wanted + 1, now, f"{skew} {why}: {state.wanted + 1} {policy.unit}")
     if helps and window.peak <= policy.high and since >= 4 * policy.rebalance_interval_s:
         state = replace(state, num_vain=0)  # not urgent: again at leisure
     return _hold(state, f"{skew}: no rebalance helps")
@@ -213,11 +220,11 @@ def _why_not(
 ) -> str:
     if state.high_since is not None:
         if state.wanted >= most:
-            return f"{seen}: {most} shards are the most allowed"
+            return f"{seen}: {most} {policy.unit} are the most allowed"
         return f"{seen}: {'cooling down' if cooling else 'more if it lasts'}"
     if state.low_since is not None:
         if state.wanted <= fewest:
-            return f"{seen}: {fewest} shards are the least"
+            return f"{seen}: {fewest} {policy.unit} are the least"
         if window.mean * window.num_running / (state.wanted - 1) > policy.target_busy:
             return f"{seen}: one less would be above the target"
         return f"{seen}: {'cooling down' if cooling else 'fewer if it lasts'}"
@@ -239,6 +246,10 @@ def attention_pressure(
     """The busy fraction of an attention replica: KV in use or places taken, and beyond 1 what waits for them."""
     used = 1 - num_free_kv_blocks / num_kv_blocks if num_kv_blocks else 0.0
     return max(used, num_running / max_num_seqs) + num_waiting / max_num_seqs
+
+
+# Of the attention tier: no experts to place anew, and its replicas are not held to one another's load.
+ATTENTION = {"metric": "pressure", "measure": "pressure", "unit": "attention replicas", "skew": 1e9}
 
 
 class PolicyLink(Protocol):

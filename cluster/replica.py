@@ -61,6 +61,7 @@ from ..telemetry import (
 from .attention.engine import Engine, StepStats
 from .attention.grammar import GrammarCompiler
 from .attention.runner import Runner
+from .autoscale import attention_pressure
 from .request_spans import RequestSpans
 
 DRAIN_S = 20.0  # requests at hand finish; with LEAVE_S below Serve's graceful_shutdown_timeout_s
@@ -77,6 +78,7 @@ class AttentionReplica:
         self._role = "colocated" if self._colocated else "attention"
         self.member_id, self._conductor = replica_name(self._role), conductor
         self._detail, self._draining, self._phases = "", False, StartupPhases()
+        self._max_num_seqs = config.scheduler.max_num_seqs
         self._engine: Engine | None = None
         self._scrubber: Scrubber | None = None
         self._copies: CopyServer | None = None  # of one that owns experts
@@ -156,12 +158,18 @@ class AttentionReplica:
             raise self._engine.failure
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What an autoscaling policy reads: KV in use and the queue."""
+        """What Serve's autoscaling policy reads: KV in use or places taken, and the queue."""
         if self._engine is None:
             return {}
         load = self._engine.load()
-        used = 1.0 - load.num_free_kv_blocks / max(1, load.num_kv_blocks)
-        return {"kv_used": used, "num_waiting": float(load.num_waiting)}
+        pressure = attention_pressure(
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            num_free_kv_blocks=load.num_free_kv_blocks,
+            num_kv_blocks=load.num_kv_blocks,
+            max_num_seqs=self._max_num_seqs,
+        )
+        return {"pressure": pressure}
 
     async def __del__(self) -> None:
         """Drain: finish what runs (Serve's own time-out bounds it), then leave."""

@@ -9,15 +9,37 @@ from typing import Any
 import ray
 
 from ..router.status import ScaleWish
-from .autoscale import ServePolicy
+from .autoscale import ATTENTION, ServePolicy
 from .conductor_client import ConductorClient
 
 ASK_S = 1.0  # how often an operator's wish is looked for
 
 
 class TierPolicy(ServePolicy):
+    """Of the expert tier, whose number an operator may ask for."""
+
     def __init__(self, conductor: str, **policy: Any) -> None:
         super().__init__(link=PolicyLink(conductor), **policy)
+
+
+class AttentionTierPolicy(ServePolicy):
+    """Of the attention tier, within its configured bounds."""
+
+    def __init__(self, conductor: str, **policy: Any) -> None:
+        super().__init__(link=DecisionsLink(conductor), **{**ATTENTION, **policy})
+
+
+class DecisionsLink:
+    """Tells the Conductor of decisions; nobody's wish comes back."""
+
+    def __init__(self, conductor: str) -> None:
+        self._client = ConductorClient(conductor)
+
+    def wish(self) -> ScaleWish | None:
+        return None
+
+    def decided(self, told: dict[str, Any]) -> None:
+        self._client.send("decided", told)
 
 
 class PolicyLink:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertmesh.cluster.autoscale import (
+    ATTENTION,
     LoadWindow,
     ScalePolicy,
     ScaleState,
@@ -241,6 +242,24 @@ def test_attention_pressure_is_kv_places_or_queue():
     assert attention_pressure(**idle) == 0
     assert attention_pressure(**{**idle, "num_free_kv_blocks": 25}) == 0.75
     assert attention_pressure(**{**idle, "num_running": 10, "num_waiting": 5}) == 1.5
+
+
+def test_the_attention_tier_follows_its_pressure_and_never_rebalances():
+    link = Link()
+    policy = ServePolicy(link=link, target_busy=0.7, upscale_delay_s=1.0, downscale_delay_s=2.0, cooldown_s=0.0,
+                         max_shards=4, **ATTENTION)  # fmt: skip
+    state, running, numbers = {}, 1, []
+    for now, pressures in enumerate([[1.0]] * 3 + [[0.9, 0.5]] * 9 + [[0.0, 0.0]] * 4 + [[0.0]]):
+        running = len(pressures)
+        number, state = policy(context({}, num_running=running, state=state, now=float(now), pressure=dict(
+            enumerate(pressures))))  # fmt: skip
+        numbers.append(number)
+    assert numbers == [1, 2, 2] + [2] * 9 + [2, 2, 1, 1] + [1]
+    assert [told["rebalance"] for told in link.told] == [False, False]
+    assert [told["reason"] for told in link.told] == [
+        "pressure 1.00 of 1 attention replicas, peak 1.00, target 0.70: 2 attention replicas",
+        "pressure 0.00 of 2 attention replicas, peak 0.00, target 0.70: 1 attention replicas are enough",
+    ]
 
 
 @pytest.mark.parametrize("bad", [{"target_busy": 1.0}, {"min_shards": 9}, {"skew": 0.5}, {"hysteresis": 1.0}])

@@ -193,6 +193,24 @@ def test_a_busy_tier_grows_by_itself_and_shrinks_when_idle(tiny_checkpoint: Path
         assert eventually(lambda: all_idle(cluster))
 
 
+def test_the_attention_tier_grows_when_its_places_are_taken_and_shrinks_when_idle(
+    tiny_checkpoint: Path, expected: list[list[int]]
+):
+    scaling = AutoscalingConfig(
+        max_attention_replicas=2, target_pressure=0.3, upscale_delay_s=0.5, downscale_delay_s=1.0, cooldown_s=1.0
+    )
+    config = config_of(tiny_checkpoint, num_attention=1, num_shards=1)
+    config = replace(config, autoscaling=scaling, scheduler=replace(config.scheduler, max_num_seqs=4))
+    with Cluster(config) as cluster:
+        with client_of(cluster) as client, under_load(client, expected):
+            assert eventually(lambda: len(serving(cluster, "attention")) == 2, 60.0)
+        assert eventually(lambda: len(serving(cluster, "attention")) == 1, 60.0)
+        assert eventually(lambda: all_idle(cluster))
+        grown, shrunk = [d.text for d in cluster.state().decisions if "attention replicas" in d.text][:2]
+        assert grown.endswith("target 0.30: 2 attention replicas")
+        assert shrunk.endswith("target 0.30: 1 attention replicas are enough")
+
+
 def test_a_killed_shard_changes_no_token_where_copies_live(redundant: Cluster, expected: list[list[int]]):
     assert eventually(lambda: len(serving(redundant, "expert")) == 3)
     kill_under_streams(redundant, "expert", expected)
