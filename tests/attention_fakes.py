@@ -6,10 +6,14 @@ of tokens: what any stream must equal, however it was batched, chunked, preempte
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from expertmesh.cluster.attention.runner import Runner
+from expertmesh.cluster.attention.sampler import is_simple
+from expertmesh.cluster.attention.sequence import UNSEEN, Sequence
 from expertmesh.errors import ExchangeError
 from expertmesh.request import EngineRequest, FinishReason, RequestOutput, SamplingParams
 from expertmesh.router.epoch import StepHeader
@@ -80,6 +84,87 @@ class HashModel:
         return torch.stack(out) if out else torch.empty(0, self.vocab)
 
 
+class AheadRunner(Runner):
+    """A runner that runs ahead as a GPU's does: it draws from what its own earlier steps drew, whether the engine has
+    seen that or not, and tells later. An error of the exchange shows when the step is collected."""
+
+    runs_ahead = True
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._known: dict[str, Sequence] = {}  # by request: what the device has of it
+        self.num_in_flight = self.most_in_flight = 0
+
+    def launch(self, batch, scheduled, step):
+        known = [self._known_of(item.sequence) for item in scheduled]
+        token_ids = batch.token_ids.clone()
+        for item, sequence, row in zip(scheduled, known, batch.cu_seqlens_q[:-1].tolist(), strict=True):
+            if int(token_ids[row]) == UNSEEN:
+                assert item.num_tokens == 1
+                token_ids[row] = int(sequence.token_ids[sequence.num_tokens - 1])
+        assert int(token_ids.min()) >= 0
+        flight = _Flight(self, [item.sequence.request_id for item in scheduled])
+        samplers = [sequence for item, sequence in zip(scheduled, known) if item.samples]
+        try:
+            flight.landed = super().launch(replace(batch, token_ids=token_ids), _sampled_by(scheduled, known), step)
+            drawn = flight.landed.result.sampled.token_ids
+        except ExchangeError as error:
+            flight.error, drawn = error, [0] * len(samplers)
+        for sequence, token_id in zip(samplers, drawn, strict=True):
+            sequence.expect()
+            sequence.see(token_id)
+        return flight
+
+    def serve(self, step):
+        flight = _Flight(self, [])
+        flight.landed = super().serve(step)
+        return flight
+
+    def needs_host(self, sequence) -> bool:
+        sampling = sequence.request.sampling
+        return sequence.grammar is not None or not is_simple(replace(sampling, temperature=0.0))
+
+    def release(self, sequence) -> None:
+        self._known.pop(sequence.request_id, None)
+
+    def forget(self, request_ids) -> None:
+        for request_id in request_ids:
+            self._known.pop(request_id, None)
+
+    def _known_of(self, sequence: Sequence) -> Sequence:
+        if sequence.request_id not in self._known:
+            assert not sequence.num_unseen, "the device cannot know what only it has drawn"
+            request = replace(sequence.request, output_ids=tuple(sequence.output_ids.tolist()))
+            self._known[sequence.request_id] = Sequence.of(request, grammar=sequence.grammar)
+        return self._known[sequence.request_id]
+
+
+class _Flight:
+    """Is over at the second look."""
+
+    def __init__(self, runner: AheadRunner, request_ids: list[str]) -> None:
+        self._runner, self._request_ids, self._looks = runner, request_ids, 0
+        self.landed = self.error = None
+        runner.num_in_flight += 1
+        runner.most_in_flight = max(runner.most_in_flight, runner.num_in_flight)
+
+    @property
+    def is_over(self) -> bool:
+        self._looks += 1
+        return self._looks > 1
+
+    def collect(self):
+        self._runner.num_in_flight -= 1
+        if self.error is not None:
+            self._runner.forget(list(self._runner._known))  # what was drawn since is void
+            raise self.error
+        return self.landed.collect()
+
+
+def _sampled_by(scheduled, known):
+    return [replace(item, sequence=sequence) for item, sequence in zip(scheduled, known)]
+
+
 class FakeStep:
     def __init__(self, header: StepHeader, fail_at: int | None) -> None:
         self.header, self._fail_at = header, fail_at
@@ -128,6 +213,11 @@ class FakeMesh:
         with self.changed:
             assert self.changed.wait_for(lambda: len(self.bids) >= count, timeout_s), "no bid came"
             return self.bids[count - 1]
+
+    def wait_until_bid(self, *wanted: tuple[int, int], timeout_s: float = 20.0) -> None:
+        """Until one of these is the newest bid."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.bids[-1:] and self.bids[-1] in wanted, timeout_s), "no such bid"
 
     def wait_for_step(self, count: int, timeout_s: float = 20.0) -> None:
         """Until so many steps have begun; what is submitted afterwards is not part of them."""

@@ -4,7 +4,7 @@ import random
 import threading
 
 import pytest
-from attention_fakes import VOCAB, Collector, FakeMesh, HashModel, greedy_stream, next_logits, request
+from attention_fakes import VOCAB, AheadRunner, Collector, FakeMesh, HashModel, greedy_stream, next_logits, request
 
 from expertmesh.cluster.attention.engine import Engine
 from expertmesh.cluster.attention.runner import Runner
@@ -16,6 +16,8 @@ from expertmesh.request import FinishReason, ThinkingBudget
 class World:
     """An engine with its neighbours; at the end its books must balance."""
 
+    make_runner: type[Runner] = Runner
+
     def __init__(self, *, num_blocks=64, block_size=4, max_model_len=200, manual=False, max_prefill=1 << 20, **options):
         self.model = HashModel(block_size)
         self.mesh = FakeMesh(manual=manual, max_prefill=max_prefill)
@@ -24,9 +26,9 @@ class World:
         prefix = options.pop("enable_prefix_cache", True)
         publish = options.pop("publish", self.out)
         observer, on_failure = options.pop("observer", None), options.pop("on_failure", None)
-        runner = Runner(self.model, num_blocks=num_blocks, block_size=block_size, vocab_size=VOCAB)
+        self.runner = self.make_runner(self.model, num_blocks=num_blocks, block_size=block_size, vocab_size=VOCAB)
         self.engine = Engine(
-            runner,
+            self.runner,
             self.mesh,
             scheduler=SchedulerConfig(**options),
             publish=publish,
@@ -55,6 +57,13 @@ class World:
             assert not list(scheduler.sequences())
         assert not self.engine._live_ids
         assert not self.engine._thread.is_alive()
+
+
+@pytest.fixture(params=[Runner, AheadRunner], autouse=True)
+def runner(request, monkeypatch):
+    """Every promise holds in lock-step and where steps run ahead of the host."""
+    monkeypatch.setattr(World, "make_runner", request.param)
+    return request.param
 
 
 def prompts(count, low, high, seed=1):
@@ -267,14 +276,14 @@ def test_kept_batch_is_asked_for_whole_and_waits_for_room():
         assert w.out.tokens["a"] == greedy_stream(range(9), 1)
 
 
-def test_request_cancelled_while_its_batch_waits_is_answered_at_once_and_freed_with_the_batch():
+def test_request_cancelled_while_its_batch_waits_is_answered_at_once_and_the_batch_still_runs():
     with World(manual=True) as w:
         w.mesh.fail = lambda step_id: 0 if step_id == 1 else None
         w.engine.submit(request("a", range(9), max_tokens=3))
         w.mesh.wait_for_bid(1)
         w.engine.submit(request("b", range(20, 25), max_tokens=2))
         w.mesh.issue(14)
-        assert w.mesh.wait_for_bid(2) in [(14, 0), (9, 0)]
+        w.mesh.wait_until_bid((14, 0), (9, 0))
         w.engine.abort("a")
         w.out.wait("a")
         for _ in range(4):
@@ -289,10 +298,10 @@ def test_kept_batch_that_nobody_waits_for_is_dropped():
         w.engine.submit(request("a", range(9), max_tokens=3))
         w.mesh.wait_for_bid(1)
         w.mesh.issue(9)
-        w.mesh.wait_for_bid(2)
+        w.mesh.wait_until_bid((9, 0))
         w.engine.abort("a")
         w.out.wait("a")
-        assert w.mesh.wait_for_bid(3) == (0, 0)
+        w.mesh.wait_until_bid((0, 0))
 
 
 def test_deadline_ends_a_request_even_when_no_step_comes():
@@ -431,6 +440,22 @@ def test_logprobs_travel_with_their_tokens():
         for output in w.out.outputs["a"]:
             assert [p.token_id for p in output.logprobs] == output.token_ids
             assert len(output.logprobs[0].top) == 3
+
+
+def test_the_next_step_is_launched_before_the_last_one_is_collected(runner):
+    with World() as w:
+        run_all(w, [request(f"r{i}", [i, 3, i], max_tokens=30) for i in range(4)])
+        assert all(w.out.tokens[f"r{i}"] == greedy_stream([i, 3, i], 30) for i in range(4))
+        if runner is AheadRunner:
+            assert w.runner.most_in_flight == 2
+
+
+def test_nothing_runs_ahead_of_what_the_host_decides(runner):
+    with World() as w:
+        run_all(w, [request("a", [5, 3], max_tokens=20, repetition_penalty=1.2), request("b", [7], max_tokens=20)])
+        assert w.out.tokens["b"] == greedy_stream([7], 20)
+        if runner is AheadRunner:
+            assert w.runner.most_in_flight == 1
 
 
 def test_observer_sees_each_step():

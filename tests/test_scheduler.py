@@ -42,7 +42,8 @@ class Desk:
         samplers = [s.sequence for s in scheduled if s.samples]
         self.scheduler.advance(scheduled)
         for sequence in samplers:
-            sequence.append(1)
+            sequence.see(1)
+        self.scheduler.settle(scheduled)
         self.scheduler.check_integrity()
         return {s.sequence.request_id: s.num_tokens for s in scheduled}
 

@@ -4,10 +4,14 @@ One thread owns the scheduler, the KV cache and the device. Everything reaches i
 aborts, step headers), so nothing is locked and an idle engine is a thread asleep in `get`. It runs no step of its own
 accord: it bids, and the header that answers says when and how much, because attention replicas step together.
 
-A step is committed as a whole after its forward: until then no sequence has changed. After an ExchangeError the very
-same batch is kept and run again in the next header; blocks of a request that was cancelled meanwhile are held until
-that is done, since the batch still writes to them (its client is answered at once)."""
+A step is launched, and collected when it is over; only then are its tokens seen, published and their blocks shared.
+Where the runner runs ahead (a GPU) the next step is launched before this one is collected: it reads this one's tokens
+on the device, so the host's work hides behind the device's. A step is committed as a whole. After an ExchangeError the
+steps in flight are void, and the very same batch is kept and run again in the next header. Blocks of a request that
+ends while a step still writes to them may be given away at once: whoever gets them writes before it reads, in a later
+step. Idea: vLLM's asynchronous scheduling."""
 
+import contextlib
 import heapq
 import logging
 import queue
@@ -30,17 +34,18 @@ from ...errors import (
     Unavailable,
 )
 from ...request import AnswerGrammar, EngineLoad, EngineRequest, FinishReason, RequestOutput
-from ...router.contracts import Mesh
+from ...router.contracts import Mesh, StepContext
 from ...router.epoch import StepHeader
-from .batch import ScheduledTokens, StepBatch
+from .batch import ScheduledTokens, StepBatch, with_seen_tokens
 from .grammar import Compiled, GrammarCompiler, GrammarState
 from .kv_cache import KVCache
-from .runner import Runner, StepResult
+from .runner import Flight, Landed, Runner, StepResult
 from .scheduler import Scheduler
 from .sequence import Sequence
 from .step_stats import StepObserver, StepStats
 
 _log = logging.getLogger(__name__)
+_POLL_S = 1e-4  # how often a step in flight is looked after
 _NOT_FINITE = "the model's output for this request is not finite; nothing of it was cached"
 _NO_TOKEN = "the model's output for this request is not finite, or its response_format allows no token here"
 
@@ -79,6 +84,17 @@ class _Pending:
         return self.batch.num_tokens
 
 
+@dataclass(slots=True)
+class _Launched:
+    """A step in flight, with the batch that this rank has in it."""
+
+    step: StepContext
+    flight: Flight
+    pending: _Pending | None
+    started_at: float
+    schedule_s: float
+
+
 class Engine:
     """`submit`, `abort`, `load`, `on_header`, `drain`, `stop` are thread-safe; `publish` is called from the engine
     thread, once a step and when requests end between steps. A stop id that ends a text is among its tokens."""
@@ -115,7 +131,10 @@ class Engine:
         self._headers: deque[StepHeader] = deque()
         self._outputs: list[RequestOutput] = []
         self._deadlines: list[tuple[float, str]] = []  # heap
-        self._pending: _Pending | None = None
+        self._pending: _Pending | None = None  # to be launched (again)
+        self._launched: deque[_Launched] = deque()
+        self._needs_host: set[str] = set()  # live requests that no step may run ahead of
+        self._epoch = 0  # of the last header
         self._bid: tuple[int, int] = (0, 0)  # out and not yet answered; (0, 0) = none
         self._num_arrivals = 0
         self._stopping = False
@@ -213,6 +232,8 @@ class Engine:
                 self._receive()
                 if self._headers and not self._stopping:
                     self._step(self._headers.popleft())
+                elif self._launched and self._launched[0].flight.is_over:
+                    self._land()
                 self._expire()
                 self._flush()
                 self._offer()
@@ -225,9 +246,12 @@ class Engine:
                 self._on_failure(failure)
 
     def _receive(self) -> None:
-        """Sleep until something happens, then take every event that is there."""
+        """Sleep until something happens, the end of a step in flight included, then take every event that is there."""
         try:
-            if not self._headers:
+            while self._launched and not self._headers and not self._stopping and not self._launched[0].flight.is_over:
+                with contextlib.suppress(queue.Empty):
+                    self._take(self._events.get(timeout=_POLL_S))
+            if not self._headers and not self._launched:
                 self._take(self._events.get(timeout=self._seconds_to_deadline()))
             while True:
                 self._take(self._events.get_nowait())
@@ -267,6 +291,8 @@ class Engine:
         finally:
             with self._lock:
                 self._num_incoming -= 1
+        if self._runner.needs_host(sequence):
+            self._needs_host.add(request.request_id)
         if request.deadline > 0:
             heapq.heappush(self._deadlines, (request.deadline, request.request_id))
         if request.output_ids:  # a replay may already be complete
@@ -276,44 +302,92 @@ class Engine:
                 self._answer(request.request_id, reason)
 
     def _step(self, header: StepHeader) -> None:
-        """Do what the header says; own tokens if this rank is a source and has some, else serve the others."""
+        """Launch what the header says: own tokens if this rank is a source and has some, else the others' service. Then
+        collect, of the steps in flight all or all but the newest."""
         started_at, started = self._clock(), perf_counter()
+        runs_ahead = self._runner.runs_ahead and not self._needs_host and not self.scheduler.may_preempt
+        if not runs_ahead or header.epoch != self._epoch:
+            self._land_all()
         try:
             step = self._mesh.enter(header)
         except (ExchangeError, EpochError) as error:  # a broken epoch, or a header that came after its epoch was over
             _log.warning("step %d was not entered: %s", header.step_id, error)
             self._bid = (0, 0)
             return
+        self._epoch = header.epoch
         granted = header.num_tokens[self._mesh.rank]
         pending = self._choose(granted) if granted else None
-        scheduled_s = perf_counter() - started
-        result: StepResult | None = None
-        failure: ExchangeError | None = None
+        launched = _Launched(step, Landed(None), pending, started_at, perf_counter() - started)
         try:
             if pending is None:
-                step.serve()
+                launched.flight = self._runner.serve(step)
             else:
-                result = self._runner.execute(pending.batch, pending.scheduled, step)
+                launched.flight = self._runner.launch(pending.batch, pending.scheduled, step)
         except ExchangeError as error:
-            _log.warning("step %d will be run again: %s", header.step_id, error)
-            failure, self._bid = error, (0, 0)
-        computed = perf_counter()
-        if pending is not None and result is not None:
-            self._commit(pending, result)
+            self._land_all()  # an older batch that has to be run again takes this one's place
+            self._void(launched, error)
+            return
+        if pending is not None:
+            self.scheduler.advance(pending.scheduled)
+            self._pending = None
+        self._launched.append(launched)
+        if runs_ahead:
+            self._offer()  # the leader decides on the next step while this one runs
+            while len(self._launched) > 1:
+                self._land()
+        else:
+            self._land_all()
+
+    def _land_all(self) -> None:
+        while self._launched:
+            self._land()
+
+    def _land(self) -> None:
+        """Collect the oldest step in flight and commit it."""
+        launched = self._launched.popleft()
+        try:
+            result = launched.flight.collect()
+        except ExchangeError as error:
+            newer, self._launched = self._launched, deque()
+            for later in reversed(newer):
+                with contextlib.suppress(ExchangeError):
+                    later.flight.collect()
+                if later.pending is not None:
+                    self.scheduler.retreat(later.pending.scheduled)
+            if launched.pending is not None:
+                self._pending = launched.pending
+                self.scheduler.retreat(launched.pending.scheduled)
+                launched.pending.batch = with_seen_tokens(launched.pending.batch, launched.pending.scheduled)
+            self._void(launched, error)
+            return
+        if launched.pending is not None and result is not None:
+            self._commit(launched.pending, result)
         self._offer()  # before publishing: the leader decides on the next step meanwhile
+        self._observe(launched, result)
+
+    def _void(self, launched: _Launched, error: ExchangeError) -> None:
+        """The step changed nothing; its batch is run again, unless nobody waits for it any more."""
+        _log.warning("step %d will be run again: %s", launched.step.header.step_id, error)
+        self._bid = (0, 0)
+        self._drop_if_unwanted()
+        self._offer()
+        self._observe(launched, None, error)
+
+    def _observe(self, launched: _Launched, result: StepResult | None, error: ExchangeError | None = None) -> None:
+        computed = perf_counter()
         self._flush()
         if self._observer is not None:
             self._observer.observe(
                 StepStats.of(
-                    step,
-                    pending.scheduled if pending is not None else [],
+                    launched.step,
+                    launched.pending.scheduled if launched.pending is not None else [],
                     result,
                     self.load(),
-                    started_at=started_at,
-                    schedule_s=scheduled_s,
+                    started_at=launched.started_at,
+                    schedule_s=launched.schedule_s,
                     publish_s=perf_counter() - computed,
                     num_preemptions=self.scheduler.num_preemptions,
-                    error=failure,
+                    error=error,
                 )
             )
 
@@ -334,20 +408,18 @@ class Engine:
 
     def _commit(self, pending: _Pending, result: StepResult) -> None:
         """The step succeeded: its tokens count, the drawn ones are accepted, finished sequences are freed."""
-        self._pending = None
         sampled = result.sampled
         samplers = [item.sequence for item in pending.scheduled if item.samples]
-        broken = {id(s) for s, finite in zip(samplers, sampled.finite) if not finite}
-        self.scheduler.advance([i for i in pending.scheduled if id(i.sequence) not in broken])
+        for row, sequence in enumerate(samplers):
+            if sequence.finish_reason is FinishReason.NONE and not sampled.finite[row]:
+                error = ExpertMeshError(_NOT_FINITE if sequence.grammar is None else _NO_TOKEN)
+                self._finish(sequence, FinishReason.ERROR, error)
+        self.scheduler.settle(pending.scheduled)
         for row, sequence in enumerate(samplers):
             if sequence.finish_reason is not FinishReason.NONE:
                 continue
-            if not sampled.finite[row]:
-                error = ExpertMeshError(_NOT_FINITE if sequence.grammar is None else _NO_TOKEN)
-                self._finish(sequence, FinishReason.ERROR, error)
-                continue
             token_id = sampled.token_ids[row]
-            sequence.append(token_id)
+            sequence.see(token_id)
             output = RequestOutput(sequence.request_id, [token_id])
             if not sequence.published:
                 sequence.published = True
@@ -361,11 +433,7 @@ class Engine:
             )
             self._outputs.append(output)
             if output.finish_reason is not FinishReason.NONE:
-                self.scheduler.remove(sequence)
-                self._forget(sequence.request_id)
-        for item in pending.scheduled:  # cancelled while the batch waited to be run again
-            if item.sequence.finish_reason is not FinishReason.NONE:
-                self.scheduler.remove(item.sequence)
+                self._remove(sequence, output.finish_reason)
 
     def _end_early(self, request_id: str, reason: FinishReason, error: ExpertMeshError | None = None) -> None:
         sequence = self.scheduler.get(request_id)
@@ -376,17 +444,22 @@ class Engine:
             self._finish(sequence, reason, error)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: ExpertMeshError | None = None) -> None:
-        """End a sequence outside the normal way. One that a kept batch still writes for is removed with that batch."""
+        """End a sequence outside the normal way."""
         self._answer(sequence.request_id, reason, error)
-        pending = self._pending
-        if pending is None or all(item.sequence is not sequence for item in pending.scheduled):
-            self.scheduler.remove(sequence)
-            return
+        self._remove(sequence, reason)
+        self._drop_if_unwanted()
+
+    def _remove(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
-        if all(item.sequence.finish_reason is not FinishReason.NONE for item in pending.scheduled):
-            self._pending = None  # nobody waits for this batch
-            for item in pending.scheduled:
-                self.scheduler.remove(item.sequence)
+        self.scheduler.remove(sequence)
+        self._runner.release(sequence)
+        self._forget(sequence.request_id)
+
+    def _drop_if_unwanted(self) -> None:
+        """A kept batch that nobody waits for is not run again."""
+        pending = self._pending
+        if pending is not None and all(i.sequence.finish_reason is not FinishReason.NONE for i in pending.scheduled):
+            self._pending = None
 
     def _answer(self, request_id: str, reason: FinishReason, error: ExpertMeshError | None = None) -> None:
         output = RequestOutput(request_id, [], finish_reason=reason)
@@ -396,6 +469,7 @@ class Engine:
         self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
+        self._needs_host.discard(request_id)
         with self._lock:
             self._live_ids.discard(request_id)
 

@@ -21,6 +21,7 @@ from ...startup_phases import StartupPhases
 from .batch import ScheduledTokens, StepBatch, build
 from .model import Model
 from .sampler import Sampled, Sampler
+from .sequence import Sequence
 
 KVPages = Seq[tuple[torch.Tensor, torch.Tensor]]  # per layer K, V [num_blocks, block_size, num_kv_heads, head_dim]
 
@@ -44,8 +45,34 @@ class StepResult:
     sample_s: float
 
 
+class Flight(Protocol):
+    """A launched step."""
+
+    @property
+    def is_over(self) -> bool:
+        """`collect` would not wait."""
+        ...
+
+    def collect(self) -> StepResult | None:
+        """Wait for the step; None where this rank only served. An ExchangeError says that the step is void."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """A step that was over when it was launched, as on a CPU."""
+
+    result: StepResult | None
+    is_over: bool = True
+
+    def collect(self) -> StepResult | None:
+        return self.result
+
+
 class Runner:
     """Engine thread only."""
+
+    runs_ahead = False  # whether a step may be launched before the one before it is collected
 
     def __init__(
         self,
@@ -108,13 +135,25 @@ class Runner:
     def build(self, scheduled: Seq[ScheduledTokens]) -> StepBatch:
         return build(scheduled, block_size=self.block_size, device=self.device)
 
-    def execute(self, batch: StepBatch, scheduled: Seq[ScheduledTokens], step: StepContext) -> StepResult:
-        """Forward and sample. An ExchangeError leaves everything ready for the same call again."""
+    def launch(self, batch: StepBatch, scheduled: Seq[ScheduledTokens], step: StepContext) -> Flight:
+        """Forward and sample. After an ExchangeError, here or in `collect`, the same call may be made again."""
         started = perf_counter()
         logits = self.model.forward(batch, self.kv_pages, step)
         computed = perf_counter()
         sampled = self.sampler.sample(logits, [item.sequence for item in scheduled if item.samples])
-        return StepResult(sampled, computed - started, perf_counter() - computed)
+        return Landed(StepResult(sampled, computed - started, perf_counter() - computed))
+
+    def serve(self, step: StepContext) -> Flight:
+        """A step in which this rank has no tokens."""
+        step.serve()
+        return Landed(None)
+
+    def needs_host(self, sequence: Sequence) -> bool:
+        """What this sequence's next token may be depends on what the host knows of the last: no running ahead."""
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        """The sequence has ended: forget what is kept for it."""
 
 
 def tokenizer_vocab_size(checkpoint: Checkpoint) -> int:

@@ -98,10 +98,10 @@ class Scheduler:
         num_decode = num_prefill = 0
         for sequence in self._running:
             pending = sequence.num_tokens - sequence.num_computed_tokens
-            if pending == 1:
-                num_decode += 1
-            else:
+            if pending > 1:
                 num_prefill += pending
+            elif self._goes_on(sequence):
+                num_decode += 1
         if self._waiting and num_prefill + num_decode < budget and self._can_admit(self._waiting[0]):
             for sequence in self._waiting:
                 num_prefill += sequence.num_pending_tokens
@@ -112,7 +112,8 @@ class Scheduler:
     def schedule(self, max_tokens: int, max_prefill: int) -> list[ScheduledTokens]:
         """Choose at most `max_tokens` tokens, at most `max_prefill` of them of prompts or replays, with their blocks.
 
-        A decode that finds no block preempts the youngest. After the step `advance` commits what is returned."""
+        A decode that finds no block preempts the youngest. When the step is launched `advance` counts what is returned
+        as computed; `settle` when it has succeeded, `retreat` when it is void."""
         max_tokens = min(max_tokens, self.config.max_num_batched_tokens)
         scheduled = self._schedule_decodes(max_tokens)
         budget = min(max_tokens - len(scheduled), max_prefill)
@@ -121,21 +122,40 @@ class Scheduler:
                 break
             if sequence.num_pending_tokens > 1:
                 count = min(budget, sequence.num_pending_tokens)
-                scheduled.append(ScheduledTokens(sequence=sequence, num_tokens=count))
+                scheduled.append(ScheduledTokens.next_of(sequence, count))
                 budget -= count
         while budget > 0 and self._waiting and self._admit(self._waiting[0]):
             sequence = self._running[-1]
             count = min(budget, sequence.num_pending_tokens)
-            scheduled.append(ScheduledTokens(sequence=sequence, num_tokens=count))
+            scheduled.append(ScheduledTokens.next_of(sequence, count))
             budget -= count
         return scheduled
 
+    @property
+    def may_preempt(self) -> bool:
+        """The next `schedule` may have to take blocks away: no step may be in flight then, since one that is void runs
+        again and reads the blocks of all its sequences."""
+        return self.cache.num_free_blocks < len(self._running)
+
     def advance(self, scheduled: list[ScheduledTokens]) -> None:
+        """The step is on its way: what is scheduled next comes after its tokens, the drawn ones included."""
+        for item in scheduled:
+            item.sequence.num_computed_tokens += item.num_tokens
+            if item.samples:
+                item.sequence.expect()
+
+    def settle(self, scheduled: list[ScheduledTokens]) -> None:
         """The step succeeded: its tokens are in KV now, and full blocks may be shared."""
         for item in scheduled:
-            sequence = item.sequence
-            sequence.num_computed_tokens += item.num_tokens
-            self.cache.name_computed(sequence.table, sequence.token_ids, sequence.num_computed_tokens)
+            if self._by_id.get(item.sequence.request_id) is item.sequence:
+                self.cache.name_computed(item.sequence.table, item.sequence.token_ids, item.end)
+
+    def retreat(self, scheduled: list[ScheduledTokens]) -> None:
+        """The step is void: as if it had not been launched. Of steps in flight the newest first."""
+        for item in scheduled:
+            if item.samples:
+                item.sequence.retract()
+            item.sequence.num_computed_tokens = item.start
 
     def check_integrity(self) -> None:
         """Assert that queue, running set and blocks agree."""
@@ -153,10 +173,15 @@ class Scheduler:
         index = 0
         while index < len(self._running) and len(scheduled) < max_tokens:
             sequence = self._running[index]
-            if sequence.num_tokens - sequence.num_computed_tokens == 1 and self._make_room(sequence):
-                scheduled.append(ScheduledTokens(sequence=sequence, num_tokens=1))
+            is_decode = sequence.num_tokens - sequence.num_computed_tokens == 1 and self._goes_on(sequence)
+            if is_decode and self._make_room(sequence):
+                scheduled.append(ScheduledTokens.next_of(sequence, 1))
             index += 1
         return scheduled
+
+    def _goes_on(self, sequence: Sequence) -> bool:
+        """Not so where the token that a step in flight draws is its last, whatever that is."""
+        return not sequence.num_unseen or not sequence.is_full(self.max_model_len)
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Blocks for the sequence's pending token, taken from the youngest if need be; False = it was the youngest."""
@@ -170,6 +195,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         popped = self._running.pop()
         assert popped is sequence
+        assert not sequence.num_unseen, "preempted while a step draws for it"
         self.cache.release(sequence.table)
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
