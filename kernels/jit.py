@@ -144,6 +144,12 @@ class Kernel:
         """Load again at the next launch."""
         self._functions.clear()
 
+    def load(self, device: torch.device) -> None:
+        """Compile and load now, on a kernel whose first launch must not take that long. Not for dynamic shared memory."""
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        if index not in self._functions:
+            self._load(index, 0)
+
     def launch(
         self,
         grid: tuple[int, ...],
