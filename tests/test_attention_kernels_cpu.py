@@ -124,9 +124,16 @@ def heads(num_heads, num_kv_heads, head_dim, per_group):
         ("combine_norm.cu", {"HIDDEN": 6144, "THREADS": 768, "TOP_K": 3}),
         ("silu_mul.cu", {}),
         ("embed_norm.cu", {"HIDDEN": 2048, "THREADS": 256}),
+        ("sample.cu", {"LOGITS_F32": 0, "ALIGNED": 1}),
     ],
 )
 def test_kernels_compile_without_spills(file, defines, arch):
     use = jit.compile_only(file, arch, defines).use()
     assert use
+    assert all(u.clean for u in use), use
+
+
+def test_sampler_compiles_for_float32_and_odd_rows_without_spills():
+    use = jit.compile_only("sample.cu", "sm_90a", {"LOGITS_F32": 1, "ALIGNED": 0}).use()
+    assert {u.name for u in use} == {"sample_scan", "sample_choose", "sample_admit"}
     assert all(u.clean for u in use), use

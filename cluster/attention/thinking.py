@@ -28,6 +28,11 @@ class ThinkingState:
         """The token that must come next, or None where the model is free."""
         return self.budget.closing_ids[self._cursor] if self._cursor >= 0 else None
 
+    @property
+    def cursor(self) -> int:
+        """Index into closing_ids of the token that must come next, -1 where the model is free."""
+        return self._cursor
+
     def accept(self, token_id: int) -> None:
         """Take the next accepted token, sampled or forced."""
         budget = self.budget
