@@ -1,0 +1,141 @@
+// paged_attention.cu: o[t] = softmax(scale * q[t] k^T) v over the pages of t's sequence, causal; bf16, fp32 accumulate.
+// The kernels are FlashInfer's FA2 template (its headers, pinned; compiled by nvcc ahead of time, never by NVRTC): one
+// CTA takes an item (request, query tile, KV chunk) of one KV head, a query tile being TILE_Q rows of (token, head of
+// group). The list of items is ours (cluster/attention/schedule.py), hence the Params below: lengths and starts are
+// read from arrays of the schedule, so that requests may lie anywhere in q, rows of the block table may have any pitch,
+// and padding is a request without KV. With several chunks a second kernel adds them up (FlashInfer's merge of
+// attention states). Needs: HEAD_SIZE 64 or 128, num_heads % num_kv_heads == 0, sm_80 or newer.  Built by
+// deploy/build_attention.py.
+#include <cstdio>
+
+#include "flashinfer/attention/prefill.cuh"
+#include "paged_attention_call.cuh"
+
+namespace fi = flashinfer;
+using bf16 = __nv_bfloat16;
+
+namespace {
+
+struct Params {
+  using DTypeQ = bf16;
+  using DTypeKV = bf16;
+  using DTypeO = bf16;
+  using IdType = int32_t;
+  bf16* q;
+  fi::paged_kv_t<bf16, int32_t> paged_kv;
+  int32_t* q_indptr;
+  bf16* o;
+  float* lse;
+  fi::uint_fastdiv group_size;
+  float sm_scale;
+  uint32_t num_qo_heads;
+  int32_t q_stride_n, q_stride_h, window_left;
+  int32_t *request_indices, *qo_tile_indices, *kv_tile_indices, *merge_indptr, *o_indptr;
+  bool* block_valid_mask;
+  int32_t* kv_chunk_size_ptr;
+  uint32_t max_total_num_rows;
+  uint32_t* total_num_rows;
+  uint32_t padded_batch_size;
+  bool partition_kv;
+  const int32_t *q_lens, *kv_lens;
+
+  __host__ __device__ __forceinline__ uint32_t get_qo_len(uint32_t request) const { return q_lens[request]; }
+  __host__ __device__ __forceinline__ uint32_t get_kv_len(uint32_t request) const { return kv_lens[request]; }
+};
+
+using Variant =
+    fi::DefaultAttention</*custom_mask=*/false, /*sliding_window=*/false, /*soft_cap=*/false, /*alibi=*/false>;
+
+// KV positions a warp takes at a time, in 16s: what two CTAs an SM leave room for, as FlashInfer chooses it.
+template <uint32_t TILE_Q>
+constexpr uint32_t mma_kv() {
+  constexpr uint32_t room = (SHARED_KIB_PER_SM * 1024 / 2 - TILE_Q * HEAD_SIZE * 2) / (2 * HEAD_SIZE * 16 * 2);
+  constexpr uint32_t by_shared = room / fi::get_num_warps_kv(TILE_Q), by_registers = 8 / fi::get_num_mma_q(TILE_Q);
+  constexpr uint32_t most = by_shared < by_registers ? by_shared : by_registers;
+  return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
+}
+
+template <typename Kernel, typename... Arguments>
+cudaError_t launch(const Fa2Call& call, Kernel kernel, dim3 grid, dim3 block, size_t shared, Arguments... arguments) {
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(call.stream);
+  config.attrs = &overlap, config.numAttrs = call.overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <uint32_t TILE_Q>
+cudaError_t attend(const Fa2Call& call, Params params) {
+  constexpr uint32_t WARPS_Q = fi::get_num_warps_q(TILE_Q), WARPS_KV = fi::get_num_warps_kv(TILE_Q);
+  using Traits = fi::KernelTraits<fi::MaskMode::kCausal, TILE_Q, fi::get_num_mma_q(TILE_Q), mma_kv<TILE_Q>(),
+                                  HEAD_SIZE / 16, HEAD_SIZE / 16, WARPS_Q, WARPS_KV, fi::PosEncodingMode::kNone, bf16,
+                                  bf16, bf16, float, int32_t, Variant>;
+  static_assert(!Traits::IsInvalid());
+  auto kernel = fi::BatchPrefillWithPagedKVCacheKernel<Traits, Params>;
+  constexpr size_t shared = sizeof(typename Traits::SharedStorage);
+  static cudaError_t allowed[64];  // 0 = not asked yet on this device, else 1 + the answer
+  cudaError_t& answer = allowed[call.device & 63];
+  if (!answer) {
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (error) return error;
+    answer = static_cast<cudaError_t>(1);
+  }
+  return launch(call, kernel, dim3(call.num_items, 1, call.num_kv_heads), dim3(32, WARPS_Q, WARPS_KV), shared, params);
+}
+
+cudaError_t merge(const Fa2Call& call) {
+  constexpr uint32_t VEC = HEAD_SIZE / 32 > 8 ? HEAD_SIZE / 32 : 8, THREADS = 128, X = HEAD_SIZE / VEC, Y = THREADS / X,
+                     STAGES = 4;
+  auto kernel = fi::PersistentVariableLengthMergeStatesKernel<VEC, X, Y, STAGES, bf16, bf16, int32_t>;
+  const uint32_t rows = call.num_rows, heads = call.num_heads, most = call.num_sms * 12;
+  const dim3 grid(rows * heads < most ? rows * heads : most);
+  constexpr size_t shared = STAGES * Y * HEAD_SIZE * sizeof(bf16) + THREADS * sizeof(float);
+  return launch(call, kernel, grid, dim3(X, Y), shared, static_cast<bf16*>(call.partial_o), call.partial_lse,
+                call.merge_starts, static_cast<bf16*>(call.o), static_cast<float*>(nullptr), rows,
+                static_cast<uint32_t*>(nullptr), heads);
+}
+
+cudaError_t run(const Fa2Call& call) {
+  if (!call.num_items) return cudaSuccess;
+  const bool split = call.partial_o != nullptr;
+  Params params = {};
+  params.q = static_cast<bf16*>(call.q);
+  const int64_t strides[3] = {call.page_stride, call.kv_stride_n, call.kv_stride_h};
+  params.paged_kv = fi::paged_kv_t<bf16, int32_t>(
+      call.num_kv_heads, call.page_size, HEAD_SIZE, call.num_requests, fi::QKVLayout::kNHD, static_cast<bf16*>(call.k),
+      static_cast<bf16*>(call.v), strides, call.pages, call.page_starts, nullptr);
+  params.q_indptr = call.q_starts, params.q_lens = call.q_lens, params.kv_lens = call.kv_lens;
+  params.o = static_cast<bf16*>(split ? call.partial_o : call.o);
+  params.lse = split ? call.partial_lse : nullptr;
+  params.group_size = fi::uint_fastdiv(call.num_heads / call.num_kv_heads);
+  params.sm_scale = call.scale, params.num_qo_heads = call.num_heads;
+  params.q_stride_n = call.q_stride_n, params.q_stride_h = call.q_stride_h, params.window_left = -1;
+  params.request_indices = call.item_request, params.qo_tile_indices = call.item_q_tile;
+  params.kv_tile_indices = call.item_chunk, params.o_indptr = split ? call.o_starts : call.q_starts;
+  params.kv_chunk_size_ptr = call.chunk_size, params.partition_kv = split;
+  cudaError_t error = call.tile_q == 16   ? attend<16>(call, params)
+                      : call.tile_q == 64 ? attend<64>(call, params)
+                                          : attend<128>(call, params);
+  return error || !split ? error : merge(call);
+}
+
+}  // namespace
+
+// 0, or what went wrong in `message`.
+extern "C" int expertmesh_paged_attention(const Fa2Call* call, char* message, int size) {
+  const char* text = "";
+  try {
+    cudaError_t error = cudaSetDevice(call->device);
+    if (!error) error = run(*call);
+    if (!error) return 0;
+    text = cudaGetErrorString(error);
+    cudaGetLastError();  // not left behind for whoever asks next
+    std::snprintf(message, size, "%s", text);
+  } catch (const std::exception& error) {
+    std::snprintf(message, size, "%s", error.what());
+  }
+  return 1;
+}

@@ -1,0 +1,226 @@
+"""The GPU engine's attention without a GPU: schedules, index arrays and addresses, with the kernels in numpy."""
+
+import numpy as np
+import pytest
+import torch
+from flash_world import NumpyKernels, Step, random_step
+
+from expertmesh.cluster.attention import flash
+from expertmesh.cluster.attention.flash import FlashAttention
+from expertmesh.cluster.attention.schedule import SINGLE, choose_chunk, make_items, make_works
+from expertmesh.errors import KernelError
+from expertmesh.kernels import paged_attention
+
+HEADS, KV_HEADS, DIM = 4, 2, 64
+
+
+def make(kernels: NumpyKernels, **options) -> FlashAttention:
+    options = {"max_num_reqs": 8, "max_num_blocks": 64} | options
+    return FlashAttention(HEADS, KV_HEADS, DIM, 16, "cpu", library=kernels, num_sms=kernels.num_sms, **options)
+
+
+def step_of(*lengths: tuple[int, int], seed: int = 0) -> Step:
+    return random_step(list(lengths), num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, seed=seed)
+
+
+def attend(attention: FlashAttention, step: Step, bucket: int | None = None) -> torch.Tensor:
+    attention.plan(step.q_lens, step.seq_lens, step.block_table, bucket=bucket)
+    q = step.q
+    if bucket is not None:
+        q = torch.cat([q, torch.full((bucket - len(q), HEADS, DIM), torch.nan, dtype=q.dtype)])
+    return attention.attend(q, step.k, step.v)
+
+
+def assert_close(actual: torch.Tensor, step: Step) -> None:
+    torch.testing.assert_close(actual.double(), step.reference(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("num_sms", [1, 6, 40])
+def test_decode_of_a_bucket(num_sms):
+    step = step_of((1, 1), (1, 16), (1, 17), (1, 700), (1, 129))
+    attention = make(NumpyKernels(DIM, num_sms=num_sms))
+    out = attend(attention, step, bucket=8)
+    assert_close(out[:5], step)
+    assert not out[5:].any(), "padding requests give zeros"
+
+
+def test_long_contexts_are_cut_where_the_gpu_would_idle():
+    kernels = NumpyKernels(DIM, num_sms=40)
+    step = step_of((1, 900))
+    assert_close(attend(make(kernels), step, bucket=1), step)
+    assert kernels.calls[-1].partial_o
+    assert kernels.calls[-1].num_items == 1 + 40
+    short = step_of((1, 60))
+    assert_close(attend(make(kernels), short, bucket=1), short)
+    assert not kernels.calls[-1].partial_o
+
+
+@pytest.mark.parametrize("has_prefill", [True, False])
+@pytest.mark.parametrize("num_sms", [1, 16])
+def test_mixed_lengths(has_prefill, num_sms):
+    kernels = NumpyKernels(DIM, num_sms=num_sms, has_prefill=has_prefill)
+    step = step_of((1, 400), (70, 70), (3, 35), (130, 140), (1, 1), (20, 300), (64, 64))
+    assert_close(attend(make(kernels), step), step)
+    assert len(kernels.calls) == (2 if has_prefill else 1)
+    assert kernels.calls[0].tile_q == (64 if has_prefill else 128)
+
+
+def test_whole_prefill_is_one_launch():
+    kernels = NumpyKernels(DIM)
+    step = step_of((64, 64), (200, 200))
+    assert_close(attend(make(kernels), step), step)
+    assert [type(c).__name__ for c in kernels.calls] == ["PrefillCall"]
+
+
+def test_strided_queries_and_caches():
+    kernels = NumpyKernels(DIM)
+    step = step_of((1, 40), (100, 100))
+    qkv = torch.full((101, HEADS + 2 * KV_HEADS, DIM), torch.nan, dtype=torch.bfloat16)
+    qkv[:, :HEADS] = step.q
+    both = torch.stack([step.k, step.v], dim=1)
+    attention = make(kernels)
+    attention.plan(step.q_lens, step.seq_lens, step.block_table)
+    assert_close(attention.attend(qkv[:, :HEADS], both[:, 0], both[:, 1]), step)
+
+
+def test_a_graph_key_means_the_same_addresses_and_grid():
+    """Every field of the struct is as it was at capture, but for q, o and the caches, which are the caller's."""
+    kernels = NumpyKernels(DIM, num_sms=40)
+    attention = make(kernels)
+    fields = [n for n, _ in paged_attention.AttentionCall._fields_ if n not in ("q", "o", "k", "v")]
+    seen: dict = {}
+    for seed, lengths in enumerate([(1,), (900,), (5, 6, 7), (300, 2, 800, 17), (64, 1000, 1, 1)]):
+        step = step_of(*((1, n) for n in lengths), seed=seed)
+        for cut in (None, True, False):
+            key = attention.plan(step.q_lens, step.seq_lens, step.block_table, bucket=4, cut=cut)
+            q = torch.cat([step.q, step.q.new_zeros(4 - len(step.q), HEADS, DIM)])
+            assert_close(attention.attend(q, step.k, step.v)[: len(step.q)], step)
+            call = kernels.calls[-1]
+            assert seen.setdefault(key, {n: getattr(call, n) for n in fields}) == {n: getattr(call, n) for n in fields}
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("bucket", [None, 4])
+def test_invariant_mode_has_one_tile_and_fixed_chunks(monkeypatch, bucket):
+    monkeypatch.setattr(flash, "INVARIANT_CHUNK", 64)
+    kernels = NumpyKernels(DIM, num_sms=40)
+    attention = make(kernels, invariant=True)
+    for lengths in [((1, 10), (1, 64)), ((1, 65), (1, 300), (1, 3))]:
+        step = step_of(*lengths)
+        assert_close(attend(attention, step, bucket)[: len(lengths)], step)
+        assert kernels.calls[-1].tile_q == flash.INVARIANT_TILE
+        assert bool(kernels.calls[-1].partial_o) == (max(n for _, n in lengths) > 64)
+    prefill = step_of((70, 130), (1, 20), (100, 100))
+    assert_close(attend(attention, prefill), prefill)
+    assert {(c.tile_q, type(c).__name__) for c in kernels.calls} == {(flash.INVARIANT_TILE, "AttentionCall")}
+
+
+def test_staging_is_not_written_before_its_copy_is_done():
+    """Plans made ahead of the GPU use other pinned pieces."""
+    kernels = NumpyKernels(DIM)
+    attention = make(kernels)
+    step = step_of((1, 40))
+    pieces = set()
+    for _ in range(8):
+        attention.plan(step.q_lens, step.seq_lens, step.block_table, bucket=1)
+        pieces.add(attention._staging._pieces[attention._staging._turn].data_ptr())
+    assert len(pieces) == 4
+
+
+# --------------------------------------------------------------------------------------------------------- schedule
+def test_chunks_follow_the_free_ctas():
+    def chunk(lens: list[int], slots: int = 66, most: int | None = None) -> int:
+        most = len(lens) + slots if most is None else most
+        return choose_chunk(np.array(lens), np.ones(len(lens), np.int64), slots=slots, most_items=most)
+
+    assert chunk([192]) == SINGLE, "cutting 192 tokens costs a launch and saves less"
+    assert chunk([4096]) == 128
+    assert chunk([4096] * 8) == 512
+    assert chunk([4096] * 32) == 2048
+    assert chunk([4096] * 256) == SINGLE, "the GPU is full anyway"
+    assert chunk([192] * 32 + [131072]) < 8192, "one long context beside short ones"
+    assert chunk([]) == SINGLE
+    for lens in ([4096] * 3, [131072, 5], [700] * 60):
+        best = chunk(lens, most=len(lens) + 10)
+        assert sum(-(-n // best) for n in lens) <= len(lens) + 10
+
+
+def test_every_row_has_its_items_once():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        num_reqs = int(rng.integers(1, 9))
+        seq_lens = rng.integers(1, 900, num_reqs)
+        q_lens = np.minimum(rng.integers(1, 200, num_reqs), seq_lens)
+        chosen = rng.random(num_reqs) < 0.7
+        chunk = int(rng.choice([64, 128, SINGLE]))
+        items = make_items(q_lens, seq_lens, group_size=8, tile_q=64, chunk=chunk, chosen=chosen)
+        triples = set(zip(items.request.tolist(), items.q_tile.tolist(), items.kv_chunk.tolist()))
+        expected = {
+            (r, t, c)
+            for r in range(num_reqs)
+            if chosen[r]
+            for t in range(-(-int(q_lens[r]) * 8 // 64))
+            for c in range(-(-int(seq_lens[r]) // chunk))
+        }
+        assert triples == expected
+        assert len(triples) == items.num_items
+        works = make_works(q_lens, seq_lens, ~chosen, num_heads=4, num_ctas=7)
+        pairs = list(zip(works.request.tolist(), works.q_tile.tolist(), works.head.tolist()))
+        assert len(set(pairs)) == len(pairs) == works.starts[-1]
+        assert {p[:2] for p in pairs} == {
+            (r, t) for r in range(num_reqs) if not chosen[r] for t in range(-(-int(q_lens[r]) // 128))
+        }
+        assert (np.diff(works.starts).max() - np.diff(works.starts).min()) <= 1
+
+
+def test_works_are_dealt_evenly():
+    q_lens = np.array([8192])
+    works = make_works(q_lens, q_lens, np.array([True]), num_heads=32, num_ctas=132)
+    cost = (works.q_tile + 1.0).tolist()
+    each = [sum(cost[a:b]) for a, b in zip(works.starts[:-1], works.starts[1:])]
+    assert max(each) / (sum(each) / len(each)) < 1.05
+
+
+# ----------------------------------------------------------------------------------------------------------- errors
+def test_errors_say_what_to_do(monkeypatch, tmp_path):
+    attention = make(NumpyKernels(DIM))
+    step = step_of((1, 40))
+    with pytest.raises(KernelError, match="largest bucket is 8"):
+        attention.plan(step.q_lens, step.seq_lens, step.block_table, bucket=9)
+    with pytest.raises(KernelError, match="do not fit a decode bucket"):
+        attention.plan(np.array([2]), step.seq_lens, step.block_table, bucket=4)
+    with pytest.raises(KernelError, match="block table has 3"):
+        attention.plan(step.q_lens, np.array([60]), step.block_table)
+    attention.plan(step.q_lens, step.seq_lens, step.block_table)
+    with pytest.raises(KernelError, match="q: shape"):
+        attention.attend(step.q.repeat(2, 1, 1), step.k, step.v)
+    with pytest.raises(KernelError, match="v_cache: shape"):
+        attention.attend(step.q, step.k, step.v[:, :8])
+    with pytest.raises(KernelError, match=r"k_cache: torch\.float16"):
+        attention.attend(step.q, step.k.half(), step.v.half())
+    with pytest.raises(KernelError, match="attention='torch'"):
+        make(NumpyKernels(DIM), dtype=torch.float16)
+    monkeypatch.setattr(paged_attention, "PACKAGE", "expertmesh_attention_of_nobody")
+    with pytest.raises(KernelError, match="not built"):
+        paged_attention._load(DIM, "sm_90a")
+
+
+def test_a_library_of_other_sources_is_refused(monkeypatch, tmp_path):
+    paged_attention._load.cache_clear()
+    package = tmp_path / "expertmesh_attention_test"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "paged_attention_64_sm_90a.so").touch()
+    (package / "key.txt").write_text("other\n")
+    monkeypatch.setattr(paged_attention, "PACKAGE", package.name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(KernelError, match=r"of sources other"):
+        paged_attention._load(64, "sm_90a")
+    with pytest.raises(KernelError, match="no attention kernel for head size 128"):
+        paged_attention._load(128, "sm_90a")
+    (package / "key.txt").write_text(paged_attention.source_key())
+    with pytest.raises(KernelError, match="cannot be loaded"):
+        paged_attention._load(64, "sm_90a")
+    with pytest.raises(KernelError, match="too old"):
+        paged_attention.architecture(7, 5)
+    assert [paged_attention.architecture(*c) for c in ((8, 0), (9, 0), (10, 0))] == ["sm_80", "sm_90a", "sm_100a"]
