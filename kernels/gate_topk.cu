@@ -19,7 +19,8 @@
 constexpr int PER_LANE = (NUM_EXPERTS + 31) / 32;
 
 extern "C" __global__ void __launch_bounds__(128)
-    gate_topk(const void* __restrict__ logits, int num_tokens, int* topk_ids, float* topk_weights, int* counts) {
+    gate_topk(const void* __restrict__ logits, int num_tokens, const int* __restrict__ num_valid, int* topk_ids,
+              float* topk_weights, int* counts) {
   allow_next_kernel();
   wait_for_previous_kernel();
   const int lane = threadIdx.x & 31;
@@ -75,7 +76,8 @@ extern "C" __global__ void __launch_bounds__(128)
   }
   if (lane < TOP_K) {
     if (RENORMALIZE) my_weight = __fdiv_rn(my_weight, kept);
-    const bool valid = my_id >= 0 && my_id < NUM_EXPERTS;  // a row of NaN has no largest: it is routed nowhere
+    bool valid = my_id >= 0 && my_id < NUM_EXPERTS;       // a row of NaN has no largest: it is routed nowhere
+    if (num_valid && token >= *num_valid) valid = false;  // padding of a captured step
     topk_ids[token * TOP_K + lane] = valid ? my_id : -1;
     topk_weights[token * TOP_K + lane] = my_weight;
     if (counts && valid) atomicAdd(counts + my_id, 1);

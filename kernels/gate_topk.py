@@ -10,10 +10,16 @@ from .jit import Kernel
 
 
 def gate_topk(
-    logits: torch.Tensor, top_k: int, *, renormalize: bool = True, counts: torch.Tensor | None = None
+    logits: torch.Tensor,
+    top_k: int,
+    *,
+    renormalize: bool = True,
+    counts: torch.Tensor | None = None,
+    num_valid: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`logits` [num_tokens, num_experts] float32 or bf16 -> topk_ids int32, topk_weights float32, [num_tokens, top_k].
-    `counts` [num_experts] int32 is added to. A row of NaN is routed nowhere (-1, NaN weights)."""
+    `counts` [num_experts] int32 is added to. A row of NaN is routed nowhere (-1, NaN weights), nor are rows from
+    `num_valid` [1] int32 on, a number on the device: the padding of a captured step."""
     num_tokens, num_experts = logits.shape
     if logits.dtype not in (torch.float32, torch.bfloat16) or not logits.is_contiguous():
         raise KernelError(
@@ -25,7 +31,10 @@ def gate_topk(
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits.device)
     if num_tokens:
         gate_kernel(num_experts, top_k, renormalize, logits.dtype == torch.bfloat16).launch(
-            (-(-num_tokens // 4),), 128, (logits, np.int32(num_tokens), ids, weights, counts), device=logits.device
+            (-(-num_tokens // 4),),
+            128,
+            (logits, np.int32(num_tokens), num_valid, ids, weights, counts),
+            device=logits.device,
         )
     return ids, weights
 

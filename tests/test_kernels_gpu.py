@@ -9,7 +9,7 @@ from expertmesh.kernels.combine import combine
 from expertmesh.kernels.expert_layer import ExpertLayer
 from expertmesh.kernels.gate_topk import gate_topk
 from expertmesh.kernels.pack import swizzle
-from expertmesh.kernels.permute import pack_rows, route
+from expertmesh.kernels.permute import pack_rows, route, route_and_pack
 from expertmesh.kernels.plan import GemmPlan, all_plans
 
 pytestmark = pytest.mark.gpu
@@ -21,11 +21,15 @@ jit.set_debug(WATCHDOG=1)  # a hang becomes an error
 BF16_PLANS = [
     *all_plans("bf16"),
     GemmPlan(m_rows=32, tile=16, stages=32, form="bf16"),  # these are not chosen, but promised to be right
+    GemmPlan(m_rows=128, tile=8, stages=13, form="bf16"),
+    GemmPlan(m_rows=64, tile=8, stages=12, slot_blocks=2, form="bf16"),
+    GemmPlan(m_rows=128, tile=8, stages=6, slot_blocks=2, form="bf16"),
     GemmPlan(m_rows=128, tile=160, stages=5, form="bf16"),
     GemmPlan(m_rows=128, tile=256, stages=4, cluster=2, form="bf16"),
 ]
 FP8_PLANS = [
     *all_plans("fp8"),
+    GemmPlan(m_rows=128, tile=8, stages=13, form="fp8"),
     GemmPlan(m_rows=128, tile=112, stages=5, form="fp8"),
     GemmPlan(m_rows=128, tile=112, stages=5, cluster=2, form="fp8"),
     GemmPlan(m_rows=128, tile=128, stages=5, rows_wide=True, form="fp8"),
@@ -131,6 +135,29 @@ def test_pack_rows_places_swizzled_blocks(fp8, hidden):
         assert torch.equal(scales[:, : len(rows)].T[valid.to(DEVICE)], expected_scales)
     else:
         assert torch.equal(got, source.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("kind", ["random", "sparse", "one", "none"])
+@pytest.mark.parametrize(("num_rows", "num_local"), [(1, 1), (1, 16), (5, 200), (64, 5), (65, 40), (511, 256)])
+def test_one_launch_gives_the_places_and_rows_of_two(fp8, kind, num_rows, num_local):
+    x, ids, _ = inputs(num_rows, num_local, kind, hidden=384)
+    expert_map = torch.arange(num_local, dtype=torch.int32, device=DEVICE).flip(0).contiguous()
+    for places in (None, expert_map):
+        poison()
+        plan, packed, scales = route_and_pack(x, ids, num_local, 16, places, granule=16, fp8=fp8)
+        expected = route(ids, num_local, 16, places, granule=16)
+        expected_packed, expected_scales = pack_rows(x, expected, fp8=fp8)
+        num_tiles, num_rows_padded, *_ = expected.state.tolist()
+        assert torch.equal(plan.state, expected.state)
+        assert torch.equal(plan.num_tokens_per_expert, expected.num_tokens_per_expert)
+        assert torch.equal(plan.tiles[:num_tiles], expected.tiles[:num_tiles])
+        assert not plan.ready[:num_tiles].any()
+        filled = expected.pair_of_row[:num_rows_padded]
+        assert torch.equal(plan.pair_of_row[:num_rows_padded], filled)
+        written = (filled >= 0).nonzero().flatten()
+        assert torch.equal(packed[:, written], expected_packed[:, written])
+        assert not fp8 or torch.equal(scales[:, written], expected_scales[:, written])
 
 
 @pytest.mark.parametrize("plan", BF16_PLANS)
@@ -303,3 +330,13 @@ def test_plan_shared_memory_fits():
     limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
     plans: list[GemmPlan] = [*BF16_PLANS, *FP8_PLANS]
     assert all(p.shared_bytes <= limit for p in plans)
+
+
+def test_gate_routes_padding_nowhere():
+    logits = torch.randn(37, 128, device=DEVICE)
+    expected, _ = gate_topk(logits, 8)
+    counts = torch.zeros(128, dtype=torch.int32, device=DEVICE)
+    ids, _ = gate_topk(logits, 8, counts=counts, num_valid=torch.tensor([5], dtype=torch.int32, device=DEVICE))
+    assert ids[:5].equal(expected[:5])
+    assert (ids[5:] == -1).all()
+    assert int(counts.sum()) == 40
