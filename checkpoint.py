@@ -12,6 +12,7 @@ import json
 import math
 import os
 import struct
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,15 +70,16 @@ class LoadProgress:
 
     def __str__(self) -> str:
         percent = 100 * self.bytes_read / self.bytes_total if self.bytes_total else 100.0
-        megabytes = f"{self.bytes_read / 1e6:,.1f} of {self.bytes_total / 1e6:,.1f} MB"
-        return f"{self.what}: {megabytes} ({percent:.0f} %), {self.bytes_per_s / 1e6:,.0f} MB/s"
+        unit, name, digits = (1e9, "GB", 2) if self.bytes_total >= 1e10 else (1e6, "MB", 0)
+        amount = f"{self.bytes_read / unit:,.1f} of {self.bytes_total / unit:,.1f} {name}"
+        return f"{self.what}: {amount} ({percent:.0f} %), {self.bytes_per_s / unit:,.{digits}f} {name}/s"
 
 
 ProgressCallback = Callable[[LoadProgress], None]
 
 
 class ProgressMeter:
-    """Counts bytes and reports at most every `interval_s`, and once at the end."""
+    """Counts bytes and reports at most every `interval_s`, and once at the end. `add` from any thread."""
 
     def __init__(
         self,
@@ -97,11 +99,13 @@ class ProgressMeter:
         )
         self.bytes_read = 0
         self.started = self.last = clock()
+        self._lock = threading.Lock()
 
     def add(self, num_bytes: int) -> None:
-        self.bytes_read += num_bytes
-        if self.report is not None and self.clock() - self.last >= self.interval_s:
-            self._emit()
+        with self._lock:
+            self.bytes_read += num_bytes
+            if self.report is not None and self.clock() - self.last >= self.interval_s:
+                self._emit()
 
     def finish(self) -> LoadProgress:
         return self._emit()
@@ -137,7 +141,9 @@ class LocalFiles:
 
 
 class Checkpoint:
-    """One folder. Opens a file's header only when a tensor in it is first asked for."""
+    """One folder. Opens a file's header only when a tensor in it is first asked for. Reads from any thread."""
+
+    reads_files = True  # reading costs a thread's time, so several threads are faster than one
 
     def __init__(self, folder: str | Path, *, files: Files | None = None) -> None:
         """`files` brings the weights where they are not in the folder yet; all else is there."""
@@ -151,6 +157,7 @@ class Checkpoint:
         self.generation = GenerationDefaults.from_folder(self.folder, self.config)
         self._weight_map = self._read_weight_map(all_here=files is None)
         self._headers: dict[Path, dict[str, TensorEntry]] = {}
+        self._staging = threading.local()
 
     def __contains__(self, name: str) -> bool:
         return name in self._weight_map
@@ -304,19 +311,20 @@ class Checkpoint:
     def _read_range(
         self, entry: TensorEntry, name: str, offset: int, dest: torch.Tensor, meter: ProgressMeter | None
     ) -> None:
-        """Bytes of the file at `offset` -> dest, piece by piece, checking every value."""
+        """Bytes of the file at `offset` -> dest, piece by piece, checking every value. Copies to a GPU are enqueued on
+        the current stream."""
         flat = dest.view(-1)  # raises for a non-contiguous destination: our own mistake
         dtype = DTYPES[entry.dtype]
         direct = dest.dtype == dtype and dest.device.type == "cpu"
         piece = _BUFFER_BYTES // dtype.itemsize
-        buffer = torch.empty(0 if direct else min(piece, flat.numel()), dtype=dtype)
+        staging = None if direct else self._new_staging(dest.device, min(_BUFFER_BYTES, flat.numel() * dtype.itemsize))
         with self._open(entry.file, offset, offset + flat.numel() * dtype.itemsize) as file:
             for start in range(0, flat.numel(), piece):
                 target = flat[start : start + piece]
-                source = target if direct else buffer[: target.numel()]
+                source = target if staging is None else staging.take(target.numel() * dtype.itemsize).view(dtype)
                 _read_exactly(file, source.view(torch.uint8).numpy().data, entry, name)
-                if not direct:
-                    target.copy_(source)
+                if staging is not None:
+                    staging.copy(source, target)
                 if not _all_finite(source):
                     raise CheckpointError(
                         f"NaN or infinity among elements {start}..{start + target.numel() - 1} of the slice read; "
@@ -327,11 +335,42 @@ class Checkpoint:
                 if meter is not None:
                     meter.add(target.numel() * dtype.itemsize)
 
+    def _new_staging(self, device: torch.device, num_bytes: int) -> "_Staging":
+        """A GPU's is pinned, which takes a while, so a thread keeps it; another one is gone with the tensor."""
+        if device.type != "cuda":
+            return _Staging(num_bytes, pinned=False)
+        if not hasattr(self._staging, "pinned"):
+            self._staging.pinned = _Staging(_BUFFER_BYTES, pinned=True)
+        kept: _Staging = self._staging.pinned
+        return kept
+
     def _open(self, path: Path, begin: int, end: int) -> FileIO:
         """Unbuffered, at `begin`."""
         file = FileIO(self._files.open(path.name, begin, end), "rb")
         file.seek(begin)
         return file
+
+
+class _Staging:
+    """Room for a piece on its way from a file to where it is converted or sent; pinned, two, so that one is filled
+    while the other is on its way."""
+
+    def __init__(self, num_bytes: int, *, pinned: bool) -> None:
+        self._buffers = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(1 + pinned)]
+        self._sent = [torch.cuda.Event() for _ in self._buffers] if pinned else []
+        self._next = 0
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        if self._sent:
+            self._sent[self._next].synchronize()  # at once if it was never recorded
+        return self._buffers[self._next][:num_bytes]
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """`source` is what `take` gave."""
+        target.copy_(source, non_blocking=bool(self._sent))
+        if self._sent:
+            self._sent[self._next].record()
+            self._next = 1 - self._next
 
 
 def _read_exactly(file: FileIO, view: memoryview, entry: TensorEntry, name: str) -> None:

@@ -34,6 +34,8 @@ _RANDOM_NIBBLE_RMS = math.sqrt(sum((q - 8) ** 2 for q in range(16)) / 16)  # of 
 class DummyCheckpoint(Checkpoint):
     """A folder with a config.json; weights in it are not looked at."""
 
+    reads_files = False
+
     def _read_weight_map(self, *, all_here: bool) -> dict[str, Path]:
         path = self.folder / "config.json"
         raw = json.loads(path.read_text(encoding="utf-8"))

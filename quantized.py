@@ -12,7 +12,7 @@ holding column AWQ_ORDER[k]; zero points as they are. fp8: `weight` e4m3 [out, i
 each 128x128 block: weight = e4m3 x scale, in spite of the name. Sources: AutoGPTQ's and AutoAWQ's packers; the
 published Qwen3 checkpoints."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -122,29 +122,32 @@ def dequantize(w: Int4Matrix | Fp8Matrix, dtype: torch.dtype = torch.float32) ->
 def from_gptq(
     qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor | None = None
 ) -> Int4Matrix:
-    """GPTQ's four tensors of one linear layer. Raises KernelError for another group size and for `desc_act` (inputs
-    whose groups are not in order): those weights need their inputs permuted, expert by expert."""
-    in_features, out_features = 8 * qweight.shape[0], qweight.shape[1]
+    """GPTQ's four tensors of one linear layer, or stacks of them. Raises KernelError for another group size and for
+    `desc_act` (inputs whose groups are not in order): those weights need their inputs permuted, expert by expert."""
+    in_features, out_features = 8 * qweight.shape[-2], qweight.shape[-1]
     _check_groups("GPTQ", in_features, out_features, scales, qzeros, out_features // 8)
     if g_idx is not None:
         in_order = torch.arange(in_features, device=g_idx.device, dtype=g_idx.dtype) // GROUP
-        if tuple(g_idx.shape) != (in_features,) or not torch.equal(g_idx, in_order):
+        if g_idx.shape[-1:] != (in_features,) or not bool((g_idx == in_order).all()):
             raise KernelError(
                 "GPTQ weights with desc_act (g_idx out of order) are not supported; "
                 "take a checkpoint quantised with desc_act=false"
             )
-    q = _nibbles(qweight).permute(0, 2, 1).reshape(in_features, out_features)
-    zeros = _nibbles(qzeros).flatten(1) + 1 & 15
-    return _plain(q.T, scales.T, None if bool((zeros == 8).all()) else zeros.T)
+    # A word's eight inputs lie as the plain form wants them: eight nibbles, the first one lowest, of one output.
+    nibbles = qweight.mT.contiguous().view(torch.uint8)
+    zeros = _nibbles(qzeros).flatten(-2) + 1 & 15
+    plain = None if bool((zeros == 8).all()) else zeros.mT.contiguous()
+    return Int4Matrix(nibbles, scales.mT.contiguous(), plain)
 
 
 def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> Int4Matrix:
-    """AWQ's three tensors of one linear layer; always with zero points, so that all experts have one form."""
-    in_features, out_features = qweight.shape[0], 8 * qweight.shape[1]
-    _check_groups("AWQ", in_features, out_features, scales, qzeros, qweight.shape[1])
+    """AWQ's three tensors of one linear layer, or stacks of them; always with zero points, so that all experts have one
+    form."""
+    in_features, out_features = qweight.shape[-2], 8 * qweight.shape[-1]
+    _check_groups("AWQ", in_features, out_features, scales, qzeros, qweight.shape[-1])
     place = torch.tensor([AWQ_ORDER.index(c) for c in range(8)], device=qweight.device)
-    q, zeros = (_nibbles(t)[..., place].flatten(1) for t in (qweight, qzeros))
-    return _plain(q.T, scales.T, zeros.T)
+    q, zeros = (_nibbles(t)[..., place].flatten(-2) for t in (qweight, qzeros))
+    return Int4Matrix(pack_nibbles(q.mT.contiguous()), scales.mT.contiguous(), zeros.mT.contiguous())
 
 
 def dequantize_int4(w: Int4Matrix, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -154,10 +157,13 @@ def dequantize_int4(w: Int4Matrix, dtype: torch.dtype = torch.float32) -> torch.
     return ((q - zero).to(dtype) * w.scales.to(dtype)[..., None]).flatten(-2)
 
 
-def stack_experts(experts: list[tuple[Int4Matrix, Int4Matrix, Int4Matrix]]) -> tuple[Int4Matrix, Int4Matrix]:
-    """(gate, up, down) of each expert -> w13 (gate rows first) and w2 of the layer."""
-    w13 = [_join([gate, up], torch.cat) for gate, up, _ in experts]
-    return _join(w13, torch.stack), _join([down for _, _, down in experts], torch.stack)
+def stack_gate_up(gate: Int4Matrix, up: Int4Matrix) -> Int4Matrix:
+    """w13: gate rows first. Zero points are written out where one of them has some."""
+    zeros = None
+    if gate.zeros is not None or up.zeros is not None:
+        both = [m.zeros if m.zeros is not None else torch.full_like(m.scales, 8).byte() for m in (gate, up)]
+        zeros = torch.cat(both, -2)
+    return Int4Matrix(torch.cat((gate.nibbles, up.nibbles), -2), torch.cat((gate.scales, up.scales), -2), zeros)
 
 
 def pack_nibbles(q: torch.Tensor) -> torch.Tensor:
@@ -174,27 +180,16 @@ def _nibbles(words: torch.Tensor) -> torch.Tensor:
     return unpack_nibbles(words.contiguous().view(torch.uint8)).unflatten(-1, (-1, 8))
 
 
-def _plain(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> Int4Matrix:
-    return Int4Matrix(pack_nibbles(q.contiguous()), scales.contiguous(), None if zeros is None else zeros.contiguous())
-
-
-def _join(parts: list[Int4Matrix], how: Callable[[list[torch.Tensor]], torch.Tensor]) -> Int4Matrix:
-    """Zero points are written out where one part has them."""
-    zeros = None
-    if any(p.zeros is not None for p in parts):
-        zeros = how([p.zeros if p.zeros is not None else torch.full_like(p.scales, 8).byte() for p in parts])
-    return Int4Matrix(how([p.nibbles for p in parts]), how([p.scales for p in parts]), zeros)
-
-
 def _check_groups(
     kind: str, in_features: int, out_features: int, scales: torch.Tensor, qzeros: torch.Tensor, zero_words: int
 ) -> None:
     groups = in_features // GROUP
-    if in_features % GROUP or tuple(scales.shape) != (groups, out_features) or qzeros.shape != (groups, zero_words):
+    expected = (groups, out_features), (groups, zero_words)
+    if in_features % GROUP or (tuple(scales.shape[-2:]), tuple(qzeros.shape[-2:])) != expected:
         raise KernelError(
             f"{kind} weights of {in_features} x {out_features}: scales {tuple(scales.shape)} and qzeros "
-            f"{tuple(qzeros.shape)} do not fit 4 bits in groups of {GROUP}, expected {(groups, out_features)} "
-            f"and {(groups, zero_words)}"
+            f"{tuple(qzeros.shape)} do not fit 4 bits in groups of {GROUP}, expected {expected[0]} "
+            f"and {expected[1]}"
         )
     if scales.dtype not in (torch.float16, torch.bfloat16):
         raise KernelError(f"{kind} scales are {scales.dtype}; the kernels take float16 or bfloat16")

@@ -4,7 +4,10 @@ A layer's experts lie in a pool of places (`kernels/expert_pool.py`), a few more
 placement loads what is missing into places that no version uses, while older versions serve; entering it copies the
 new table slot -> place into the one that the kernels read, so no address changes and captured graphs stay good. Only a
 placement that exchanges more experts of a layer than places are free gets a new pool; `graph_version` then changes,
-and graphs captured before it hold no longer."""
+and graphs captured before it hold no longer.
+
+Experts are read, packed and put in place by the hundred: one at a time, the 6144 of Qwen3-30B are 6144 times some fifty
+small calls, which take longer than their bytes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +18,9 @@ from ..checkpoint import Checkpoint, ProgressMeter
 from ..kernels.expert_layer import ExpertLayer
 from ..kernels.expert_pool import ExpertPool
 from .quantized_weights import are_quantized, load_quantized_layer
-from .weights import load_layer
+from .weights import expert_bytes_on_disk, load_stack
+
+LOAD_BYTES = 512 << 20  # read and packed at once, on their way into the pool: beside it a load needs little memory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,33 +104,29 @@ class DeviceExperts:
     ) -> PlacedExperts:
         wanted = sorted({i for i in logical_ids if i >= 0})
         pool, free = self._pool_with_room(wanted, resident)
-        if pool is None:
-            pool = self._new_pool(layer_id, wanted, resident, len(logical_ids) + self.num_spare, meter)
+        if pool is None and resident:
+            pool = ExpertPool(resident[-1].pool.layer, len(logical_ids) + self.num_spare)
             free = pool.free_places((), wanted)
-        for place, logical in zip(free, [i for i in wanted if i not in pool.logical_ids]):
+        to_load = []
+        for logical in wanted:
             older = next((r.pool for r in resident if logical in r.pool.logical_ids), None)
             if older is None:
-                pool.put(place, logical, self._load(layer_id, logical, meter))
-            else:
-                pool.put(place, logical, older.layer, older.logical_ids.index(logical))
+                to_load.append(logical)
+            elif pool is not None and logical not in pool.logical_ids:
+                pool.put(free.pop(0), logical, older.layer, older.logical_ids.index(logical))
+        at_once = max(1, LOAD_BYTES // expert_bytes_on_disk(self.checkpoint, layer_id))
+        for begin in range(0, len(to_load), at_once):
+            part = to_load[begin : begin + at_once]
+            made = self._load(layer_id, part, meter)
+            if pool is None:
+                pool = ExpertPool(made, len(logical_ids) + self.num_spare)
+                free = pool.free_places((), wanted)
+            pool.put_all(free[: len(part)], part, made)
+            free = free[len(part) :]
+        if pool is None:  # nothing is wanted here: the form of any expert
+            pool = ExpertPool(self._load(layer_id, [0], meter), len(logical_ids) + self.num_spare)
         place_of_slot = [pool.logical_ids.index(i) if i >= 0 else -1 for i in logical_ids]
         return PlacedExperts(logical_ids, pool, torch.tensor(place_of_slot, dtype=torch.int32, device=self.device))
-
-    def _new_pool(
-        self,
-        layer_id: int,
-        wanted: Sequence[int],
-        resident: Sequence[PlacedExperts],
-        num_places: int,
-        meter: ProgressMeter | None,
-    ) -> ExpertPool:
-        if resident:
-            return ExpertPool(resident[-1].pool.layer, num_places)
-        first = wanted[0] if wanted else 0
-        one = self._load(layer_id, first, meter)
-        pool = ExpertPool(one, num_places)
-        pool.put(0, first, one)
-        return pool
 
     def _pool_with_room(
         self, wanted: Sequence[int], resident: Sequence[PlacedExperts]
@@ -140,12 +141,12 @@ class DeviceExperts:
                 return pool, free
         return None, []
 
-    def _load(self, layer_id: int, logical: int, meter: ProgressMeter | None) -> ExpertLayer:
+    def _load(self, layer_id: int, logical_ids: Sequence[int], meter: ProgressMeter | None) -> ExpertLayer:
         if are_quantized(self.checkpoint, layer_id):
-            arguments = load_quantized_layer(self.checkpoint, layer_id, [logical], device=self.device, meter=meter)
+            arguments = load_quantized_layer(self.checkpoint, layer_id, logical_ids, device=self.device, meter=meter)
             return ExpertLayer(*arguments, kernels=self.kernels)  # type: ignore[arg-type]
-        one = load_layer(self.checkpoint, layer_id, [logical], dtype=self.dtype, device=self.device, meter=meter)
-        return ExpertLayer(one.w13, one.w2, kernels=self.kernels)
+        w13, w2 = load_stack(self.checkpoint, layer_id, logical_ids, dtype=self.dtype, device=self.device, meter=meter)
+        return ExpertLayer(w13, w2, kernels=self.kernels)
 
 
 def expected_pairs(num_rows: int, top_k: int, ep_size: int) -> float:

@@ -14,6 +14,7 @@ import torch
 
 from ..checkpoint import Checkpoint, ProgressMeter
 from ..model_config import ModelConfig
+from ..parallel_reads import Read, read_all
 
 Fetch = Callable[[int, torch.Tensor, torch.Tensor], bool]  # (logical expert, its w13, w2): whether they were filled
 
@@ -94,16 +95,36 @@ def read_expert(
     meter: ProgressMeter | None = None,
 ) -> None:
     """One expert of one layer straight into w13 [2 * width, hidden] and w2 [hidden, width]."""
+    read_all(checkpoint, _reads(checkpoint, layer_id, logical, w13, w2), meter=meter, num_threads=1)
+
+
+def load_stack(
+    checkpoint: Checkpoint,
+    layer_id: int,
+    logical_ids: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    meter: ProgressMeter | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """w13 and w2 of these experts, read at once; for `device_experts.py`, which packs them."""
+    hidden, width, num = checkpoint.config.hidden_size, checkpoint.config.moe_intermediate_size, len(logical_ids)
+    w13 = torch.empty(num, 2 * width, hidden, dtype=dtype, device=device)
+    w2 = torch.empty(num, hidden, width, dtype=dtype, device=device)
+    reads = [
+        read for i, logical in enumerate(logical_ids) for read in _reads(checkpoint, layer_id, logical, w13[i], w2[i])
+    ]
+    read_all(checkpoint, reads, meter=meter)
+    return w13, w2
+
+
+def _reads(checkpoint: Checkpoint, layer_id: int, logical: int, w13: torch.Tensor, w2: torch.Tensor) -> list[Read]:
     fused = f"model.layers.{layer_id}.mlp.experts."
     if fused + "gate_up_proj" in checkpoint:
-        checkpoint.read_into(fused + "gate_up_proj", w13, index=logical, meter=meter)
-        checkpoint.read_into(fused + "down_proj", w2, index=logical, meter=meter)
-        return
+        return [Read(fused + "gate_up_proj", w13, logical), Read(fused + "down_proj", w2, logical)]
     width = w2.shape[1]
     names = _single_names(layer_id, logical)
-    checkpoint.read_into(names["gate"], w13[:width], meter=meter)
-    checkpoint.read_into(names["up"], w13[width:], meter=meter)
-    checkpoint.read_into(names["down"], w2, meter=meter)
+    return [Read(names["gate"], w13[:width]), Read(names["up"], w13[width:]), Read(names["down"], w2)]
 
 
 def _single_names(layer_id: int, logical: int) -> Mapping[str, str]:

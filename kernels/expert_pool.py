@@ -32,13 +32,30 @@ class ExpertPool:
     def put(self, place: int, logical_id: int, source: ExpertLayer, source_place: int = 0) -> None:
         """Copy one expert of a layer of the same form into `place`, on the current stream. Raises KernelError where the
         forms differ (one expert has zero points of its own, the others none)."""
-        if _kind(source) != _kind(self.layer):
-            raise KernelError(f"an expert of form {_kind(source)} in a layer of form {_kind(self.layer)}")
+        self._check_kind(source)
         self.logical_ids[place] = -1  # holds neither the old nor the new one until all of it is there
         theirs = _tensors(source)
         for name, tensor in _tensors(self.layer).items():
             tensor[place].copy_(theirs[name][source_place])
         self.logical_ids[place] = logical_id
+
+    def put_all(self, places: Sequence[int], logical_ids: Sequence[int], source: ExpertLayer) -> None:
+        """`put` of a layer's experts 0, 1, ... into `places`; where these follow one another, one copy a tensor."""
+        first, num = (places[0] if places else 0), len(places)
+        if list(places) != list(range(first, first + num)):
+            for i, (place, logical) in enumerate(zip(places, logical_ids, strict=True)):
+                self.put(place, logical, source, i)
+            return
+        self._check_kind(source)
+        self.logical_ids[first : first + num] = [-1] * num
+        theirs = _tensors(source)
+        for name, tensor in _tensors(self.layer).items():
+            tensor[first : first + num].copy_(theirs[name][:num])
+        self.logical_ids[first : first + num] = list(logical_ids)
+
+    def _check_kind(self, source: ExpertLayer) -> None:
+        if _kind(source) != _kind(self.layer):
+            raise KernelError(f"an expert of form {_kind(source)} in a layer of form {_kind(self.layer)}")
 
     def free_places(self, used: Collection[int], wanted: Sequence[int]) -> list[int]:
         """Places that nobody uses and that hold nothing wanted, empty ones first."""

@@ -36,9 +36,9 @@ def checkpoint(tmp_path_factory):
 class Counting(DeviceExperts):
     """Remembers which experts came from disk."""
 
-    def _load(self, layer_id, logical, meter):
-        self.loaded = [*getattr(self, "loaded", []), logical]
-        return super()._load(layer_id, logical, meter)
+    def _load(self, layer_id, logical_ids, meter):
+        self.loaded = [*getattr(self, "loaded", []), *logical_ids]
+        return super()._load(layer_id, logical_ids, meter)
 
 
 @pytest.fixture

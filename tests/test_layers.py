@@ -22,6 +22,7 @@ LAYERS = [
         "model_source",
         "startup_phases",
         "dummy_checkpoint",
+        "parallel_reads",
         "quantized",
         "remote_file",
         "redis_server",
