@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+import torch
 from ray import serve
 from ray.serve.api import RunTarget, run_many
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
@@ -29,6 +30,7 @@ from ..router.gateway.redis_connection import check_store
 from ..router.status import ClusterState
 from .conductor import start_conductor
 from .conductor_client import ConductorClient
+from .gpus import check_gpus, missing_gpus, process_environment, with_device
 from .member_agent import MemberAgent
 from .per_node import OnePerNode, nodes_for
 from .replica import AttentionReplica
@@ -77,7 +79,9 @@ class Cluster:
         try:
             self._check_checkpoint()
             check_store(resolve_url(self.config.redis_url, os.environ))
+            self._decide_device()
             self._start_ray()
+            self._decide_device()
             self._complete_config()
             self._start_serve()
             self._start_conductor()
@@ -158,6 +162,21 @@ class Cluster:
             start_ray(self._ray_address)
             self._owns_ray = True
 
+    def _decide_device(self) -> None:
+        """`auto` becomes cuda or cpu, and a start that lacks GPUs ends: before Ray, where it will be this host's own.
+        To a Ray that runs hosts may come later: it is only said."""
+        if ray.is_initialized():
+            num_gpus = int(ray.cluster_resources().get("GPU", 0))
+        elif not self._ray_address:
+            num_gpus = torch.cuda.device_count()
+        else:
+            return
+        self.config = with_device(self.config, self._num_experts, num_gpus)
+        if not self._ray_address:
+            check_gpus(self.config, self._num_experts, num_gpus)
+        elif missing := missing_gpus(self.config, self._num_experts, num_gpus):
+            self._say(f"waiting for hosts: {missing}")
+
     def _start_conductor(self) -> None:
         name = f"conductor-{secrets.token_hex(4)}"
         start_conductor(name, self.config)
@@ -169,7 +188,7 @@ class Cluster:
             raise StartupError("a cluster runs in this Ray already: stop it, or name another Ray with --ray-address")
 
     def _deploy(self) -> None:
-        self._say(f"starting {describe(self.config, self._num_experts)}")
+        self._say(f"starting {describe(self.config, self._num_experts)} on {self.config.device}")
         assert self.conductor is not None
         made = applications(self.config, self.conductor, self._num_experts)
         targets = [RunTarget(application, name, None) for name, application in made.items()]
@@ -252,6 +271,7 @@ def start_ray(address: str = "") -> None:
         os.environ.setdefault("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", str(AUTOSCALING_PUSH_S))
     local: dict[str, Any] = {
         "num_cpus": max(2, os.cpu_count() or 2),
+        "num_gpus": torch.cuda.device_count(),
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
     }
@@ -298,11 +318,12 @@ def applications(config: ClusterConfig, conductor: ConductorClient, num_experts:
 
 
 def actor_options(config: ClusterConfig, role: str) -> dict[str, Any]:
-    """What one replica asks Ray for; `role` is attention, expert or gateway."""
-    options: dict[str, Any] = {
-        "num_cpus": REPLICA_NUM_CPUS,
-        "num_gpus": int(config.device == "cuda" and role != "gateway"),
-    }
+    """What one replica asks Ray for; `role` is attention, expert or gateway. Ray shows a process the GPU that it took
+    and no other, so that it is `cuda:0` to all of them."""
+    on_gpu = config.device == "cuda" and role != "gateway"
+    options: dict[str, Any] = {"num_cpus": REPLICA_NUM_CPUS, "num_gpus": int(on_gpu)}
+    if on_gpu:
+        options["runtime_env"] = {"env_vars": process_environment(os.environ)}
     if config.role_resources:
         options["resources"] = {role: 1}
     return options

@@ -22,7 +22,7 @@ from ray import serve
 
 from ..checkpoint import Checkpoint, LoadProgress
 from ..config import ClusterConfig
-from ..errors import EpochError, ExchangeError, ExpertMeshError, ReplicaLost, Unavailable
+from ..errors import EpochError, ExchangeError, ExpertMeshError, KernelError, ReplicaLost, Unavailable
 from ..model_source import open_model
 from ..numerics import select_numerics
 from ..router.epoch import StepHeader
@@ -361,6 +361,12 @@ def row_shape(config: ClusterConfig, checkpoint: Checkpoint) -> RowShape:
 def compute_device(config: ClusterConfig) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        raise KernelError(
+            f"device=cuda, but torch {torch.__version__} sees no GPU in this process (CUDA_VISIBLE_DEVICES: {shown}); "
+            "install a CUDA build of torch and a driver on this host, or say device=cpu"
+        )
     return torch.device(config.device)
 
 
