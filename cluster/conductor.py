@@ -71,6 +71,7 @@ class Conductor:
         self._reported_at: dict[str, float] = {}
         self._failures: list[str] = []
         self._decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
+        self._num_returned = 0
         self._scale_wish: ScaleWish | None = None
         self._seen: tuple[Epoch | None, bool] = (None, False)
         self._version = time.time_ns()  # a restarted Conductor does not repeat versions that watchers have seen
@@ -82,7 +83,11 @@ class Conductor:
         if self._closing.is_set():
             await asyncio.sleep(CLOSING_PAUSE_S)
             return
-        self._polled_at[event.member.member_id] = time.monotonic()
+        member_id = event.member.member_id
+        if self._core.states.get(member_id) is State.DEAD:
+            self._num_returned += 1
+            self._note(f"{member_id} was given up and lives: it joins again")
+        self._polled_at[member_id] = time.monotonic()
         await self._host.join(event)
 
     async def tell(self, event: Event) -> None:
@@ -263,6 +268,7 @@ class Conductor:
             summary=self._summary(processes, num_gateways),
             conductor_pid=os.getpid(),
             decisions=tuple(self._decisions),
+            num_returned=self._num_returned,
         )
 
     async def watch(self, version: int, timeout_s: float) -> ClusterState:

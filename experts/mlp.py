@@ -73,6 +73,7 @@ class LocalExpertMLP:
         self._current: ResidentPlacement | None = None
         self.truths = Truths(checkpoint, self.numerics, dtype)
         self._peers: CopySource | None = None
+        self.num_from_peers = 0
         self._on_device = _experts_on_device(checkpoint, dtype, torch.device(device))
 
     @property
@@ -100,7 +101,8 @@ class LocalExpertMLP:
         with self.phases.phase("experts"):
             layers = {layer_id: self._resident_or_loaded(layer_id, ids, meter) for layer_id, ids in wanted.items()}
         self.release_peers()
-        self.phases.note("experts", meter.finish().summary)
+        by_peers = f", {self.num_from_peers} experts by peers" if self.num_from_peers else ""
+        self.phases.note("experts", meter.finish().summary + by_peers)
         made = ResidentPlacement(placement.version, placement.ep_size, layers)
         self._resident[placement.version] = made
         if self._current is None:
@@ -202,6 +204,7 @@ class LocalExpertMLP:
         if truth is None:
             return False
         self.truths.learn(layer_id, logical, truth)
+        self.num_from_peers += 1
         return True
 
     def resident_layers(self) -> list[tuple[int, LayerExperts]]:

@@ -100,6 +100,7 @@ class ClusterState:
     summary: str = ""  # one line for people
     conductor_pid: int = 0
     decisions: tuple[Decision, ...] = ()  # the last ones, oldest first
+    num_returned: int = 0  # members that were given up and lived: false suspicions, and processes stopped for a while
 
     @property
     def gateways(self) -> tuple[str, ...]:

@@ -100,6 +100,7 @@ def kill_under_streams(cluster: Cluster, role: str, expected: list[list[int]]) -
     config = cluster.config
     count = config.num_expert_shards if role == "expert" else config.num_attention_replicas
     assert eventually(lambda: len(serving(cluster, role)) == count), "a member's first report in the epoch is missing"
+    known, suspected_before = {p.name for p in serving(cluster, role)}, cluster.state().num_returned
     victim = serving(cluster, role)[0]
     with client_of(cluster) as client:
         running = listeners(client)
@@ -109,8 +110,12 @@ def kill_under_streams(cluster: Cluster, role: str, expected: list[list[int]]) -
         pause_s = max(listener.pause_after(killed_at) for listener in running)
     print(f"\nSIGKILL of {victim.name}: pause {pause_s:.3f} s")
     assert eventually(lambda: len(serving(cluster, role)) == count, 60.0), "no replacement joined"
-    assert victim.name not in {p.name for p in serving(cluster, role)}
+    after = serving(cluster, role)
+    assert victim.name not in {p.name for p in after}
+    if role == "expert" and count > 1:
+        assert any("experts by peers" in p.detail for p in after if p.name not in known), [p.detail for p in after]
     assert eventually(lambda: all_idle(cluster))
+    assert cluster.state().num_returned == suspected_before, "a member that lived was given up"
     return pause_s
 
 
@@ -237,3 +242,6 @@ def test_a_shard_that_hangs_changes_no_token_and_comes_back(redundant: Cluster, 
     print(f"\nSIGSTOP of {victim.name}: pause {pause_s:.3f} s")
     assert eventually(lambda: victim.name in {p.name for p in serving(redundant, "expert")}, 60.0)
     assert eventually(lambda: all_idle(redundant))
+    state = redundant.state()
+    assert state.num_returned == 1
+    assert f"{victim.name} was given up and lives: it joins again" in [d.text for d in state.decisions]
