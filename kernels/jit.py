@@ -145,7 +145,7 @@ class Kernel:
         self._functions.clear()
 
     def load(self, device: torch.device) -> None:
-        """Compile and load now, on a kernel whose first launch must not take that long. Not for dynamic shared memory."""
+        """Compile and load now: a kernel without dynamic shared memory whose first launch must not take that long."""
         index = device.index if device.index is not None else torch.cuda.current_device()
         if index not in self._functions:
             self._load(index, 0)

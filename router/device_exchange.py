@@ -145,3 +145,29 @@ class LocalDeviceExchange(DeviceExchange):
 
     def abort(self) -> None:
         pass
+
+
+def owners_and_slots(topk_ids: torch.Tensor, copies: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each (token, k) goes by one layer's table [num_logical, width]: ep_rank and local slot there, [T, top_k]
+    int32, -1 none. What the kernels do, in torch; no host sync."""
+    num_logical = copies.shape[0]
+    inside = (topk_ids >= 0) & (topk_ids < num_logical)
+    ids = topk_ids.clamp(0, num_logical - 1).long()
+    count = copies[ids, 0]
+    tokens = torch.arange(topk_ids.shape[0], device=topk_ids.device)[:, None]
+    place = copies[ids, 1 + (key + tokens + ids) % count.clamp(min=1)]
+    none = torch.full_like(place, -1)
+    exists = inside & (count > 0)
+    return torch.where(exists, place >> 16, none), torch.where(exists, place & 0xFFFF, none)
+
+
+def copies_table(placement: Placement, width: int) -> torch.Tensor:
+    """[num_layers, num_logical, width] int32 for kernels: the number of copies, then each as ep_rank << 16 | slot. More
+    copies than fit are left unused. Token t of a source goes to copy (key + t + expert) % number, key the source's
+    rank, as in `dispatch.plan`."""
+    copies = placement.logical_to_physical[:, :, : width - 1]
+    table = torch.zeros(*copies.shape[:2], width, dtype=torch.int32)
+    table[:, :, 0] = (copies >= 0).sum(-1)
+    slots = placement.slots_per_rank
+    table[:, :, 1 : 1 + copies.shape[2]] = torch.where(copies >= 0, copies // slots << 16 | copies % slots, 0)
+    return table

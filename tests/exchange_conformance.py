@@ -1,13 +1,15 @@
 """What every back end of the exchange must do, as one suite: the same cases, run by each rank of a real membership.
 
-A back end joins by a line in test_exchange.py: how to make its exchange for an epoch and a rank."""
+A back end joins by a line in test_exchange.py (rows in host memory, `check`) or test_exchange_gpu.py (rows on a device,
+`check_device`): how to make its exchange for an epoch and a rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from expertmesh.router.device_exchange import DeviceExchange
 from expertmesh.router.dispatch import plan
 from expertmesh.router.epoch import Epoch, Member, StepHeader
 from expertmesh.router.exchange import Exchange, RowShape
@@ -78,20 +80,29 @@ def multiply(rows: torch.Tensor, slot_ids: torch.Tensor, logical: torch.Tensor, 
     row, k = (slot_ids >= 0).nonzero(as_tuple=True)
     expert = logical[slot_ids[row, k].long()]
     assert bool((expert >= 0).all()), "rows were sent to an empty slot"
-    return rows[row] * (1 + expert + 100 * layer_id).to(rows.dtype)[:, None]
+    return rows[row] * factor(expert, layer_id).to(rows.dtype)[:, None]
+
+
+def factor(expert: torch.Tensor, layer_id: int) -> torch.Tensor:
+    """Small enough to be exact in bf16."""
+    return 1 + expert + 16 * layer_id
+
+
+def headers(epoch: Epoch) -> Iterator[tuple[Case, StepHeader]]:
+    """One step a case, where anybody sends anything."""
+    for step_id, case in enumerate(CASES, start=1):
+        num_tokens = [0] * len(epoch.members)
+        for index, source in enumerate(epoch.attention_ranks):
+            num_tokens[source] = case.tokens(index)
+        if any(num_tokens):
+            yield case, StepHeader(step_id=step_id, epoch=1, placement_version=1, num_tokens=tuple(num_tokens))
 
 
 def check(rank: int, epoch: Epoch, exchange: Exchange, shape: RowShape) -> int:
     """Run all cases as this rank; returns the number of pairs that came back here."""
     pairs = 0
-    for step_id, case in enumerate(CASES, start=1):
-        num_tokens = [0] * len(epoch.members)
-        for index, source in enumerate(epoch.attention_ranks):
-            num_tokens[source] = case.tokens(index)
-        if not any(num_tokens):
-            continue
-        header = StepHeader(step_id=step_id, epoch=1, placement_version=1, num_tokens=tuple(num_tokens))
-        if epoch.members[rank].expert or num_tokens[rank]:
+    for case, header in headers(epoch):
+        if epoch.members[rank].expert or header.num_tokens[rank]:
             pairs += _check_step(rank, epoch, exchange, shape, header, case)
     return pairs
 
@@ -123,10 +134,76 @@ def _check_step(rank: int, epoch: Epoch, exchange: Exchange, shape: RowShape, he
             assert x is not None
             assert ids is not None
             token, k = np.divmod(source_plan.return_slots, TOP_K)
-            factor = (1 + ids[token, k] + 100 * layer_id).to(shape.dtype)[:, None]
+            wanted = factor(ids[token, k], layer_id).to(shape.dtype)[:, None]
             assert returned.shape == (source_plan.num_pairs, shape.hidden_size)
-            assert returned.equal(x[token] * factor), f"{case.name}: layer {layer_id} came back wrong on rank {rank}"
+            assert returned.equal(x[token] * wanted), f"{case.name}: layer {layer_id} came back wrong on rank {rank}"
             assert source_plan.num_pairs == int((ids >= 0).sum())
             pairs += source_plan.num_pairs
     assert list(exchange.verify()) == []
     return pairs
+
+
+def check_device(rank: int, epoch: Epoch, exchange: DeviceExchange, shape: RowShape, *, bucket: int = 0) -> int:
+    """The same cases on device tensors. `bucket`: rows of a turn, 0 = as many as the largest source has; tokens beyond
+    that go in a second part. Returns the number of pairs that came back here."""
+    exchange.use_placement(epoch.placement)
+    pairs = 0
+    for case, header in headers(epoch):
+        if epoch.members[rank].expert or header.num_tokens[rank]:
+            pairs += _check_device_step(rank, epoch, exchange, shape, header, case, bucket)
+    return pairs
+
+
+def _check_device_step(
+    rank: int,
+    epoch: Epoch,
+    exchange: DeviceExchange,
+    shape: RowShape,
+    header: StepHeader,
+    case: Case,
+    bucket: int,
+) -> int:
+    placement = epoch.placement
+    generator = torch.Generator().manual_seed(1000 * header.step_id + rank)
+    ep_rank = epoch.expert_ranks.index(rank) if rank in epoch.expert_ranks else -1
+    most = max(header.num_tokens)
+    stride = bucket if bucket else most
+    exchange.begin(header, stride=stride, attempt=0)
+    checks: list[tuple[torch.Tensor, torch.Tensor, int]] = []  # looked at when the step is over
+    for layer_id in placement.moe_layers:
+        sent = int(header.num_tokens[rank] * case.sent)
+        x = torch.randn(sent, shape.hidden_size, generator=generator).to(shape.dtype).to(shape.device)
+        ids = make_ids(case, sent, generator).to(shape.device)
+        for part in range(-(-most // stride)):
+            mine = slice(min(sent, part * stride), min(sent, (part + 1) * stride))
+            is_source = header.num_tokens[rank] > 0
+            rows, slot_ids = exchange.dispatch(
+                layer_id, x[mine] if is_source else None, ids[mine] if is_source else None, stride
+            )
+            assert rows.shape == (slot_ids.shape[0], shape.hidden_size)
+            produced = rows.new_empty(0, TOP_K, shape.hidden_size)
+            if ep_rank >= 0:
+                logical = placement.local_slots(layer_id, ep_rank).to(shape.device)
+                produced = multiply_all(rows, slot_ids, logical, layer_id)
+            returned = exchange.combine(produced)
+            assert (returned is None) == (not is_source)
+            if returned is not None:
+                assert returned.shape == (x[mine].shape[0], TOP_K, shape.hidden_size)
+                wanted = x[mine][:, None] * factor(ids[mine], layer_id).to(shape.dtype)[:, :, None]
+                exists = (ids[mine] >= 0)[:, :, None]
+                checks.append((torch.where(exists, returned, 0), torch.where(exists, wanted, 0), layer_id))
+    exchange.end()
+    if shape.device.type == "cuda":
+        torch.cuda.current_stream(shape.device).synchronize()
+    assert exchange.verdict().bad == ()
+    for returned, wanted, layer_id in checks:
+        assert returned.equal(wanted), f"{case.name}: layer {layer_id} came back wrong on rank {rank}"
+    return int(sum((wanted.abs().amax(-1) > 0).sum() for _, wanted, _ in checks))
+
+
+def multiply_all(rows: torch.Tensor, slot_ids: torch.Tensor, logical: torch.Tensor, layer_id: int) -> torch.Tensor:
+    """`multiply` as on a device: a row for every pair, NaN where there is none."""
+    expert = logical[slot_ids.clamp(min=0).long()]
+    products = rows[:, None] * factor(expert, layer_id).to(rows.dtype)[:, :, None]
+    is_bad = (slot_ids < 0) | (expert < 0)  # an empty slot must never be asked: it makes NaN, which is told
+    return torch.where(is_bad[:, :, None], float("nan"), products)

@@ -1,0 +1,205 @@
+"""The device exchange's suite without a GPU: its index math, emulated, gives what every back end must; buffers and the
+kernels' arguments are laid out as the kernels read them; the kernels compile cleanly."""
+
+import re
+import struct
+
+import exchange_emulated
+import pytest
+import torch
+from exchange_conformance import LAYOUTS, TOP_K, check_device, make_epoch
+
+from expertmesh.errors import EpochError
+from expertmesh.kernels import jit, peer_exchange
+from expertmesh.router.device_exchange import copies_table, owners_and_slots
+from expertmesh.router.device_step import DeviceStep
+from expertmesh.router.dispatch import plan
+from expertmesh.router.epoch import StepHeader
+from expertmesh.router.exchange import RowShape
+from expertmesh.router.exchange_peer import peer_layouts
+
+SHAPE = RowShape(hidden_size=24, top_k=TOP_K, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("bucket", [0, 48])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_index_math_brings_every_row_to_its_expert_and_back(layout, bucket):
+    epoch = make_epoch(layout, redundant=5)
+    exchanges = exchange_emulated.emulate(epoch, SHAPE, 256)
+    pairs = exchange_emulated.run_ranks(
+        len(exchanges), lambda rank: check_device(rank, epoch, exchanges[rank], SHAPE, bucket=bucket), SHAPE.device
+    )
+    assert sum(pairs) > 500
+
+
+@pytest.mark.parametrize("redundant", [0, 7])
+def test_a_device_sends_each_token_to_the_copy_that_a_host_plan_names(redundant):
+    placement = make_epoch("4 colocated", redundant=redundant).placement
+    ids = torch.rand(50, 12).argsort(1)[:, :TOP_K].to(torch.int32)
+    ids[3, 1] = ids[7] = -1
+    for source in (0, 3):
+        host = plan(ids, placement, 2, source)
+        owner, slot = owners_and_slots(ids, copies_table(placement, peer_exchange.TABLE_WIDTH)[2], source)
+        row = 0
+        for ep_rank, count in enumerate(host.send_counts):
+            needed = (owner == ep_rank).any(1).nonzero().flatten()
+            assert host.row_to_token[row : row + count].tolist() == needed.tolist()
+            wanted = torch.where(owner == ep_rank, slot, -1)[needed]
+            assert torch.from_numpy(host.row_slot_ids[row : row + count]).equal(wanted)
+            row += count
+
+
+class Products:
+    """Experts whose products tell layer and expert apart."""
+
+    capturable, graph_version = True, 0
+
+    def __init__(self, placement, ep_rank):
+        self.placement, self.ep_rank = placement, ep_rank
+
+    def forward(self, layer_id, rows, slot_ids):
+        from exchange_conformance import multiply_all
+
+        logical = self.placement.local_slots(layer_id, self.ep_rank).to(rows.device)
+        return multiply_all(rows, slot_ids, logical, layer_id)
+
+
+def step_outputs(epoch, exchange, rank, header, shape):
+    """moe of every layer on this rank's seeded tokens."""
+    exchange.use_placement(epoch.placement)
+    ep_rank = epoch.expert_ranks.index(rank) if epoch.members[rank].expert else -1
+    experts = Products(epoch.placement, ep_rank) if ep_rank >= 0 else None
+    step = DeviceStep(header, rank=rank, placement=epoch.placement, exchange=exchange, experts=experts, shape=shape)
+    if not header.num_tokens[rank]:
+        step.serve()
+        return []
+    generator, outputs = torch.Generator().manual_seed(rank), []
+    for layer_id in epoch.placement.moe_layers:
+        n = header.num_tokens[rank]
+        x = torch.randn(n, shape.hidden_size, generator=generator).to(shape.dtype).to(shape.device)
+        ids = torch.rand(n, 12, generator=generator).argsort(1)[:, :TOP_K].to(torch.int32).to(shape.device)
+        weights = torch.rand(n, TOP_K, generator=generator).to(shape.device)
+        outputs.append((step.moe(layer_id, x, ids, weights), x, ids, weights))
+    if shape.device.type == "cuda":
+        torch.cuda.current_stream(shape.device).synchronize()
+    step.finish()
+    return outputs
+
+
+def reference_outputs(outputs, epoch, shape):
+    """The same tokens with all experts in one place."""
+    from exchange_conformance import factor
+
+    from expertmesh.kernels import reference
+
+    for (out, x, ids, weights), layer_id in zip(outputs, epoch.placement.moe_layers, strict=True):
+        y = x[:, None] * factor(ids, layer_id).to(shape.dtype)[:, :, None]
+        yield out, reference.combine(y.cpu(), ids.cpu(), weights.cpu()).to(shape.dtype)
+
+
+@pytest.mark.parametrize("num_tokens", [(3, 0, 0, 0), (70, 9, 0, 0), (1, 1, 0, 0)])
+def test_a_step_over_several_ranks_equals_the_local_one_parts_included(num_tokens):
+    """70 tokens are two parts of at most 64 on every rank."""
+    epoch = make_epoch("2 attention + 2 shards")
+    header = StepHeader(step_id=1, epoch=1, placement_version=1, num_tokens=num_tokens)
+    exchanges = exchange_emulated.emulate(epoch, SHAPE, 64)
+    named = [r for r in range(4) if epoch.members[r].expert or num_tokens[r]]
+    results = exchange_emulated.run_ranks(
+        4,
+        lambda rank: step_outputs(epoch, exchanges[rank], rank, header, SHAPE) if rank in named else [],
+        SHAPE.device,
+    )
+    compared = 0
+    for outputs in results:
+        for out, wanted in reference_outputs(outputs, epoch, SHAPE) if outputs else ():
+            assert out.equal(wanted)
+            compared += out.shape[0]
+    assert compared == sum(num_tokens) * len(epoch.placement.moe_layers)
+
+
+def test_rows_beyond_the_bucket_are_refused_before_a_peer_waits():
+    epoch = make_epoch("one rank")
+    (exchange,) = exchange_emulated.emulate(epoch, SHAPE, 64)
+    exchange.use_placement(epoch.placement)
+    header = StepHeader(step_id=1, epoch=1, placement_version=1, num_tokens=(3,), bucket=4)
+    step = DeviceStep(header, rank=0, placement=epoch.placement, exchange=exchange, experts=None, shape=SHAPE)
+    with pytest.raises(EpochError, match="5 rows"):
+        step.rows(0, torch.zeros(5, 24, dtype=torch.bfloat16), torch.zeros(5, TOP_K, dtype=torch.int32))
+
+
+# ------------------------------------------------------------------------------------------------ what the kernels read
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_of_a_buffer_do_not_overlap_and_fill_it(layout):
+    epoch = make_epoch(layout)
+    for member, buffer in zip(epoch.members, peer_layouts(epoch, SHAPE, 100), strict=True):
+        num_rows = buffer.num_sources * 100 if member.expert else 0
+        assert buffer.rows_at == peer_exchange.CONTROL_BYTES
+        assert buffer.slots_at == buffer.rows_at + num_rows * 48
+        assert buffer.answers_at % 256 == 0
+        assert buffer.answers_at >= buffer.slots_at + num_rows * TOP_K * 4
+        assert buffer.num_bytes == buffer.answers_at + (100 * TOP_K * 48 if member.attention else 0)
+
+
+def test_the_mesh_argument_is_the_struct_of_the_kernels():
+    epoch = make_epoch("1 attention + 2 shards")
+    layouts = peer_layouts(epoch, SHAPE, 8)
+    bases = [0x10000, 0x20000, 0x30000]
+    owners = [(r, bases[r], layouts[r]) for r in epoch.expert_ranks]
+    sources = [(r, bases[r], layouts[r]) for r in epoch.attention_ranks]
+    packed = peer_exchange.mesh_argument(bases[1], owners, sources, own_owner=0, own_source=-1)
+    words = struct.unpack("<9Q5i4x", packed)
+    assert words[:4] == (bases[1], bases[1], bases[2], bases[0])
+    assert words[4:6] == (bases[1] + 4096, bases[2] + 4096)
+    assert words[6:8] == tuple(bases[r] + layouts[r].slots_at for r in (1, 2))
+    assert words[8] == bases[0] + layouts[0].answers_at
+    assert words[9:] == (1, 2, 0, 0, -1)
+
+
+def test_offsets_of_the_control_block_are_those_of_the_source():
+    """The struct's fields, with their sizes, in order."""
+    text = (jit._DIRECTORY / "peer_exchange.cu").read_text()
+    body = re.search(r"struct Control \{(.*?)\n\};", text, re.DOTALL)[1]
+    at, offsets = 0, {}
+    for line in body.splitlines():
+        if m := re.match(r"\s*(u32|u64) ([^;]+);", line):
+            size = 4 if m[1] == "u32" else 8
+            for name, count in re.findall(r"(\w+)(?:\[(\d+)\])?", m[2]):
+                at = -(-at // size) * size
+                offsets[name] = at
+                at += size * int(count or 1)
+    verdict = peer_exchange.VERDICT_AT
+    assert offsets["poison"] == peer_exchange.POISON_AT
+    assert offsets["bad_return"] == peer_exchange.BAD_RETURN_AT + verdict
+    assert offsets["error"] == peer_exchange.ERROR_AT + verdict
+    assert offsets["bad_dispatch"] == peer_exchange.BAD_DISPATCH_AT + verdict
+    assert peer_exchange.BAD_DISPATCH_AT + 8 <= peer_exchange.VERDICT_BYTES
+    assert at <= peer_exchange.CONTROL_BYTES
+    control = peer_exchange.initial_control()
+    words = struct.unpack(f"<{len(control) // 8}Q", control)
+    none = {i for i, word in enumerate(words) if word == peer_exchange.NONE}
+    assert none == {offsets["bad_return"] // 8 + i for i in range(64)} | {
+        offsets["error"] // 8,
+        offsets["bad_dispatch"] // 8,
+    }
+
+
+@pytest.mark.parametrize("arch", jit.SUPPORTED_ARCHS)
+@pytest.mark.parametrize(
+    "defines",
+    [
+        {"EARLY_NEXT": 1},
+        {"HIDDEN": 2048, "NUM_SOURCES": 1, "NUM_OWNERS": 1},
+        {"HIDDEN": 24, "TOP_K": 4, "NUM_SOURCES": 2, "NUM_OWNERS": 3},
+        {"HIDDEN": 4096, "NUM_SOURCES": 16, "NUM_OWNERS": 16, "FLOAT32": 1},
+    ],
+    ids=["235B", "30B", "tiny", "wide"],
+)
+def test_the_kernels_compile_without_spills(arch, defines, tmp_path):
+    before = jit._cache_directory
+    jit.set_cache_directory(tmp_path)
+    try:
+        uses = jit.compile_only("peer_exchange.cu", arch, defines).use()
+    finally:
+        jit.set_cache_directory(before)
+    assert {use.name for use in uses} == {"begin", "dispatch", "answer"}
+    assert all(use.clean for use in uses), uses
