@@ -15,7 +15,7 @@ from .gate_topk import gate_topk
 from .grouped_gemm import grouped_gemm
 from .grouped_gemm_mma import MmaPlan, choose_mma_plan, grouped_gemm_mma
 from .pack import PackedWeights
-from .permute import RoutePlan, pack_rows, route
+from .permute import RoutePlan, pack_rows, route, route_and_pack, takes_one_launch
 from .plan import GemmPlan, choose_plan
 
 
@@ -60,6 +60,9 @@ def operation_times(
         times["pack_rows"] = (_pack_us(draws, places, False), torch_us)
         if layer.packed.form == "fp8":
             times["pack_rows, quantised"] = (_pack_us(draws, places, True), None)
+        if takes_one_launch(draws[0].ids.numel(), layer.num_local_experts):
+            fp8 = layer.packed.form == "fp8"
+            times["route_and_pack"] = (_brief_us([_bind(_one_launch, d, layer, plan, fp8) for d in draws]), None)
     times["grouped_gemm"] = (gemm_us(layer, draws, plan), None)
     times["combine"] = (
         _brief_us([_bind(combine, y, d.ids, d.weights) for d in draws]),
@@ -110,6 +113,11 @@ def stage_times(layer: ExpertLayer, draws: list[Draw], expected: float, plan: Ge
 def _route(d: Draw, layer: ExpertLayer, plan: GemmPlan | MmaPlan) -> RoutePlan:
     granule = plan.granule if isinstance(plan, GemmPlan) else 8
     return route(d.ids, layer.num_local_experts, plan.tile, granule=granule)
+
+
+def _one_launch(d: Draw, layer: ExpertLayer, plan: GemmPlan | MmaPlan, fp8: bool) -> object:
+    granule = plan.granule if isinstance(plan, GemmPlan) else 8
+    return route_and_pack(d.x, d.ids, layer.num_local_experts, plan.tile, granule=granule, fp8=fp8)
 
 
 def _pack_us(draws: list[Draw], places: list[RoutePlan], fp8: bool) -> float:

@@ -3,7 +3,7 @@ out.
 
 Weights are bf16, e4m3 with 128x128 block scales, or int4 in groups of 128. Three paths, each without a host sync and
 capturable after one warm-up call of the same sizes:
-- Hopper, bf16 and fp8 (W8A8): route -> pack_rows -> grouped_gemm (wgmma) -> combine.
+- Hopper, bf16 and fp8 (W8A8): route -> pack_rows (few pairs: both in one launch) -> grouped_gemm (wgmma) -> combine.
 - Hopper with int4 or W8A16, and every form on other GPUs of compute capability 8.0 and later:
   route -> grouped_gemm_mma (mma.sync, activations stay bf16) -> combine. fp8 weights are then W8A16: nearer to the
   weights than W8A8, and not the same bits.
@@ -23,7 +23,7 @@ from .grouped_gemm_mma import MmaPlan, choose_mma_plan, grouped_gemm_mma
 from .pack import PackedWeights, pack_experts, unsupported_shape
 from .pack_int4 import expert_rows_int4
 from .pack_mma import PackedMma, pack_mma, unsupported_mma_shape
-from .permute import pack_rows, route
+from .permute import pack_rows, route, route_and_pack, takes_one_launch
 from .plan import GemmPlan, choose_plan
 
 logger = logging.getLogger(__name__)
@@ -109,8 +109,15 @@ class ExpertLayer:
                 self.packed.form, expected, self.num_local_experts, self.hidden_size, self.intermediate_size
             )
         assert isinstance(plan, GemmPlan)
-        places = route(ids, self.num_local_experts, plan.tile, expert_map, granule=plan.granule)
-        packed, scales = pack_rows(rows, places, fp8=self.packed.form == "fp8")
+        fp8 = self.packed.form == "fp8"
+        scales: torch.Tensor | None
+        if takes_one_launch(ids.numel(), self.num_local_experts):
+            places, packed, scales = route_and_pack(
+                rows, ids, self.num_local_experts, plan.tile, expert_map, granule=plan.granule, fp8=fp8
+            )
+        else:
+            places = route(ids, self.num_local_experts, plan.tile, expert_map, granule=plan.granule)
+            packed, scales = pack_rows(rows, places, fp8=fp8)
         grouped_gemm(packed, scales, self.packed, places, plan, out)
         return out
 

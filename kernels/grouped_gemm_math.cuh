@@ -10,12 +10,13 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Tile& tile, 
   int previous = 0;
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) acc[i] = 0.0f;  // else ptxas keeps every width's registers alive between tiles
-  for (int kb = 0; kb < k_blocks; ++kb, ring.next(STAGES)) {
+  for (int kb = 0; kb < k_blocks; kb += SLOT_BLOCKS, ring.next(STAGES)) {
     barrier_wait(at(barriers.full[ring.slot]), ring.parity);
     const u64 a = operand_descriptor(stage_a(ring.slot) + group * 8192), b = operand_descriptor(stage_b(ring.slot));
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) Wgmma<N>::bf16(acc, a + 2 * k, b + 2 * k, 1);
+    for (int k = 0; k < 4 * SLOT_BLOCKS; ++k)
+      Wgmma<N>::bf16(acc, a + k / 4 * (A_BYTES / 16) + k % 4 * 2, b + k / 4 * (B_BYTES / 16) + k % 4 * 2, 1);
     wgmma_commit();
     wgmma_wait<1>();
     if (kb && leader) hand_back(previous);

@@ -1,4 +1,5 @@
-"""Put (row, k) pairs into expert order on the device: `route` decides places, `pack_rows` gathers. No host sync.
+"""Put (row, k) pairs into expert order on the device: `route` decides places, `pack_rows` gathers; `route_and_pack`
+does both in one launch for few pairs. No host sync.
 
 The counts stay on the device, so every buffer is sized for the worst case that the shapes allow; memory that no pair
 needs is reserved, never touched."""
@@ -13,6 +14,10 @@ from ..errors import KernelError
 from .jit import Kernel
 
 SHARED_ROUTE_PAIRS = 2048  # from here on a cluster of CTAs is faster than one
+ONE_LAUNCH_PAIRS = 4096  # the most that route_and_pack's shared memory holds
+FEW_PAIRS = 512  # up to here it takes so little that the products' CTAs find room beside it
+ONE_LAUNCH_EXPERTS = 256
+FEWEST_TILES = 32  # memory that the grouped GEMM may read of the list of tiles, whatever their number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,16 +44,8 @@ def route(
     """`ids` [num_rows, top_k] int32: local experts, or physical ones when `expert_map` ([num_physical] int32 on the
     device, local slot or -1) translates; anything outside is no pair of ours. An expert's rows are cut evenly into
     as few tiles of at most `tile` rows as hold them, each but the last a multiple of `granule` rows."""
-    check_ids(ids, expert_map)
-    num_rows, top_k = ids.shape
-    pairs = num_rows * top_k
-    capacity = (pairs + 7 * min(num_local_experts, pairs) + 7) // 8 * 8
-    max_tiles = pairs // tile + min(num_local_experts, pairs)
-    parts = (4 * max_tiles, capacity, num_local_experts, max_tiles, 4)
-    tiles, pair_of_row, counts, ready, state = torch.empty(sum(parts), dtype=torch.int32, device=ids.device).split(
-        parts
-    )
-    has_map = expert_map is not None
+    plan = _unrouted(ids, num_local_experts, tile, expert_map)
+    pairs = ids.numel()
     num_ctas = 8 if pairs >= SHARED_ROUTE_PAIRS and torch.cuda.get_device_capability(ids.device)[0] >= 9 else 1
     route_kernel(num_local_experts, num_ctas).launch(
         (num_ctas,),
@@ -57,16 +54,30 @@ def route(
             ids,
             np.int64(pairs),
             expert_map,
-            np.int32(expert_map.numel() if has_map else 0),  # type: ignore[union-attr]
+            np.int32(0 if expert_map is None else expert_map.numel()),
             np.int32(tile),
             np.int32(granule),
-            counts,
-            pair_of_row,
-            tiles,
-            ready,
-            state,
+            plan.num_tokens_per_expert,
+            plan.pair_of_row,
+            plan.tiles,
+            plan.ready,
+            plan.state,
         ),
         device=ids.device,
+    )
+    return plan
+
+
+def _unrouted(ids: torch.Tensor, num_local_experts: int, tile: int, expert_map: torch.Tensor | None) -> RoutePlan:
+    """Memory for the places of these ids."""
+    check_ids(ids, expert_map)
+    num_rows, top_k = ids.shape
+    pairs = num_rows * top_k
+    capacity = (pairs + 7 * min(num_local_experts, pairs) + 7) // 8 * 8
+    max_tiles = max(FEWEST_TILES, pairs // tile + min(num_local_experts, pairs))
+    parts = (4 * max_tiles, 4, capacity, num_local_experts, max_tiles)
+    tiles, state, pair_of_row, counts, ready = torch.empty(sum(parts), dtype=torch.int32, device=ids.device).split(
+        parts
     )
     return RoutePlan(
         num_tokens_per_expert=counts,
@@ -82,16 +93,73 @@ def route(
 def pack_rows(rows: torch.Tensor, plan: RoutePlan, *, fp8: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gather `rows` [num_rows, hidden] bf16 into swizzled k-blocks, uint8 [blocks, capacity, 128]; with `fp8` also
     float32 scales [blocks, capacity]."""
+    packed, scales = _unpacked(rows, plan, fp8)
     hidden = rows.shape[1]
-    blocks = hidden // (128 if fp8 else 64)
-    packed = torch.empty(blocks, plan.capacity, 128, dtype=torch.uint8, device=rows.device)
-    scales = torch.empty(blocks, plan.capacity, dtype=torch.float32, device=rows.device) if fp8 else None
-    items = plan.capacity // (2 if fp8 else 4) * blocks // (4 if blocks % 4 == 0 else 2 if blocks % 2 == 0 else 1)
-    grid = min(-(-items // 8), 8 * torch.cuda.get_device_properties(rows.device).multi_processor_count)
+    grid = min(-(-_gathers(packed, plan.capacity, fp8) // 8), 8 * _multiprocessors(rows.device))
     pack_kernel(hidden, plan.top_k, fp8).launch(
         (grid,), 256, (rows, plan.pair_of_row, plan.state, np.int64(plan.capacity), packed, scales), device=rows.device
     )
     return packed, scales
+
+
+def route_and_pack(
+    rows: torch.Tensor,
+    ids: torch.Tensor,
+    num_local_experts: int,
+    tile: int,
+    expert_map: torch.Tensor | None = None,
+    *,
+    granule: int = 8,
+    fp8: bool = False,
+) -> tuple[RoutePlan, torch.Tensor, torch.Tensor | None]:
+    """`route` and `pack_rows` in one launch, for what `takes_one_launch`."""
+    plan = _unrouted(ids, num_local_experts, tile, expert_map)
+    packed, scales = _unpacked(rows, plan, fp8)
+    grid = min(-(-_gathers(packed, plan.capacity, fp8) // 16), 2 * _multiprocessors(rows.device))
+    most = FEW_PAIRS if ids.numel() <= FEW_PAIRS else ONE_LAUNCH_PAIRS
+    route_and_pack_kernel(num_local_experts, rows.shape[1], plan.top_k, fp8, most).launch(
+        (grid,),
+        512,
+        (
+            ids,
+            np.int32(ids.numel()),
+            expert_map,
+            np.int32(0 if expert_map is None else expert_map.numel()),
+            np.int32(tile),
+            np.int32(granule),
+            rows,
+            np.int64(plan.capacity),
+            plan.num_tokens_per_expert,
+            plan.pair_of_row,
+            plan.tiles,
+            plan.ready,
+            plan.state,
+            packed,
+            scales,
+        ),
+        device=rows.device,
+    )
+    return plan, packed, scales
+
+
+def takes_one_launch(num_pairs: int, num_local_experts: int) -> bool:
+    return num_pairs <= ONE_LAUNCH_PAIRS and num_local_experts <= ONE_LAUNCH_EXPERTS
+
+
+def _unpacked(rows: torch.Tensor, plan: RoutePlan, fp8: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    blocks = rows.shape[1] // (128 if fp8 else 64)
+    packed = torch.empty(blocks, plan.capacity, 128, dtype=torch.uint8, device=rows.device)
+    return packed, torch.empty(blocks, plan.capacity, dtype=torch.float32, device=rows.device) if fp8 else None
+
+
+def _gathers(packed: torch.Tensor, capacity: int, fp8: bool) -> int:
+    """A warp's turns if every place were used."""
+    blocks = packed.shape[0]
+    return capacity // (2 if fp8 else 4) * (blocks // (4 if blocks % 4 == 0 else 2 if blocks % 2 == 0 else 1))
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def check_ids(ids: torch.Tensor, expert_map: torch.Tensor | None) -> None:
@@ -108,3 +176,9 @@ def route_kernel(num_local_experts: int, num_ctas: int = 1) -> Kernel:
 @functools.cache
 def pack_kernel(hidden: int, top_k: int, fp8: bool) -> Kernel:
     return Kernel("permute.cu", "pack", {"HIDDEN": hidden, "TOP_K": top_k, "FP8": int(fp8)})
+
+
+@functools.cache
+def route_and_pack_kernel(num_local_experts: int, hidden: int, top_k: int, fp8: bool, most_pairs: int) -> Kernel:
+    defines = {"NUM_EXPERTS": num_local_experts, "HIDDEN": hidden, "TOP_K": top_k, "FP8": int(fp8)}
+    return Kernel("permute_few.cu", "route_and_pack", {**defines, "MAX_PAIRS": most_pairs})

@@ -17,6 +17,7 @@ class GemmPlan:
     m_rows: int  # outputs of a tile: 32, 64 or 128
     tile: int  # most rows of one expert in a tile
     stages: int  # slots of the ring
+    slot_blocks: int = 1  # bf16: k-blocks of a slot
     cluster: int = 1  # CTAs that share the rows of a tile
     rows_wide: bool = False  # fp8: rows are the tensor cores' wide operand instead of the weights
     form: WeightForm
@@ -38,7 +39,7 @@ class GemmPlan:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: the ring, the row scales, the chunks of output."""
-        stage = self.m_rows * 128 + self.tile * 128 + (self.tile * 8 if self.form == "fp8" else 0)
+        stage = self.slot_blocks * (self.m_rows + self.tile) * 128 + (self.tile * 8 if self.form == "fp8" else 0)
         beyond = max(0, 64 - self.m_rows) * 128  # wgmma reads 64 rows whatever the tile holds
         return self.stages * stage + beyond + ((3 if self.num_threads == 512 else 2) * 64 * 272 if self.staged else 0)
 
@@ -53,6 +54,8 @@ class GemmPlan:
         """
         if self.rows_wide and min(hidden_size, intermediate_size) // 128 <= self.stages:
             return False
+        if hidden_size // 64 % self.slot_blocks or intermediate_size // 64 % self.slot_blocks:
+            return False
         grain = self.m_rows * self.cluster
         return hidden_size % grain == 0 and 2 * intermediate_size % grain == 0
 
@@ -66,6 +69,7 @@ class GemmPlan:
             "CLUSTER": self.cluster,
             "FP8": int(self.form == "fp8"),
             "ROWS_WIDE": int(self.rows_wide),
+            "SLOT_BLOCKS": self.slot_blocks,
         }
 
 

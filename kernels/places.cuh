@@ -1,0 +1,102 @@
+// places.cuh: what permute.cu and permute_few.cu share: where an expert's rows and tiles begin, and how rows are
+// gathered into the blocks that the products read.
+#pragma once
+#include "common.cuh"
+
+constexpr int EXPERT_WARPS = (NUM_EXPERTS + 31) / 32;  // that own an expert
+
+// Local expert of an id, -1 none.
+__device__ __forceinline__ int local_expert(int id, const int* expert_map, int num_mapped) {
+  if (expert_map) id = (u32)id < (u32)num_mapped ? __ldg(expert_map + id) : -1;
+  return (u32)id < (u32)NUM_EXPERTS ? id : -1;
+}
+
+struct Places {  // of the thread's expert, and of all
+  int first_row, first_tile, num_tiles;
+  int total_rows, total_tiles, total_pairs;
+};
+
+// Thread e holds the pairs of expert e in `count` (threads without an expert: 0). Rows are padded to 8. All threads.
+__device__ __forceinline__ Places place_experts(int count, int tile) {
+  __shared__ u64 warp_totals[EXPERT_WARPS];
+  __shared__ int warp_pairs[EXPERT_WARPS];
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int num_tiles = (count + tile - 1) / tile;
+  const u64 own = ((u64)round_up_8(count) << 32) | (u32)num_tiles;
+  u64 sum = own;  // inclusive scan over experts of (padded rows, tiles)
+  for (int d = 1; d < 32; d <<= 1) {
+    const u64 other = __shfl_up_sync(0xffffffffu, sum, d);
+    if (lane >= d) sum += other;
+  }
+  const int pairs = __reduce_add_sync(0xffffffffu, count);
+  if (lane == 31 && warp < EXPERT_WARPS) warp_totals[warp] = sum, warp_pairs[warp] = pairs;
+  __syncthreads();
+  u64 before = 0, total = 0;
+  int total_pairs = 0;
+#pragma unroll 4
+  for (int w = 0; w < EXPERT_WARPS; ++w) {
+    if (w < warp) before += warp_totals[w];
+    total += warp_totals[w];
+    total_pairs += warp_pairs[w];
+  }
+  const u64 start = before + sum - own;
+  return {(int)(start >> 32), (int)(u32)start, num_tiles, (int)(total >> 32), (int)(u32)total, total_pairs};
+}
+
+// What one CTA writes of it. state[0] tiles, [1] padded rows, [2] pairs, [3] next tile to claim (the grouped GEMM
+// counts it up from 0)
+__device__ __forceinline__ void write_places(const Places& places, int count, int granule, int* counts, int4* tiles,
+                                             u32* ready, int* state) {
+  if (threadIdx.x == 0) *(int4*)state = make_int4(places.total_tiles, places.total_rows, places.total_pairs, 0);
+  if (threadIdx.x >= NUM_EXPERTS) return;
+  counts[threadIdx.x] = count;
+  const int n = places.num_tiles, step = n ? ((count + n - 1) / n + granule - 1) / granule * granule : 0;
+  for (int done = 0, t = places.first_tile; done < count; done += step, ++t) {
+    tiles[t] = make_int4(threadIdx.x, places.first_row + done, min(step, count - done), 0);
+    ready[t] = 0;
+  }
+}
+
+// A warp moves ROWS rows x LOADS blocks at a time, so that it writes whole runs of 128-byte lines.
+constexpr int BLOCK_K = FP8 ? 128 : 64, LANES = BLOCK_K / 8, ROWS = 32 / LANES, BLOCKS = HIDDEN / BLOCK_K;
+constexpr int LOADS = BLOCKS % 4 == 0 ? 4 : BLOCKS % 2 == 0 ? 2 : 1, SPANS = BLOCKS / LOADS;
+
+// Blocks `first` .. first + LOADS of padded row `row`, which is pair `pair`'s (-1: padding, nothing is written).
+// FP8: quantised, one float32 scale for each block. All lanes.
+__device__ __forceinline__ void gather(const u16* x, int pair, u32 row, u32 first, i64 capacity, u8* packed,
+                                       float* scales) {
+  const int column = (threadIdx.x & 31) % LANES * 8;
+  const u16* source = x + (i64)(pair / TOP_K) * HIDDEN + first * BLOCK_K + column;
+  uint4 loaded[LOADS];
+#pragma unroll
+  for (int i = 0; i < LOADS; ++i)
+    loaded[i] = pair >= 0 ? __ldg((const uint4*)(source + i * BLOCK_K)) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+  for (int i = 0; i < LOADS; ++i) {
+    const i64 place = (first + i) * capacity + row;
+#if FP8
+    const u32 word[4] = {loaded[i].x, loaded[i].y, loaded[i].z, loaded[i].w};
+    float f[8], peak = 0.0f;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      f[2 * w] = bf16_low(word[w]);
+      f[2 * w + 1] = bf16_high(word[w]);
+      peak = fmaxf(peak, fmaxf(fabsf(f[2 * w]), fabsf(f[2 * w + 1])));
+    }
+#pragma unroll
+    for (int d = 1; d < LANES; d <<= 1) peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, d));
+    const float scale = fp8_scale(peak), inverse = __frcp_rn(scale);
+    u16 q[4];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) q[w] = pack_e4m3(f[2 * w] * inverse, f[2 * w + 1] * inverse);
+    if (pair >= 0) {
+      u8* line = packed + place * 128;
+      *(uint2*)(line + (((column >> 4) ^ (row & 7)) << 4) + (column & 8)) =
+          make_uint2(q[0] | (u32)q[1] << 16, q[2] | (u32)q[3] << 16);
+      if (column == 0) scales[place] = scale;
+    }
+#else
+    if (pair >= 0) *(uint4*)(packed + place * 128 + (((column >> 3) ^ (row & 7)) << 4)) = loaded[i];
+#endif
+  }
+}
