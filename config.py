@@ -49,6 +49,14 @@ class SchedulerConfig:
             if getattr(self, f.name) < 1:
                 raise ConfigError(f"scheduler.{f.name}", getattr(self, f.name), "a positive count")
 
+    @property
+    def graph_buckets(self) -> tuple[int, ...]:
+        """Sizes of captured decode steps on a GPU, the same on all members: eighths of a power of two, and the most
+        sequences that a replica runs."""
+        most = min(self.max_num_seqs, self.max_num_batched_tokens)
+        sizes = {max(1, eighths << power >> 3) for power in range(most.bit_length() + 1) for eighths in range(8, 16)}
+        return tuple(sorted({size for size in sizes if size < most and (size % 4 == 0 or size < 3)} | {most}))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkConfig:

@@ -50,6 +50,11 @@ class StepContext(Protocol):
         """A rank without tokens in this step: take every MoE layer's turn with zero rows."""
         ...
 
+    def finish(self) -> None:
+        """The device has done all of the step: raises what went wrong in it. Where `moe` and `serve` wait by
+        themselves, as on a CPU, everything was said there."""
+        ...
+
 
 class Mesh(Protocol):
     """This process's membership of the cluster. Headers arrive through the callback given to `start`."""

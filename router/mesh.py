@@ -57,6 +57,7 @@ class MeshOptions:
             interface=config.network.interface,
             cluster_token=config.network.cluster_token,
             max_prefill_tokens_per_step=config.scheduler.max_prefill_tokens_per_step,
+            buckets=config.scheduler.graph_buckets,
             exchange=config.exchange,
         )
 
@@ -534,8 +535,9 @@ class LocalMesh(ClusterMesh):
         shape: RowShape,
         *,
         max_prefill_tokens_per_step: int = 1024,
+        buckets: tuple[int, ...] = (),
     ) -> None:
-        options = MeshOptions(max_prefill_tokens_per_step=max_prefill_tokens_per_step)
+        options = MeshOptions(max_prefill_tokens_per_step=max_prefill_tokens_per_step, buckets=buckets)
         super().__init__("local#0", attention=True, experts=experts, shape=shape, options=options, listen=False)
         self.change_placement(placement)
 

@@ -101,6 +101,9 @@ class Step:
             layer_id = self._placement.moe_layers[self._next_turn]
             self._take_turn(layer_id, None if x is None else plan(no_ids, self._placement, layer_id), x)
 
+    def finish(self) -> None:
+        """Every turn was judged when it was taken."""
+
     def _not_finite(self, source_plan: DispatchPlan, x: torch.Tensor, pairs: torch.Tensor) -> list[BadRow]:
         """The pairs that came back so, unless their token's row was so already: then that row."""
         layer_id, bad, first_pair, first_row = source_plan.layer_id, [], 0, 0

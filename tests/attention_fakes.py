@@ -182,6 +182,9 @@ class FakeStep:
     def serve(self) -> None:
         self.served = True
 
+    def finish(self) -> None:
+        pass
+
 
 class FakeMesh:
     """A leader and its only member: answers each bid with a header at once, or when told (`manual`)."""

@@ -39,7 +39,7 @@ from ...router.epoch import StepHeader
 from .batch import ScheduledTokens, StepBatch, with_seen_tokens
 from .grammar import Compiled, GrammarCompiler, GrammarState
 from .kv_cache import KVCache
-from .runner import Flight, Landed, Runner, StepResult
+from .runner import Flight, Landed, StepResult, StepRunner
 from .scheduler import Scheduler
 from .sequence import Sequence
 from .step_stats import StepObserver, StepStats
@@ -101,7 +101,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: StepRunner,
         mesh: Mesh,
         *,
         scheduler: SchedulerConfig,

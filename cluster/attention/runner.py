@@ -69,10 +69,37 @@ class Landed:
         return self.result
 
 
-class Runner:
-    """Engine thread only."""
+class StepRunner(Protocol):
+    """What an engine runs its batches with: `Runner` here, `DeviceRunner` on a GPU. Engine thread only."""
 
-    runs_ahead = False  # whether a step may be launched before the one before it is collected
+    runs_ahead: bool  # whether a step may be launched before the one before it is collected
+    num_blocks: int
+    block_size: int
+    vocab_size: int
+
+    def build(self, scheduled: Seq[ScheduledTokens]) -> StepBatch: ...
+
+    def launch(self, batch: StepBatch, scheduled: Seq[ScheduledTokens], step: StepContext) -> Flight:
+        """Forward and sample. After an ExchangeError, here or in `collect`, the same call may be made again."""
+        ...
+
+    def serve(self, step: StepContext) -> Flight:
+        """A step in which this rank has no tokens."""
+        ...
+
+    def needs_host(self, sequence: Sequence) -> bool:
+        """What this sequence's next token may be depends on what the host knows of the last: no running ahead."""
+        ...
+
+    def release(self, sequence: Sequence) -> None:
+        """The sequence has ended: forget what is kept for it."""
+        ...
+
+
+class Runner:
+    """Plain torch on any device, each step over when it is launched."""
+
+    runs_ahead = False
 
     def __init__(
         self,
@@ -136,24 +163,22 @@ class Runner:
         return build(scheduled, block_size=self.block_size, device=self.device)
 
     def launch(self, batch: StepBatch, scheduled: Seq[ScheduledTokens], step: StepContext) -> Flight:
-        """Forward and sample. After an ExchangeError, here or in `collect`, the same call may be made again."""
         started = perf_counter()
         logits = self.model.forward(batch, self.kv_pages, step)
         computed = perf_counter()
         sampled = self.sampler.sample(logits, [item.sequence for item in scheduled if item.samples])
+        step.finish()
         return Landed(StepResult(sampled, computed - started, perf_counter() - computed))
 
     def serve(self, step: StepContext) -> Flight:
-        """A step in which this rank has no tokens."""
         step.serve()
         return Landed(None)
 
     def needs_host(self, sequence: Sequence) -> bool:
-        """What this sequence's next token may be depends on what the host knows of the last: no running ahead."""
         return True
 
     def release(self, sequence: Sequence) -> None:
-        """The sequence has ended: forget what is kept for it."""
+        pass
 
 
 def tokenizer_vocab_size(checkpoint: Checkpoint) -> int:

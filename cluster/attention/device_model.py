@@ -1,0 +1,150 @@
+"""Qwen3-MoE and dense Qwen3 on a GPU, the attention tier: the straight line of `model.py` in few launches.
+
+A layer is eleven launches: q, k, v product; norms, rotary embedding and KV write; attention; output product; residual
+sum and norm; gate product; top-k; the experts' three (`step.rows`: route, pack, both products in one); weighted sum,
+residual sum and the next layer's norm. Nothing syncs and nothing is allocated outside torch's allocator, so a forward
+may stand in a CUDA graph. Rounding is the plain model's: bf16 between operations, float32 inside them.
+
+Rows from `num_valid` on are padding: they are routed nowhere and written nowhere; what they compute means nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from ...checkpoint import Checkpoint, ProgressCallback
+from ...errors import ConfigError
+from ...kernels.add_norm import add_rms_norm
+from ...kernels.combine_norm import combine_add_rms_norm
+from ...kernels.embed_norm import embed_rms_norm
+from ...kernels.gate_topk import gate_topk
+from ...kernels.qk_norm_rope import qk_norm_rope
+from ...kernels.silu_mul import silu_mul
+from ...model_config import ModelConfig
+from .rope import inverse_frequencies
+from .weights import AttentionWeights, LayerWeights, load_attention_weights
+
+KVPages = Sequence[tuple[torch.Tensor, torch.Tensor]]  # per layer K, V [num_blocks, block_size, num_kv_heads, head_dim]
+
+
+class Rows(Protocol):
+    """What a step gives a model: the unweighted rows of a layer's experts (`router/device_step.py`)."""
+
+    def rows(self, layer_id: int, x: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor: ...
+
+
+class Attend(Protocol):
+    """Planned attention (`flash.py`)."""
+
+    def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceBatch:
+    """`T` tokens on the device. Ids below 0 are the last token of slot -1 - id (`device_sampler.py`)."""
+
+    token_ids: torch.Tensor  # [T] int64
+    positions: torch.Tensor  # [T] int64
+    slot_mapping: torch.Tensor  # [T] int64, -1 = do not write
+    num_valid: torch.Tensor | None = None  # [1] int32; None = all
+    logits_rows: torch.Tensor | None = None  # [S] int64; None = all
+
+
+class DeviceModel:
+    """Immutable weights; all state is in the KV pages that `forward` is handed."""
+
+    def __init__(self, config: ModelConfig, weights: AttentionWeights, *, max_model_len: int, block_size: int) -> None:
+        if weights.embed.dtype != torch.bfloat16:
+            raise ConfigError("dtype", str(weights.embed.dtype), "bfloat16: the GPU engine's kernels take no other")
+        self.config, self.weights, self.block_size = config, weights, block_size
+        self.device = weights.embed.device
+        self.cos_sin = rotary_table(config, max_model_len).to(self.device)  # [max_model_len, head_dim] float32
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device | str,
+        max_model_len: int,
+        block_size: int,
+        progress: ProgressCallback | None = None,
+    ) -> "DeviceModel":
+        weights = load_attention_weights(checkpoint, dtype=torch.bfloat16, device=device, progress=progress)
+        return cls(checkpoint.config, weights, max_model_len=max_model_len, block_size=block_size)
+
+    def new_kv_cache(self, num_blocks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Pages of every layer, zeroed: a masked slot must hold a number."""
+        shape = (num_blocks, self.block_size, self.config.num_kv_heads, self.config.head_dim)
+        return [
+            (
+                torch.zeros(shape, dtype=torch.bfloat16, device=self.device),
+                torch.zeros(shape, dtype=torch.bfloat16, device=self.device),
+            )
+            for _ in range(self.config.num_layers)
+        ]
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        batch: DeviceBatch,
+        kv_pages: KVPages,
+        step: Rows,
+        attention: Attend,
+        *,
+        last_token: torch.Tensor | None = None,  # [num_slots] int64
+    ) -> torch.Tensor:
+        """Logits [S, vocab_size] bf16 of `batch.logits_rows`."""
+        config, weights, layers = self.config, self.weights, self.weights.layers
+        eps = config.rms_norm_eps
+        residual, x = embed_rms_norm(
+            weights.embed, batch.token_ids, layers[0].input_norm, eps, last_token=last_token
+        )  # [T, hidden] each
+        for layer_id, (layer, cache) in enumerate(zip(layers, kv_pages, strict=True)):
+            mixed = self._attention(layer, x, batch, cache, attention)
+            x = add_rms_norm(F.linear(mixed, layer.o), residual, layer.post_norm, eps)
+            after = layers[layer_id + 1].input_norm if layer_id + 1 < len(layers) else weights.norm
+            if layer.gate is None:
+                assert layer.w13 is not None
+                assert layer.w2 is not None
+                x = add_rms_norm(F.linear(silu_mul(F.linear(x, layer.w13)), layer.w2), residual, after, eps)
+                continue
+            topk_ids, topk_weights = gate_topk(
+                F.linear(x, layer.gate), config.top_k, renormalize=config.norm_topk_prob, num_valid=batch.num_valid
+            )
+            y = step.rows(layer_id, x, topk_ids)  # [T, top_k, hidden]
+            x = combine_add_rms_norm(y, topk_weights, residual, after, eps, ids=topk_ids)
+        if batch.logits_rows is not None:
+            x = x.index_select(0, batch.logits_rows)
+        return F.linear(x, weights.lm_head)
+
+    def _attention(
+        self,
+        layer: LayerWeights,
+        x: torch.Tensor,
+        batch: DeviceBatch,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        attention: Attend,
+    ) -> torch.Tensor:
+        """[T, hidden] -> [T, num_heads * head_dim]; this step's K and V are written first."""
+        q = qk_norm_rope(
+            F.linear(x, layer.qkv),
+            layer.qk_norm,
+            self.config.rms_norm_eps,
+            self.cos_sin,
+            batch.positions,
+            batch.slot_mapping,
+            *cache,
+            num_heads=self.config.num_heads,
+            num_kv_heads=self.config.num_kv_heads,
+        )
+        return attention.attend(q, *cache).view(x.shape[0], -1)
+
+
+def rotary_table(config: ModelConfig, num_positions: int) -> torch.Tensor:
+    """[num_positions, head_dim] float32: a position's cos, then its sin, both with YaRN's factor."""
+    frequencies, factor = inverse_frequencies(config.rope, config.head_dim)
+    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
+    return torch.cat([angles.cos() * factor, angles.sin() * factor], dim=-1)

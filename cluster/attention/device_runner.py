@@ -1,0 +1,453 @@
+"""Runs step batches on a GPU: one copy in, a captured graph or an eager forward, ids out; the host is a step ahead.
+
+A step whose tokens are all decodes runs in a **bucket**, the size that its header names: tensors are padded to it and
+lie at fixed addresses, so the whole step (embedding to drawn ids) is one CUDA graph. A bucket runs eagerly the first
+time it is met and is captured the second time; of too many graphs the one used longest ago is dropped. Every other step
+(prompts, chunks, mixtures) is eager: its work hides its launches. What a graph holds is its key: bucket, form of the
+attention plan, and what the step says of experts and exchange. Where that changes, after an epoch or with a new pool of
+experts, steps run at once, eagerly, and are captured again.
+
+Nothing waits inside a step. Ids are drawn on the device and copied to pinned memory behind it; `collect` waits for that
+copy alone. Idea: vLLM's full CUDA graphs and asynchronous scheduling."""
+
+from collections import OrderedDict, deque
+from collections.abc import Hashable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from ...checkpoint import Checkpoint, ProgressCallback
+from ...config import CacheConfig, SchedulerConfig
+from ...errors import ExchangeError, StartupError
+from ...model_config import ModelConfig
+from ...router.contracts import StepContext
+from ...router.device_step import DeviceStep
+from ...startup_phases import StartupPhases
+from .batch import ScheduledTokens, StepBatch, build
+from .device_model import DeviceBatch, DeviceModel, Rows
+from .device_sampler import DeviceSampler, decode_flags
+from .flash import FlashAttention
+from .runner import Flight, Landed, StepResult, attention_weight_bytes, size_kv_pool, tokenizer_vocab_size
+from .sampler import Sampled, Sampler
+from .sequence import UNSEEN, Sequence
+
+MAX_GRAPHS = 64
+_NUM_STAGES = 3  # pinned inputs and outputs: two steps in flight and one being made
+_MEMORY_SHARE = 0.96  # of the GPU; the rest is the allocator's and the driver's
+
+
+class DeviceRunner:
+    """Engine thread only; all work goes to that thread's current stream."""
+
+    runs_ahead = True
+
+    def __init__(
+        self,
+        model: DeviceModel,
+        attention: FlashAttention,
+        *,
+        num_blocks: int,
+        block_size: int,
+        vocab_size: int,
+        max_num_seqs: int,
+    ) -> None:
+        self.model, self.attention = model, attention
+        self.num_blocks, self.block_size, self.vocab_size = num_blocks, block_size, vocab_size
+        self.device = model.device
+        self.kv_pages = model.new_kv_cache(num_blocks)
+        self.host_sampler = Sampler(vocab_size)
+        self.device_sampler = DeviceSampler(vocab_size, max_num_seqs, self.device)
+        self.num_captures = self.num_replays = self.num_eager = 0
+        self._slots: dict[str, int] = {}  # by request
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._current: set[str] = set()  # requests whose state on the device is the host's, or ahead of it
+        self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._met: set[Hashable] = set()  # keys that have run eagerly
+        self._pool = torch.cuda.graph_pool_handle()
+        self._capturing = torch.cuda.Stream(self.device)
+        self._inputs = _Inputs(max_num_seqs, self.device)
+        self._stages = deque(_Stage() for _ in range(_NUM_STAGES))
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        cache: CacheConfig,
+        scheduler: SchedulerConfig,
+        *,
+        device: torch.device | str,
+        max_model_len: int,
+        expert_bytes: int = 0,
+        vocab_size: int = 0,
+        batch_invariant: bool = False,
+        progress: ProgressCallback | None = None,
+        phases: StartupPhases | None = None,
+    ) -> "DeviceRunner":
+        """Load this tier's weights, and make a KV pool of the memory that is left beside `expert_bytes` (what the
+        experts of this process will take) and a step's activations.
+
+        Raises StartupError, with the numbers, before anything is loaded where it cannot fit."""
+        config = checkpoint.config
+        weight_bytes = attention_weight_bytes(config, torch.bfloat16)
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        usable = free_bytes - int((1 - _MEMORY_SHARE) * total_bytes)
+        step_bytes = activation_bytes(config, scheduler)
+        available = usable - expert_bytes - step_bytes
+        if available <= weight_bytes:
+            raise StartupError(
+                f"this replica needs {_gib(weight_bytes)} of attention weights, {_gib(expert_bytes)} of experts and "
+                f"{_gib(step_bytes)} for a step of {scheduler.max_num_batched_tokens} tokens; {_gib(usable)} of "
+                f"{_gib(total_bytes)} on the GPU can be used: more shards, a quantised checkpoint or a smaller "
+                "scheduler.max_num_batched_tokens (`expertmesh plan` does this arithmetic)"
+            )
+        if not cache.num_blocks:
+            cache = replace(cache, kv_memory_bytes=available - weight_bytes)
+        num_blocks = size_kv_pool(
+            config, cache, dtype=torch.bfloat16, weight_bytes=weight_bytes, available_bytes=available
+        )
+        phases = phases or StartupPhases()
+        with phases.phase("weights"):
+            model = DeviceModel.load(
+                checkpoint, device=device, max_model_len=max_model_len, block_size=cache.block_size, progress=progress
+            )
+        attention = FlashAttention(
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            cache.block_size,
+            device,
+            max_num_reqs=scheduler.max_num_seqs,
+            max_num_blocks=-(-max_model_len // cache.block_size),
+            invariant=batch_invariant,
+        )
+        with phases.phase("kv"):
+            return cls(
+                model,
+                attention,
+                num_blocks=num_blocks,
+                block_size=cache.block_size,
+                vocab_size=vocab_size or tokenizer_vocab_size(checkpoint),
+                max_num_seqs=scheduler.max_num_seqs,
+            )
+
+    # -- what the engine calls
+
+    def build(self, scheduled: Seq[ScheduledTokens]) -> StepBatch:
+        """On the host: a launch copies what it needs."""
+        return build(scheduled, block_size=self.block_size)
+
+    def launch(self, batch: StepBatch, scheduled: Seq[ScheduledTokens], step: StepContext) -> Flight:
+        assert isinstance(step, DeviceStep), "a mesh of GPU members gives device steps"
+        started = perf_counter()
+        samplers = [item.sequence for item in scheduled if item.samples]
+        token_ids = self._token_ids(batch, scheduled)
+        if any(self.device_sampler.needs_host(sequence) for sequence in samplers):
+            return self._sample_on_host(batch, token_ids, samplers, step, started)
+        slots = self._admitted_slots(samplers)
+        stage = self._next_stage()
+        bucket = step.header.bucket if batch.num_tokens == batch.num_reqs == len(samplers) else 0
+        if bucket:
+            ids, flags = self._run_bucket(bucket, batch, token_ids, slots, step, stage)
+        else:
+            self.num_eager += 1
+            logits = self._forward(batch, token_ids, step, stage)
+            ids, flags = self.device_sampler.sample(logits, stage.send(slots, self.device))
+        return _DeviceFlight(self, step, stage.fetch(ids, flags, len(samplers)), started)
+
+    def serve(self, step: StepContext) -> Flight:
+        assert isinstance(step, DeviceStep), "a mesh of GPU members gives device steps"
+        started = perf_counter()
+        step.take_turns()
+        nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+        return _DeviceFlight(self, step, self._next_stage().fetch(nothing, nothing.to(torch.uint8), 0), started)
+
+    def needs_host(self, sequence: Sequence) -> bool:
+        return self.device_sampler.needs_host(sequence)
+
+    def release(self, sequence: Sequence) -> None:
+        slot = self._slots.pop(sequence.request_id, None)
+        self._current.discard(sequence.request_id)
+        if slot is not None:
+            self.device_sampler.release(slot)
+            self._free_slots.append(slot)
+
+    def forget_drawn(self) -> None:
+        """What the device has drawn is void: every sequence's state is sent again."""
+        self._current.clear()
+
+    def warm_up(self, rows: Rows, num_tokens: int) -> None:
+        """Load every kernel of a step of `num_tokens` new tokens of one request, writing to no KV."""
+        batch = DeviceBatch(
+            token_ids=torch.zeros(num_tokens, dtype=torch.int64, device=self.device),
+            positions=torch.arange(num_tokens, device=self.device),
+            slot_mapping=torch.full((num_tokens,), -1, dtype=torch.int64, device=self.device),
+            logits_rows=torch.zeros(1, dtype=torch.int64, device=self.device),
+        )
+        blocks = np.zeros((1, -(-num_tokens // self.block_size)), np.int32)
+        self.attention.plan(np.array([num_tokens], np.int32), np.array([num_tokens], np.int32), blocks)
+        logits = self.model.forward(batch, self.kv_pages, rows, self.attention)
+        self.device_sampler.sample(logits, torch.full((1,), -1, dtype=torch.int32, device=self.device))
+        torch.cuda.synchronize(self.device)
+
+    # -- a step
+
+    def _token_ids(self, batch: StepBatch, scheduled: Seq[ScheduledTokens]) -> np.ndarray:
+        """[T] int64, with -1 - slot for a token that only the device knows."""
+        token_ids = batch.token_ids.numpy()
+        unseen = (token_ids == UNSEEN).nonzero()[0]
+        if len(unseen):
+            rows = np.searchsorted(batch.cu_seqlens_q.numpy(), unseen, side="right") - 1
+            token_ids = token_ids.copy()
+            token_ids[unseen] = [-1 - self._slots[scheduled[row].sequence.request_id] for row in rows.tolist()]
+        return token_ids
+
+    def _admitted_slots(self, samplers: Seq[Sequence]) -> np.ndarray:
+        """[S] int32; sequences that the device does not know, or not any more, are sent to it."""
+        slots = np.empty(len(samplers), np.int32)
+        for row, sequence in enumerate(samplers):
+            name = sequence.request_id
+            slot = self._slots.get(name)
+            if slot is None:
+                slot = self._slots[name] = self._free_slots.pop()
+            if name not in self._current:
+                self.device_sampler.admit(slot, sequence)
+                self._current.add(name)
+            slots[row] = slot
+        self.device_sampler.upload()
+        return slots
+
+    def _run_bucket(
+        self,
+        bucket: int,
+        batch: StepBatch,
+        token_ids: np.ndarray,
+        slots: np.ndarray,
+        step: DeviceStep,
+        stage: "_Stage",
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All tokens are decodes that sample. -> ids, flags [bucket] on the device."""
+        inputs = self._inputs
+        stage.fill(inputs, batch, token_ids, slots)
+        form = self.attention.plan(
+            batch.q_lens.numpy(), batch.seq_lens.numpy(), batch.block_table.numpy(), bucket=bucket
+        )
+        key = None if step.graph_key is None else (form, step.graph_key)
+        captured = self._graphs.get(key)
+        if captured is None and key in self._met:
+            captured = self._capture(key, bucket, step)
+        if captured is None:
+            if key is not None:
+                self._met.add(key)
+            self.num_eager += 1
+            return self._decode(bucket, step)
+        self._graphs.move_to_end(key)
+        captured.graph.replay()
+        step.replayed()
+        self.num_replays += 1
+        return captured.ids, captured.flags
+
+    def _decode(self, bucket: int, step: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """From fixed inputs to drawn ids."""
+        batch = self._inputs.batch(bucket)
+        last_token = self.device_sampler.last_token
+        logits = self.model.forward(batch, self.kv_pages, step, self.attention, last_token=last_token)
+        return self.device_sampler.sample(logits, self._inputs.slots[:bucket])
+
+    def _capture(self, key: Hashable, bucket: int, step: DeviceStep) -> "_Captured":
+        """Thread-local mode: other threads load experts meanwhile, which allocates."""
+        graph = torch.cuda.CUDAGraph()
+        self._capturing.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._capturing):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                ids, flags = self._decode(bucket, step)
+            finally:
+                graph.capture_end()
+        step.captured(graph)
+        self.num_captures += 1
+        captured = self._graphs[key] = _Captured(graph, ids, flags)
+        while len(self._graphs) > MAX_GRAPHS:
+            self._met.discard(self._graphs.popitem(last=False)[0])
+        return captured
+
+    def _forward(self, batch: StepBatch, token_ids: np.ndarray, step: DeviceStep, stage: "_Stage") -> torch.Tensor:
+        """Eager, any lengths -> logits [S, vocab]."""
+        num_tokens, num_rows = batch.num_tokens, batch.logits_rows.shape[0]
+        sent = stage.send(
+            np.concatenate([token_ids, batch.positions.numpy(), batch.slot_mapping.numpy(), batch.logits_rows.numpy()]),
+            self.device,
+        )
+        token_ids_, positions, slot_mapping, rows = sent.split([num_tokens, num_tokens, num_tokens, num_rows])
+        self.attention.plan(batch.q_lens.numpy(), batch.seq_lens.numpy(), batch.block_table.numpy())
+        device_batch = DeviceBatch(
+            token_ids=token_ids_, positions=positions, slot_mapping=slot_mapping, logits_rows=rows
+        )
+        last_token = self.device_sampler.last_token
+        return self.model.forward(device_batch, self.kv_pages, step, self.attention, last_token=last_token)
+
+    def _sample_on_host(
+        self, batch: StepBatch, token_ids: np.ndarray, samplers: Seq[Sequence], step: DeviceStep, started: float
+    ) -> Flight:
+        """Something in this step looks at text or at its own tokens: `sampler.py` draws, as on a CPU."""
+        self.num_eager += 1
+        stage = self._next_stage()
+        logits = self._forward(batch, token_ids, step, stage)
+        event = torch.cuda.Event()
+        event.record()
+        step.wait(event)
+        step.finish()
+        computed = perf_counter()
+        sampled = self.host_sampler.sample(logits.float(), samplers)
+        self._current.difference_update(sequence.request_id for sequence in samplers)
+        return Landed(StepResult(sampled, computed - started, perf_counter() - computed))
+
+    def _next_stage(self) -> "_Stage":
+        self._stages.rotate(-1)
+        self._stages[0].wait_until_free()
+        return self._stages[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    ids: torch.Tensor  # [bucket] int64, where its replays write
+    flags: torch.Tensor  # [bucket] uint8
+
+
+class _Inputs:
+    """Fixed addresses that captured steps read: one buffer, sent by one copy."""
+
+    def __init__(self, most: int, device: torch.device) -> None:
+        self.most = most
+        self.buffer = torch.zeros(self.size, dtype=torch.int64, device=device)
+        self.token_ids, self.positions, self.slot_mapping = self.buffer[: 3 * most].split(most)
+        tail = self.buffer[3 * most :].view(torch.int32)
+        self.slots, self.num_valid = tail[:most], tail[most : most + 1]
+
+    @property
+    def size(self) -> int:
+        return 3 * self.most + (self.most + 2) // 2
+
+    def batch(self, bucket: int) -> DeviceBatch:
+        return DeviceBatch(
+            token_ids=self.token_ids[:bucket],
+            positions=self.positions[:bucket],
+            slot_mapping=self.slot_mapping[:bucket],
+            num_valid=self.num_valid,
+        )
+
+
+@dataclass(slots=True)
+class _Fetched:
+    """Ids and flags on their way to the host."""
+
+    arrived: torch.cuda.Event
+    ids: np.ndarray  # [S] int64, pinned
+    flags: np.ndarray  # [S] uint8, pinned
+
+
+@dataclass(slots=True)
+class _Stage:
+    """Pinned memory of one step, in and out; free again when the step is over."""
+
+    sent: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    flags: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    used: int = 0  # bytes of `sent`
+    last: torch.cuda.Event | None = None
+
+    def wait_until_free(self) -> None:
+        if self.last is not None:
+            self.last.synchronize()
+        self.used = 0
+
+    def send(self, array: np.ndarray, device: torch.device) -> torch.Tensor:
+        """A copy on the device, on its way."""
+        pinned = self._room(array.nbytes)
+        pinned.numpy()[:] = array.view(np.uint8)
+        return pinned.to(device, non_blocking=True).view(torch.from_numpy(array).dtype)
+
+    def fill(self, inputs: _Inputs, batch: StepBatch, token_ids: np.ndarray, slots: np.ndarray) -> None:
+        """Send a step of decodes to the fixed inputs; what is not filled is padding."""
+        count, most = len(slots), inputs.most
+        pinned = self._room(inputs.size * 8)
+        words = pinned.numpy().view(np.int64)
+        words[:count] = token_ids
+        words[most : most + count] = batch.positions.numpy()
+        words[2 * most : 2 * most + count] = batch.slot_mapping.numpy()
+        words[count:most] = 0
+        words[most + count : 2 * most] = 0
+        words[2 * most + count : 3 * most] = -1
+        tail = words[3 * most :].view(np.int32)
+        tail[:count] = slots
+        tail[count:most] = -1
+        tail[most] = count
+        inputs.buffer.copy_(pinned.view(torch.int64), non_blocking=True)
+
+    def fetch(self, ids: torch.Tensor, flags: torch.Tensor, count: int) -> _Fetched:
+        """The first `count` of both, on their way to the host; the last thing that the step does."""
+        if len(self.ids) < count:
+            room = 1 << (count - 1).bit_length()
+            self.ids = torch.empty(room, dtype=torch.int64, pin_memory=True)
+            self.flags = torch.empty(room, dtype=torch.uint8, pin_memory=True)
+        if count:
+            self.ids[:count].copy_(ids[:count], non_blocking=True)
+            self.flags[:count].copy_(flags[:count], non_blocking=True)
+        self.last = torch.cuda.Event()
+        self.last.record()
+        return _Fetched(self.last, self.ids[:count].numpy(), self.flags[:count].numpy())
+
+    def _room(self, num_bytes: int) -> torch.Tensor:
+        """[num_bytes] uint8, pinned, not used in this step yet."""
+        start = -(-self.used // 16) * 16
+        if start + num_bytes > len(self.sent):
+            # What was sent of the old memory in this step is held by its copy, through torch's pinned allocator.
+            start, size = 0, max(1 << 16, 1 << (2 * num_bytes - 1).bit_length())
+            self.sent = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self.used = start + num_bytes
+        return self.sent[start : start + num_bytes]
+
+
+class _DeviceFlight:
+    """A step on the device."""
+
+    __slots__ = ("_fetched", "_launched", "_runner", "_started", "_step")
+
+    def __init__(self, runner: DeviceRunner, step: DeviceStep, fetched: _Fetched, started: float) -> None:
+        self._runner, self._step, self._fetched, self._started = runner, step, fetched, started
+        self._launched = perf_counter()
+
+    @property
+    def is_over(self) -> bool:
+        return self._fetched.arrived.query()
+
+    def collect(self) -> StepResult | None:
+        try:
+            self._step.wait(self._fetched.arrived)
+            self._step.finish()
+        except ExchangeError:
+            self._runner.forget_drawn()
+            raise
+        ids, flags = self._fetched.ids, self._fetched.flags
+        if not len(ids):
+            return None
+        finite, forced = decode_flags(flags)
+        nothing: list[None] = [None] * len(ids)
+        return StepResult(Sampled(ids.tolist(), forced, finite, [*nothing]), perf_counter() - self._started, 0.0)
+
+
+def activation_bytes(config: ModelConfig, scheduler: SchedulerConfig) -> int:
+    """What a step of the largest size keeps at once, by its large tensors: expert rows in and out, logits."""
+    num_tokens, hidden = scheduler.max_num_batched_tokens, config.hidden_size
+    pairs = num_tokens * max(1, config.top_k)
+    expert = pairs * (3 * hidden + 2 * (config.moe_intermediate_size or 0)) * 2
+    dense = num_tokens * (config.q_size * 3 + 2 * config.kv_size + 8 * hidden) * 2
+    logits = 2 * scheduler.max_num_seqs * config.vocab_size * (2 + 4)
+    return expert + dense + logits + (512 << 20)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):.1f} GiB"
