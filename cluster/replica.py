@@ -22,6 +22,7 @@ from ..experts.worker import (
     compute_device,
     compute_dtype,
     config_here,
+    expert_bytes_of_rank,
     faults_of,
     guard_gauges,
     is_batch_invariant,
@@ -60,7 +61,8 @@ from ..telemetry import (
 )
 from .attention.engine import Engine, StepStats
 from .attention.grammar import GrammarCompiler
-from .attention.runner import Runner
+from .attention.load import load_runner
+from .attention.runner import StepRunner
 from .autoscale import attention_pressure
 from .request_spans import RequestSpans
 
@@ -96,7 +98,7 @@ class AttentionReplica:
 
     async def _build(self, config: ClusterConfig, make_agent: MakeAgent) -> Engine:
         checkpoint = await asyncio.to_thread(open_model, config.model, config.weights)
-        runner = await asyncio.to_thread(load_runner, config, checkpoint, self._show, self._phases)
+        runner = await asyncio.to_thread(runner_of, config, checkpoint, self._show, self._phases)
         max_model_len = config.max_model_len or checkpoint.config.max_position_embeddings
         experts = None
         if self._colocated and checkpoint.config.num_experts:
@@ -284,16 +286,20 @@ class StepTelemetry:
             telemetry.start(SPAN_STEP, first, attributes, others, started_at=stats.started_at).end(stats.error)
 
 
-def load_runner(
+def runner_of(
     config: ClusterConfig, checkpoint: Checkpoint, progress: ProgressCallback, phases: StartupPhases
-) -> Runner:
+) -> StepRunner:
     """This tier's weights and KV pool."""
-    return Runner.load(
+    colocated = config.layout == "colocated"
+    return load_runner(
         checkpoint,
         config.cache,
-        dtype=compute_dtype(config, checkpoint),
+        config.scheduler,
         device=compute_device(config),
+        dtype=compute_dtype(config, checkpoint),
+        max_model_len=config.max_model_len or checkpoint.config.max_position_embeddings,
         batch_invariant=is_batch_invariant(config),
+        expert_bytes=expert_bytes_of_rank(config, checkpoint) if colocated else 0,
         progress=progress,
         phases=phases,
     )

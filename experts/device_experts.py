@@ -22,6 +22,8 @@ from .weights import expert_bytes_on_disk, load_stack
 
 LOAD_BYTES = 512 << 20  # read and packed at once, on their way into the pool: beside it a load needs little memory
 
+NUM_SPARE = 2  # places of each layer beyond its slots
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlacedExperts:
@@ -41,7 +43,7 @@ class DeviceExperts:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        num_spare: int = 2,
+        num_spare: int = NUM_SPARE,
         kernels: str = "cuda",
     ) -> None:
         """`num_spare` places of each layer beyond its slots: so many experts of a layer may change at once."""

@@ -58,9 +58,10 @@ from ..telemetry import (
     configure,
 )
 from .copies import CopyLayout, CopyServer, PeerCopies
+from .device_experts import NUM_SPARE
 from .mlp import LocalExpertMLP
 from .scrub import Scrubber, WeightFault
-from .weights import expert_shapes
+from .weights import expert_bytes_on_disk, expert_shapes
 
 LEAVE_S = 25.0  # in good order: an epoch without this member; below Serve's graceful_shutdown_timeout_s
 _log = logging.getLogger(__name__)
@@ -376,6 +377,13 @@ def compute_dtype(config: ClusterConfig, checkpoint: Checkpoint) -> torch.dtype:
     if name == "auto":
         name = checkpoint.config.dtype if compute_device(config).type == "cuda" else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def expert_bytes_of_rank(config: ClusterConfig, checkpoint: Checkpoint) -> int:
+    """What the experts of one rank take, the free places beside them included."""
+    model = checkpoint.config
+    slots = -(-(model.num_experts + config.num_redundant_experts) // config.num_expert_ranks)
+    return sum((slots + NUM_SPARE) * expert_bytes_on_disk(checkpoint, layer_id) for layer_id in model.moe_layer_ids)
 
 
 def is_batch_invariant(config: ClusterConfig) -> bool:
