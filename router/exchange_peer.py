@@ -30,11 +30,12 @@ from ..kernels.peer_exchange import (
     PeerKernels,
     mesh_argument,
 )
+from ..kernels.peer_memory import PeerMemory, Poison
 from .device_exchange import DeviceExchange, Verdict, copies_table
 from .epoch import Epoch, StepHeader
 from .exchange import RowShape
+from .group import meet_peers
 from .guard import BadRow, Direction, Fault
-from .peer_memory import PeerMemory, Poison, meet
 from .placement import Placement
 
 _NUM_VERDICTS = 8  # steps that may be launched and not yet finished
@@ -262,7 +263,7 @@ def build_peer(
     layouts = peer_layouts(epoch, shape, capacity)
     memory = PeerMemory(layouts[rank], shape.device)
     try:
-        met = meet(epoch, rank, memory, layouts, timeout_s=epoch_timeout_s)
+        met = meet_peers(epoch, rank, memory, layouts, timeout_s=epoch_timeout_s)
     except BaseException:
         memory.release(None)
         raise

@@ -1,4 +1,4 @@
-"""The communicator of one epoch's membership: ProcessGroupGloo objects, never the process-wide default group.
+"""The communicator of one epoch's membership: process group objects of its own, never the process-wide default group.
 
 Why own objects: several live in one process, so the next epoch's is built in a background thread (1-3 ms) while the
 present one serves, and a broken one is aborted without touching others. The rendezvous store listens on the configured
@@ -9,13 +9,16 @@ Idea: torchft's reconfigurable process groups."""
 import contextlib
 import os
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import cast
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, TCPStore
+from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, Store, TCPStore
 
-from ..errors import EpochError
+from ..errors import EpochError, KernelError
+from ..kernels.peer_exchange import PeerBuffer
+from ..kernels.peer_memory import PeerMemory, gpu_number
 from .epoch import Epoch
 
 _IDLE_TIMEOUT = timedelta(hours=24)
@@ -49,7 +52,7 @@ def build_gloo(epoch: Epoch, rank: int, *, interface: str, timeout_s: float) -> 
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(hostname=interface)]
         options._timeout = timeout
-        prefix = PrefixStore(epoch.rendezvous_key or f"epoch-{epoch.number}", store)
+        prefix = PrefixStore(_prefix(epoch), store)
         group = ProcessGroupGloo(prefix, rank, len(epoch.members), options)
         group.set_timeout(_IDLE_TIMEOUT)
     except RuntimeError as error:  # DistError and all its kinds
@@ -57,6 +60,34 @@ def build_gloo(epoch: Epoch, rank: int, *, interface: str, timeout_s: float) -> 
             f"epoch {epoch.number}: no communicator of {len(epoch.members)} members within {timeout_s:.0f} s: {error}"
         ) from error
     return cast(ProcessGroup, group)
+
+
+def meet_peers(
+    epoch: Epoch, rank: int, memory: PeerMemory, layouts: Sequence[PeerBuffer], *, timeout_s: float
+) -> list[tuple[int, int]]:
+    """(address here, number of its GPU) of every rank's buffer. Blocks; EpochError when one does not come in time."""
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        store: Store = TCPStore(
+            epoch.store_host, epoch.store_port, is_master=False, wait_for_workers=False, timeout=timeout
+        )
+        store = PrefixStore(f"{_prefix(epoch)}/peer", store)
+        store.set(str(rank), memory.card())  # type: ignore[arg-type]  # bytes are taken as they are
+        cards = [bytes(store.get(str(peer))) for peer in range(len(epoch.members))]
+    except RuntimeError as error:  # DistError and all its kinds
+        raise EpochError(
+            f"epoch {epoch.number}: the buffers of {len(epoch.members)} members did not meet within {timeout_s:.0f} s: "
+            f"{error}"
+        ) from error
+    own = memory.base, gpu_number(memory.device)
+    try:
+        return [own if peer == rank else memory.open(card, layouts[peer]) for peer, card in enumerate(cards)]
+    except KernelError as error:
+        raise EpochError(f"epoch {epoch.number}: {error}") from error
+
+
+def _prefix(epoch: Epoch) -> str:
+    return epoch.rendezvous_key or f"epoch-{epoch.number}"
 
 
 def abort_gloo(group: ProcessGroup) -> None:

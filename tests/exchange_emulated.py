@@ -11,11 +11,11 @@ import torch
 
 from expertmesh.errors import PeerLost
 from expertmesh.kernels.peer_exchange import TABLE_WIDTH
+from expertmesh.kernels.peer_memory import PeerMemory
 from expertmesh.router.device_exchange import DeviceExchange, Verdict, copies_table, owners_and_slots
 from expertmesh.router.epoch import Epoch, StepHeader
 from expertmesh.router.exchange import RowShape
 from expertmesh.router.exchange_peer import PeerExchange, peer_layouts
-from expertmesh.router.peer_memory import PeerMemory
 from expertmesh.router.placement import Placement
 
 

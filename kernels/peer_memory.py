@@ -11,15 +11,12 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, Store, TCPStore
 
-from ..errors import EpochError
-from ..kernels.peer_exchange import PeerBuffer, initial_control
-from .epoch import Epoch
+from ..errors import KernelError
+from .peer_exchange import PeerBuffer, initial_control
 
 _log = logging.getLogger(__name__)
 _CARD = struct.Struct("<QQ64s")  # bytes of the buffer, a number that tells GPUs apart, handle
@@ -54,17 +51,23 @@ class PeerMemory:
         return _CARD.pack(self.layout.num_bytes, gpu_number(self.device), bytes(handle))
 
     def open(self, card: bytes, layout: PeerBuffer) -> tuple[int, int]:
-        """(address here of another rank's buffer, number of its GPU)."""
+        """(address here of another rank's buffer, number of its GPU). KernelError where it cannot be."""
         if len(card) != _CARD.size:
-            raise EpochError(f"a peer's buffer is described by {len(card)} bytes, {_CARD.size} expected")
+            raise KernelError(f"a peer's buffer is described by {len(card)} bytes, {_CARD.size} expected")
         num_bytes, gpu, handle = _CARD.unpack(card)
         if num_bytes != layout.num_bytes:
-            raise EpochError(
+            raise KernelError(
                 f"a peer's buffer has {num_bytes} bytes, {layout.num_bytes} expected: exchange.max_tokens_per_turn and "
                 "the model must be the same on all members"
             )
-        with torch.cuda.device(self.device):
-            address: int = _runtime().ipcOpenMemHandle(handle, 1)
+        try:
+            with torch.cuda.device(self.device):
+                address: int = _runtime().ipcOpenMemHandle(handle, 1)
+        except RuntimeError as error:
+            raise KernelError(
+                f"a peer's buffer cannot be mapped here ({error}): are all members GPUs of one host, each in a process "
+                "of its own? Else set exchange.backend=nccl"
+            ) from error
         self._opened.append(address)
         return address, gpu
 
@@ -104,33 +107,6 @@ class Poison:
             self._word[0] = value
             for address in self._addresses:
                 _runtime().memcpyAsync(address, self._word.data_ptr(), 4, _HOST_TO_DEVICE, self._stream.cuda_stream)
-
-
-def meet(
-    epoch: Epoch, rank: int, memory: PeerMemory, layouts: Sequence[PeerBuffer], *, timeout_s: float
-) -> list[tuple[int, int]]:
-    """(address here, number of its GPU) of every rank's buffer. Blocks; EpochError when one does not come in time."""
-    try:
-        timeout = timedelta(seconds=timeout_s)
-        store: Store = TCPStore(
-            epoch.store_host, epoch.store_port, is_master=False, wait_for_workers=False, timeout=timeout
-        )
-        store = PrefixStore(f"{epoch.rendezvous_key or f'epoch-{epoch.number}'}/peer", store)
-        store.set(str(rank), memory.card())  # type: ignore[arg-type]
-        cards = [bytes(store.get(str(peer))) for peer in range(len(epoch.members))]
-    except RuntimeError as error:  # DistError and all its kinds
-        raise EpochError(
-            f"epoch {epoch.number}: the buffers of {len(epoch.members)} members did not meet within {timeout_s:.0f} s: "
-            f"{error}"
-        ) from error
-    own = memory.base, gpu_number(memory.device)
-    try:
-        return [own if p == rank else memory.open(card, layouts[p]) for p, card in enumerate(cards)]
-    except RuntimeError as error:
-        raise EpochError(
-            f"epoch {epoch.number}: a peer's buffer cannot be mapped here ({error}): are all members GPUs of one host, "
-            "each in a process of its own? Else set exchange.backend=nccl"
-        ) from error
 
 
 def gpu_number(device: torch.device) -> int:
