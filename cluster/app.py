@@ -270,6 +270,7 @@ def start_ray(address: str = "") -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", str(AUTOSCALING_PUSH_S))
     local: dict[str, Any] = {
+        "address": "local",  # of our own, whatever other Ray runs on this host
         "num_cpus": max(2, os.cpu_count() or 2),
         "num_gpus": torch.cuda.device_count(),
         "include_dashboard": False,
