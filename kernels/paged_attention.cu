@@ -11,6 +11,10 @@
 #include "flashinfer/attention/prefill.cuh"
 #include "paged_attention_call.cuh"
 
+#ifndef MAX_MMA_KV
+#define MAX_MMA_KV 8
+#endif
+
 namespace fi = flashinfer;
 using bf16 = __nv_bfloat16;
 
@@ -50,7 +54,8 @@ using Variant =
 template <uint32_t TILE_Q>
 constexpr uint32_t mma_kv() {
   constexpr uint32_t room = (SHARED_KIB_PER_SM * 1024 / 2 - TILE_Q * HEAD_SIZE * 2) / (2 * HEAD_SIZE * 16 * 2);
-  constexpr uint32_t by_shared = room / fi::get_num_warps_kv(TILE_Q), by_registers = 8 / fi::get_num_mma_q(TILE_Q);
+  constexpr uint32_t by_shared = room / fi::get_num_warps_kv(TILE_Q),
+                     by_registers = MAX_MMA_KV / fi::get_num_mma_q(TILE_Q);
   constexpr uint32_t most = by_shared < by_registers ? by_shared : by_registers;
   return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
 }

@@ -97,7 +97,7 @@ def load_library(head_dim: int, device: torch.device) -> AttentionLibrary:
 
 
 def architecture(major: int, minor: int) -> str:
-    """What a GPU of this compute capability loads: 8.6 and 8.9 run sm_80's code with less shared memory."""
+    """The architecture whose libraries a GPU of this compute capability loads."""
     if major < 8:
         raise KernelError(
             f"compute capability {major}.{minor} is too old for the attention kernels (8.0); choose attention='torch'"

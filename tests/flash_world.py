@@ -22,21 +22,23 @@ class Step:
     k: torch.Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
     v: torch.Tensor
 
-    def reference(self, rows: list[int] | None = None) -> torch.Tensor:
-        """[T, num_heads, head_dim] float64, of the requests `rows` alone if given; the others' rows are zero."""
+    def reference(self) -> torch.Tensor:
+        """[T, num_heads, head_dim] float64."""
         out = torch.zeros(self.q.shape, dtype=torch.float64, device=self.q.device)
         group = self.q.shape[1] // self.k.shape[2]
         begin = 0
         for r, (q_len, seq_len) in enumerate(zip(self.q_lens.tolist(), self.seq_lens.tolist())):
-            if rows is None or r in rows:
-                slots = self.block_table[r][: -(-seq_len // self.k.shape[1])]
-                pages = torch.from_numpy(slots.astype(np.int64)).to(self.k.device)
-                k = self.k[pages].flatten(0, 1)[:seq_len].double().repeat_interleave(group, 1)  # [L, heads, D]
-                v = self.v[pages].flatten(0, 1)[:seq_len].double().repeat_interleave(group, 1)
-                scores = torch.einsum("qhd,khd->hqk", self.q[begin : begin + q_len].double(), k) * k.shape[2] ** -0.5
-                later = torch.ones(q_len, seq_len, device=k.device).triu(seq_len - q_len + 1).bool()
-                weights = scores.masked_fill(later, -torch.inf).softmax(-1)
-                out[begin : begin + q_len] = torch.einsum("hqk,khd->qhd", weights, v)
+            blocks = self.block_table[r][: -(-seq_len // self.k.shape[1])]
+            pages = torch.from_numpy(blocks.astype(np.int64)).to(self.k.device)
+            k = self.k[pages].flatten(0, 1)[:seq_len].double().repeat_interleave(group, 1)  # [L, heads, D]
+            v = self.v[pages].flatten(0, 1)[:seq_len].double().repeat_interleave(group, 1)
+            for first in range(0, q_len, 512):  # no more scores at a time than memory holds
+                rows = slice(begin + first, begin + min(first + 512, q_len))
+                scores = torch.einsum("qhd,khd->hqk", self.q[rows].double(), k) * k.shape[2] ** -0.5
+                last = torch.arange(first, min(first + 512, q_len), device=k.device) + seq_len - q_len
+                later = torch.arange(seq_len, device=k.device) > last[:, None]
+                weights = scores.masked_fill_(later, -torch.inf).softmax(-1)
+                out[rows] = torch.einsum("hqk,khd->qhd", weights, v)
             begin += q_len
         return out
 

@@ -1,5 +1,7 @@
 """The GPU engine's attention without a GPU: schedules, index arrays and addresses, with the kernels in numpy."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ from flash_world import NumpyKernels, Step, random_step
 
 from expertmesh.cluster.attention import flash
 from expertmesh.cluster.attention.flash import FlashAttention
+from expertmesh.cluster.attention.flash_torch import TorchAttention, select_attention
 from expertmesh.cluster.attention.schedule import SINGLE, choose_chunk, make_items, make_works
+from expertmesh.deploy import build_attention
 from expertmesh.errors import KernelError
 from expertmesh.kernels import paged_attention
 
@@ -224,3 +228,39 @@ def test_a_library_of_other_sources_is_refused(monkeypatch, tmp_path):
     with pytest.raises(KernelError, match="too old"):
         paged_attention.architecture(7, 5)
     assert [paged_attention.architecture(*c) for c in ((8, 0), (9, 0), (10, 0))] == ["sm_80", "sm_90a", "sm_100a"]
+
+
+# ---------------------------------------------------------------------------------------------------- without kernels
+def test_torch_path_is_chosen_loudly(caplog):
+    chosen = select_attention("auto", HEADS, KV_HEADS, DIM, 16, "cpu")
+    assert isinstance(chosen, TorchAttention)
+    assert "attention runs in torch, slowly and without CUDA graphs: the attention kernels run on a GPU" in caplog.text
+    for choice, invariant in (("flash", False), ("auto", True), ("torch", True), ("other", False)):
+        with pytest.raises(KernelError, match="choose"):
+            select_attention(choice, HEADS, KV_HEADS, DIM, 16, "cpu", invariant=invariant)
+
+
+def test_torch_path_gives_the_same():
+    attention = select_attention("torch", HEADS, KV_HEADS, DIM, 16, "cpu")
+    step = step_of((1, 400), (70, 70), (3, 35), (130, 140), (1, 1), (20, 300))
+    attention.plan(step.q_lens, step.seq_lens, step.block_table)
+    assert_close(attention.attend(step.q, step.k, step.v), step)
+
+
+# ---------------------------------------------------------------------------------------------------------- the build
+def test_build_commands():
+    names = [build_attention.wanted(arch) for arch in ("sm_90a", "sm_80")]
+    assert names[0] == [("paged_prefill", 128), ("paged_attention", 64), ("paged_attention", 128)]
+    assert names[1] == [("paged_attention", 64), ("paged_attention", 128)]
+    line = build_attention.command("nvcc", "paged_attention", 64, "sm_89", includes=[Path("/x")], out=Path("/y"))
+    assert {"-gencode=arch=compute_89,code=sm_89", "-DHEAD_SIZE=64", "-DSHARED_KIB_PER_SM=100", "-I/x"} <= set(line)
+    assert line[-1] == "/y/paged_attention_64_sm_89.so"
+
+
+def test_headers_of_another_version_are_refused(tmp_path):
+    (tmp_path / "flashinfer" / "data").mkdir(parents=True)
+    with pytest.raises(KernelError, match="is not flashinfer-python"):
+        build_attention.headers(tmp_path, tmp_path)
+    (tmp_path / f"flashinfer_python-{paged_attention.FLASHINFER}.dist-info").mkdir()
+    (tmp_path / f"flashinfer_python-{paged_attention.FLASHINFER}.dist-info" / "METADATA").touch()
+    assert build_attention.headers(tmp_path, tmp_path) == tmp_path / "flashinfer" / "data"

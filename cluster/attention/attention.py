@@ -14,6 +14,7 @@ Without the invariant mode the same buckets go through torch's scaled_dot_produc
 flash-decoding, with FlashAttention's tiles aligned to the sequence instead of to the launch."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,6 +30,17 @@ _FAR = 1e30  # taken from the score of a hidden position, so that it is never th
 _LEAST = -60.0  # a score further below the maximum weighs 9e-27; exp of less is many times slower, and as good as zero
 _MAX_SCORES = 8 << 20  # scores of one item at most, so that a long context does not need long buffers
 _MAX_GATHER = 4 << 20  # elements of K gathered for one bucket, unless a single item needs more
+
+
+class Heads(Protocol):
+    """What attention needs of a model's configuration."""
+
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +71,7 @@ class AttentionPlan:
 class PagedAttention:
     """Writes K and V of a step's tokens into the pages and attends to them. Holds no state between steps."""
 
-    def __init__(self, config: ModelConfig, numerics: Numerics, *, block_size: int) -> None:
+    def __init__(self, config: Heads, numerics: Numerics, *, block_size: int) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.group_size = config.num_heads // config.num_kv_heads
         self.numerics, self.block_size = numerics, block_size
