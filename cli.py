@@ -8,10 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .cluster.commands import checkpoint, operate, serve, sessions, status, talk
+from .cluster.commands import checkpoint, operate, plan, serve, sessions, status, talk
 from .errors import ConfigError, ExpertMeshError, InvalidRequest
 
-COMMANDS = (serve, talk, sessions, status, operate, checkpoint)  # in the order of --help
+COMMANDS = (serve, talk, sessions, status, operate, plan, checkpoint)  # in the order of --help
 EPILOG = """\
 examples:
   expertmesh serve --model /models/Qwen3-30B-A3B --attention 2 --shards 4
@@ -20,6 +20,7 @@ examples:
   expertmesh sessions list
   expertmesh status --watch 2
   expertmesh scale 4
+  expertmesh plan /models/Qwen3-235B-A22B-FP8 --gpu H200:141 -n 2
   expertmesh make-checkpoint --config config.json --out /tmp/tiny
 """
 
