@@ -5,6 +5,7 @@
 //                  Grid: (spans of 16 blocks, rows), 256 threads: the one pass over the logits.
 //   sample_choose  one CTA a row: the best of the blocks, or a draw (sample_draw.cuh); then the fold of thinking.py.
 //   sample_admit   one warp a staged slot: takes its state over.
+//   sample_uniforms  the draws' random numbers alone, for tests.
 #include "sample_draw.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -116,4 +117,12 @@ extern "C" __global__ void __launch_bounds__(32) sample_admit(const Slot* staged
   const Slot& from = staged[blockIdx.x];
   ((uint4*)(state + from.slot))[threadIdx.x] = ((const uint4*)&from)[threadIdx.x];
   if (threadIdx.x == 0) last_token[from.slot] = from.last_token;
+}
+
+extern "C" __global__ void __launch_bounds__(32)
+    sample_uniforms(const u64* seeds, const u64* positions, int count, double* uniforms) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  const int i = blockIdx.x * 32 + threadIdx.x;
+  if (i < count) uniforms[i] = uniform_of(seeds[i], positions[i]);
 }

@@ -75,6 +75,18 @@ def sample_rows(
     return ids, flags
 
 
+def uniforms(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """[n] int64 each (the bits of uint64) -> [n] float64 in [0, 1): what a draw at this position uses."""
+    require("seeds", seeds, torch.int64, (None,))
+    require("positions", positions, torch.int64, seeds.shape)
+    out = torch.empty(seeds.shape[0], dtype=torch.float64, device=seeds.device)
+    if seeds.shape[0]:
+        sample_kernel("sample_uniforms", False, True).launch(
+            (-(-seeds.shape[0] // 32),), 32, (seeds, positions, np.int32(seeds.shape[0]), out), device=seeds.device
+        )
+    return out
+
+
 @functools.cache
 def sample_kernel(name: str, is_float: bool, is_aligned: bool) -> Kernel:
     return Kernel("sample.cu", name, {"LOGITS_F32": int(is_float), "ALIGNED": int(is_aligned)})

@@ -1,9 +1,9 @@
 """The sampler of a GPU engine: what decides a row stays on the device, so steps follow each other without the host.
 
 A running sequence has a slot. `admit` stages what the host knows of it, `upload` sends all that is staged in one copy.
-From then on `sample`, in a captured graph too, moves the slot on by each token that it chooses: the draw's position, the
-thinking budget's fold, and `last_token`, which the next step's embedding reads. Rules that look at the sequence's own
-tokens or at text (penalties, grammars, log probabilities, stop ids before min_tokens) stay with `sampler.py`:
+From then on `sample`, in a captured graph too, moves the slot on by each token that it chooses: the draw's position,
+the thinking budget's fold, and `last_token`, which the next step's embedding reads. Rules that look at the sequence's
+own tokens or at text (penalties, grammars, log probabilities, stop ids before min_tokens) stay with `sampler.py`:
 `needs_host` says so, and such a step is sampled there.
 
 A slot moves on with every `sample`, whether or not the step counts in the end. Whoever runs a step again, or samples a

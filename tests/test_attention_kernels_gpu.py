@@ -1,0 +1,222 @@
+"""The attention tier's kernels on a GPU: every ugly shape against plain torch, rows that do not see each other, and the
+same bits from a captured graph."""
+
+import pytest
+import torch
+
+from expertmesh.errors import KernelError
+from expertmesh.kernels import attention_reference as reference
+from expertmesh.kernels.add_norm import add_rms_norm
+from expertmesh.kernels.combine import combine
+from expertmesh.kernels.combine_norm import combine_add_rms_norm
+from expertmesh.kernels.embed_norm import embed_rms_norm
+from expertmesh.kernels.qk_norm_rope import qk_norm_rope
+from expertmesh.kernels.silu_mul import silu_mul
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+DEVICE = "cuda"
+BF16 = torch.bfloat16
+EPS = 1e-6
+TOKENS = (0, 1, 2, 3, 17, 257)
+HIDDEN = (64, 2048, 4096, 6144, 12288)
+HEADS = ((32, 4, 128), (64, 4, 128), (16, 2, 64), (4, 2, 32), (8, 1, 256), (2, 2, 16))
+NAN = float("nan")
+
+
+def noise(*shape, seed=0, scale=1.0):
+    generator = torch.Generator(device=DEVICE).manual_seed(seed)
+    return (torch.randn(shape, device=DEVICE, generator=generator) * scale).to(BF16)
+
+
+def assert_rounded_alike(got, expected):
+    """Equal up to one unit of bf16's last place, and nearly everywhere equal: a sum's order may differ, no more."""
+    assert got.shape == expected.shape
+    torch.testing.assert_close(got.float(), expected.float(), rtol=2**-7, atol=1e-30, equal_nan=True)
+    same = (got == expected) | (got.isnan() & expected.isnan())
+    assert int((~same).sum()) <= 4 + 0.02 * got.numel()
+
+
+# ---------------------------------------------------------------------------------------------------- sums and norms
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("num_tokens", TOKENS)
+@pytest.mark.parametrize("with_x", [True, False])
+def test_add_norm_equals_plain_torch(num_tokens, hidden, with_x):
+    x = noise(num_tokens, hidden) if with_x else None
+    residual, weight = noise(num_tokens, hidden, seed=1, scale=3), noise(hidden, seed=2)
+    expected_residual, expected = reference.add_rms_norm(x, residual, weight, EPS)
+    got = add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(residual, expected_residual)
+    assert_rounded_alike(got, expected)
+
+
+def test_add_norm_may_write_over_x():
+    x, residual, weight = noise(5, 2048), noise(5, 2048, seed=1), noise(2048, seed=2)
+    expected = add_rms_norm(x, residual.clone(), weight, EPS)
+    out = add_rms_norm(x, residual, weight, EPS, out=x)
+    assert out.data_ptr() == x.data_ptr()
+    assert torch.equal(out, expected)
+
+
+def test_norm_rows_do_not_see_each_other():
+    x, residual, weight = noise(33, 2048), noise(33, 2048, seed=1), noise(2048, seed=2)
+    whole_residual = residual.clone()
+    whole = add_rms_norm(x, whole_residual, weight, EPS)
+    for row in (0, 7, 32):
+        alone_residual = residual[row : row + 1].clone()
+        assert torch.equal(add_rms_norm(x[row : row + 1], alone_residual, weight, EPS), whole[row : row + 1])
+        assert torch.equal(alone_residual, whole_residual[row : row + 1])
+    x[3] = NAN
+    spoilt_residual = residual.clone()
+    spoilt = add_rms_norm(x, spoilt_residual, weight, EPS)
+    others = [i for i in range(33) if i != 3]
+    assert bool(spoilt[3].isnan().all())
+    assert torch.equal(spoilt[others], whole[others])
+    assert torch.equal(spoilt_residual[others], whole_residual[others])
+
+
+@pytest.mark.parametrize(("hidden", "top_k"), [(2048, 8), (4096, 8), (64, 1), (6144, 3), (12288, 8)])
+@pytest.mark.parametrize("num_tokens", TOKENS)
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_combine_norm_is_combine_then_add_norm_bit_for_bit(num_tokens, hidden, top_k, with_ids):
+    y = noise(num_tokens, top_k, hidden)
+    weights = torch.rand(num_tokens, top_k, device=DEVICE)
+    residual, weight = noise(num_tokens, hidden, seed=1), noise(hidden, seed=2)
+    ids = torch.zeros(num_tokens, top_k, dtype=torch.int32, device=DEVICE)
+    if with_ids and num_tokens:
+        ids[torch.rand(num_tokens, top_k, device=DEVICE) < 0.3] = -1
+        ids[-1] = -1
+        y[ids < 0] = NAN
+    expected_residual = residual.clone()
+    expected = add_rms_norm(combine(y, ids, weights), expected_residual, weight, EPS)
+    got = combine_add_rms_norm(y, weights, residual, weight, EPS, ids=ids if with_ids else None)
+    assert torch.equal(got, expected)
+    assert torch.equal(residual, expected_residual)
+    assert not got.isnan().any()
+
+
+@pytest.mark.parametrize("width", [8, 64, 768, 6144])
+@pytest.mark.parametrize("num_tokens", TOKENS)
+def test_silu_mul_equals_plain_torch(num_tokens, width):
+    gate_up = noise(num_tokens, 2 * width, scale=4)
+    if num_tokens:
+        gate_up[0, :4] = torch.tensor([NAN, -200.0, 200.0, 0.0], device=DEVICE).to(BF16)
+    assert_rounded_alike(silu_mul(gate_up), reference.silu_mul(gate_up))
+
+
+@pytest.mark.parametrize("num_tokens", TOKENS)
+def test_embedding_reads_known_ids_and_last_tokens(num_tokens):
+    table, weight = noise(1000, 2048), noise(2048, seed=1)
+    last_token = torch.randint(0, 1000, (40,), device=DEVICE)
+    ids = torch.randint(-40, 1000, (num_tokens,), device=DEVICE)
+    expected = reference.embed_rms_norm(table, ids, last_token, weight, EPS)
+    got = embed_rms_norm(table, ids, weight, EPS, last_token=last_token)
+    assert torch.equal(got[0], expected[0])
+    assert_rounded_alike(got[1], expected[1])
+
+
+def test_an_id_outside_the_vocabulary_becomes_nan_and_no_other_row_does():
+    table, weight = noise(10, 64), noise(64, seed=1)
+    ids = torch.tensor([3, 10, -1, 9], device=DEVICE)
+    rows, normed = embed_rms_norm(table, ids, weight, EPS)  # without last_token a negative id is outside too
+    assert rows.isnan().all(1).tolist() == [False, True, True, False]
+    assert normed.isnan().all(1).tolist() == [False, True, True, False]
+
+
+# -------------------------------------------------------------------------------------------------------------- heads
+def head_inputs(num_tokens, heads, kv_heads, head_dim, seed=0):
+    block_size, num_blocks = 16, -(-num_tokens // 16) + 2
+    generator = torch.Generator().manual_seed(seed)
+    positions = torch.randint(0, 5000, (num_tokens,), generator=generator)
+    slots = torch.randperm(num_blocks * block_size, generator=generator)[:num_tokens]
+    slots[1::5] = -1
+    angles = torch.arange(5000)[:, None] * 10000.0 ** -(torch.arange(head_dim // 2) / (head_dim // 2))
+    return {
+        "qkv": noise(num_tokens, (heads + 2 * kv_heads) * head_dim, seed=seed, scale=2),
+        "qk_norm": noise(heads + kv_heads, head_dim, seed=seed + 1),
+        "cos_sin": torch.cat([angles.cos(), angles.sin()], 1).float().to(DEVICE),
+        "positions": positions.to(DEVICE),
+        "slot_mapping": slots.to(DEVICE),
+        "caches": [torch.full((num_blocks, block_size, kv_heads, head_dim), 7.0, dtype=BF16, device=DEVICE)] * 2,
+        "sizes": {"num_heads": heads, "num_kv_heads": kv_heads},
+    }
+
+
+def run_heads(function, given):
+    caches = [c.clone() for c in given["caches"]]
+    arguments = [given[name] for name in ("cos_sin", "positions", "slot_mapping")]
+    return function(given["qkv"], given["qk_norm"], EPS, *arguments, *caches, **given["sizes"]), *caches
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize("num_tokens", TOKENS)
+def test_qk_norm_rope_equals_plain_torch(num_tokens, heads, kv_heads, head_dim):
+    given = head_inputs(num_tokens, heads, kv_heads, head_dim)
+    q, k, v = run_heads(qk_norm_rope, given)
+    expected_q, expected_k, expected_v = run_heads(reference.qk_norm_rope, given)
+    assert q.shape == (num_tokens, heads, head_dim)
+    torch.testing.assert_close(q.float(), expected_q.float(), rtol=2**-6, atol=2e-2)
+    torch.testing.assert_close(k.float(), expected_k.float(), rtol=2**-6, atol=2e-2)
+    assert int((q != expected_q).sum() + (k != expected_k).sum()) <= 4 + 0.01 * q.numel()
+    assert torch.equal(v, expected_v)  # written as it is, and nothing beside
+
+
+def test_heads_of_a_token_do_not_depend_on_other_tokens():
+    given = head_inputs(300, 32, 4, 128)
+    whole = run_heads(qk_norm_rope, given)
+    given["qkv"][100] = NAN
+    spoilt = run_heads(qk_norm_rope, given)
+    others = [t for t in range(300) if t != 100]
+    assert torch.equal(spoilt[0][others], whole[0][others])
+    few = dict(given)
+    for name in ("qkv", "positions", "slot_mapping"):
+        few[name] = given[name][5:8].contiguous()
+    q, k, v = run_heads(qk_norm_rope, few)  # one head a group of lanes here, four above: the same bits
+    assert torch.equal(q, whole[0][5:8])
+    for cache, all_of_them in ((k, whole[1]), (v, whole[2])):
+        for slot in given["slot_mapping"][5:8].tolist():
+            if slot >= 0:
+                assert torch.equal(cache.flatten(0, 1)[slot], all_of_them.flatten(0, 1)[slot])
+
+
+# ------------------------------------------------------------------------------------------------------------- graphs
+def test_a_captured_layer_gives_the_bits_of_an_eager_one():
+    num_tokens, hidden, heads, kv_heads, head_dim = 3, 2048, 32, 4, 128
+    given = head_inputs(num_tokens, heads, kv_heads, head_dim)
+    table, weight = noise(100, hidden), noise(hidden, seed=1)
+    y, topk_weights = noise(num_tokens, 8, hidden, seed=2), torch.rand(num_tokens, 8, device=DEVICE)
+    last_token = torch.tensor([5, 6, 7], device=DEVICE)
+    ids = torch.tensor([-1, 8, -3], device=DEVICE)
+    caches = [c.clone() for c in given["caches"]]
+
+    def layer():
+        residual, normed = embed_rms_norm(table, ids, weight, EPS, last_token=last_token)
+        normed = add_rms_norm(normed, residual, weight, EPS)
+        normed = combine_add_rms_norm(y, topk_weights, residual, weight, EPS)
+        arguments = [given[name] for name in ("cos_sin", "positions", "slot_mapping")]
+        q = qk_norm_rope(given["qkv"], given["qk_norm"], EPS, *arguments, *caches, **given["sizes"])
+        return residual, normed, q, silu_mul(normed), *caches
+
+    expected = [t.clone() for t in layer()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = layer()
+    for _ in range(3):
+        for tensor in made:
+            tensor.fill_(0)
+        graph.replay()
+        for tensor, wanted in zip(made[:4], expected):
+            assert torch.equal(tensor, wanted)
+        written = given["slot_mapping"][given["slot_mapping"] >= 0]
+        for tensor, wanted in zip(made[4:], expected[4:]):
+            assert torch.equal(tensor.flatten(0, 1)[written], wanted.flatten(0, 1)[written])
+
+
+def test_what_no_kernel_takes_is_refused():
+    with pytest.raises(KernelError, match="contiguous"):
+        add_rms_norm(None, noise(64, 4).t(), noise(64), EPS)
+    with pytest.raises(KernelError, match="float32"):
+        combine_add_rms_norm(noise(1, 8, 64), noise(1, 8), noise(1, 64), noise(64), EPS)
+    with pytest.raises(KernelError, match="multiple of 8"):
+        silu_mul(noise(1, 20))
