@@ -86,6 +86,16 @@ def step_outputs(epoch, exchange, rank, header, shape):
     return outputs
 
 
+def run_step(epoch, exchanges, header, shape):
+    """[rank] -> its outputs; attention ranks that the header does not name take no part."""
+    named = [r for r, m in enumerate(epoch.members) if m.expert or header.num_tokens[r]]
+    return exchange_emulated.run_ranks(
+        len(epoch.members),
+        lambda rank: step_outputs(epoch, exchanges[rank], rank, header, shape) if rank in named else [],
+        shape.device,
+    )
+
+
 def reference_outputs(outputs, epoch, shape):
     """The same tokens with all experts in one place."""
     from exchange_conformance import factor
@@ -103,12 +113,7 @@ def test_a_step_over_several_ranks_equals_the_local_one_parts_included(num_token
     epoch = make_epoch("2 attention + 2 shards")
     header = StepHeader(step_id=1, epoch=1, placement_version=1, num_tokens=num_tokens)
     exchanges = exchange_emulated.emulate(epoch, SHAPE, 64)
-    named = [r for r in range(4) if epoch.members[r].expert or num_tokens[r]]
-    results = exchange_emulated.run_ranks(
-        4,
-        lambda rank: step_outputs(epoch, exchanges[rank], rank, header, SHAPE) if rank in named else [],
-        SHAPE.device,
-    )
+    results = run_step(epoch, exchanges, header, SHAPE)
     compared = 0
     for outputs in results:
         for out, wanted in reference_outputs(outputs, epoch, SHAPE) if outputs else ():
