@@ -13,13 +13,16 @@ import torch
 from ..checkpoint import Checkpoint
 from ..cluster.attention.engine import Engine, StepObserver
 from ..cluster.attention.grammar import GrammarCompiler
-from ..cluster.attention.runner import Runner
+from ..cluster.attention.load import load_runner
 from ..config import CacheConfig, SchedulerConfig
+from ..experts.device_experts import NUM_SPARE
 from ..experts.mlp import LocalExpertMLP
+from ..experts.weights import expert_bytes_on_disk
 from ..request import EngineRequest, FinishReason, RequestOutput
 from ..router.exchange import RowShape
 from ..router.mesh import ClusterMesh, LocalMesh
 from ..router.placement import uniform
+from ..startup_phases import StartupPhases
 
 
 @dataclass(slots=True)
@@ -42,25 +45,43 @@ class LocalEngine:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | Checkpoint,
         *,
         cache: CacheConfig,
         scheduler: SchedulerConfig | None = None,
         batch_invariant: bool = True,
         observer: StepObserver | None = None,
         mesh: ClusterMesh | None = None,  # experts elsewhere
+        device: torch.device | str = "cpu",  # a GPU: in bfloat16
+        max_model_len: int = 0,  # 0 = the checkpoint's
+        phases: StartupPhases | None = None,
     ) -> None:
-        scheduler = scheduler or SchedulerConfig()
-        checkpoint = Checkpoint(folder)
+        """`folder`: a checkpoint, or what `open_model` made."""
+        scheduler, phases = scheduler or SchedulerConfig(), phases or StartupPhases()
+        checkpoint = folder if isinstance(folder, Checkpoint) else Checkpoint(folder)
         config = checkpoint.config
-        runner = Runner.load(checkpoint, cache, batch_invariant=batch_invariant)
-        self.mesh = mesh or _alone(checkpoint, scheduler)
+        device = torch.device(device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        max_model_len = max_model_len or config.max_position_embeddings
+        runner = self.runner = load_runner(
+            checkpoint,
+            cache,
+            scheduler,
+            device=device,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            batch_invariant=batch_invariant,
+            expert_bytes=0 if mesh else _expert_bytes(checkpoint),
+            phases=phases,
+        )
+        with phases.phase("experts"):
+            self.mesh = mesh or _alone(checkpoint, scheduler, dtype, device)
         self.engine = Engine(
             runner,
             self.mesh,
             scheduler=scheduler,
             publish=self._take,
-            max_model_len=config.max_position_embeddings,
+            max_model_len=max_model_len,
             enable_prefix_cache=cache.enable_prefix_cache,
             observer=observer,
             grammars=GrammarCompiler.for_checkpoint(checkpoint.folder, runner.vocab_size),
@@ -122,13 +143,20 @@ class LocalEngine:
             self._changed.notify_all()
 
 
-def _alone(checkpoint: Checkpoint, scheduler: SchedulerConfig) -> LocalMesh:
+def _alone(checkpoint: Checkpoint, scheduler: SchedulerConfig, dtype: torch.dtype, device: torch.device) -> LocalMesh:
     """A mesh of one, with all experts."""
     config = checkpoint.config
     placement = uniform(config.num_layers, config.num_experts, 1, moe_layers=config.moe_layer_ids)
     return LocalMesh(
-        LocalExpertMLP(checkpoint) if config.num_experts else None,
+        LocalExpertMLP(checkpoint, dtype=dtype, device=device) if config.num_experts else None,
         placement,
-        RowShape(hidden_size=config.hidden_size, top_k=config.top_k, dtype=torch.float32),
+        RowShape(hidden_size=config.hidden_size, top_k=config.top_k, dtype=dtype, device=device),
         max_prefill_tokens_per_step=scheduler.max_prefill_tokens_per_step,
+        buckets=scheduler.graph_buckets,
     )
+
+
+def _expert_bytes(checkpoint: Checkpoint) -> int:
+    model = checkpoint.config
+    places = model.num_experts + NUM_SPARE
+    return sum(places * expert_bytes_on_disk(checkpoint, layer_id) for layer_id in model.moe_layer_ids)

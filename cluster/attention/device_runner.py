@@ -30,6 +30,7 @@ from .batch import ScheduledTokens, StepBatch, build
 from .device_model import DeviceBatch, DeviceModel, Rows
 from .device_sampler import DeviceSampler, decode_flags
 from .flash import FlashAttention
+from .flash_torch import TorchAttention, select_attention
 from .runner import Flight, Landed, StepResult, attention_weight_bytes, size_kv_pool, tokenizer_vocab_size
 from .sampler import Sampled, Sampler
 from .sequence import UNSEEN, Sequence
@@ -47,7 +48,7 @@ class DeviceRunner:
     def __init__(
         self,
         model: DeviceModel,
-        attention: FlashAttention,
+        attention: FlashAttention | TorchAttention,
         *,
         num_blocks: int,
         block_size: int,
@@ -113,7 +114,8 @@ class DeviceRunner:
             model = DeviceModel.load(
                 checkpoint, device=device, max_model_len=max_model_len, block_size=cache.block_size, progress=progress
             )
-        attention = FlashAttention(
+        attention = select_attention(
+            "auto",
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
@@ -149,7 +151,7 @@ class DeviceRunner:
         slots = self._admitted_slots(samplers)
         stage = self._next_stage()
         bucket = step.header.bucket if batch.num_tokens == batch.num_reqs == len(samplers) else 0
-        if bucket:
+        if bucket and self.attention.capturable:
             ids, flags = self._run_bucket(bucket, batch, token_ids, slots, step, stage)
         else:
             self.num_eager += 1
@@ -229,6 +231,7 @@ class DeviceRunner:
         stage: "_Stage",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All tokens are decodes that sample. -> ids, flags [bucket] on the device."""
+        assert isinstance(self.attention, FlashAttention)
         inputs = self._inputs
         stage.fill(inputs, batch, token_ids, slots)
         form = self.attention.plan(
