@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: chaos bench-elastic bench-zipf demo test test-gpu sanitize-gpu lint format parity bench memory prefix preemption bit-flips epochs idle eval-demo \
+.PHONY: chaos bench-elastic bench-zipf demo test test-gpu sanitize-gpu lint format parity bench bench-serve memory prefix preemption bit-flips epochs idle eval-demo \
   served-equals-offline contract conversation-cost gateway-kills redis-faults fuzz slow-readers proto setup clean ray-up-test wheel
 
 setup: $(VENV)/.runtime
@@ -100,8 +100,12 @@ epochs: $(VENV)/.test
 	$(PY) -m expertmesh.bench.explore_epochs
 
 bench: $(VENV)/.test
-	$(PY) -m expertmesh.bench.serve
+	$(PY) -m expertmesh.bench.serve_transformers
 	$(PY) -m expertmesh.bench.gateway
+
+# Loads in open and closed loop: fixed batches, Poisson, think-heavy, conversations; LOAD="--address HOST:PORT ..." names others.
+bench-serve: $(VENV)/.test
+	$(PY) -m expertmesh.bench.serve --mix fixed poisson thinking turns --streams 8 $(LOAD)
 
 # The demo model's held-out set through a running cluster, and by the token against transformers.
 eval-demo: $(VENV)/.runtime

@@ -1,217 +1,154 @@
-"""Serving speed of a small MoE through gRPC against transformers' batched generate: same checkpoint, machine and run.
+"""How fast does a cluster answer? Loads in open and closed loop against its gRPC gateways, from client processes.
 
-`make bench`. Ours: one gateway, one attention replica, two expert shards, a client here, greedy, ignore_eos. Theirs:
-`generate` on one batch, the same prompts and lengths. Both get the machine's cores. Goal: ahead at 8 and 32 concurrent.
-The last line is JSON; exit 1 where a stream is short or an answer differs in length, never for speed."""
+    python -P -m expertmesh.bench.serve --mix fixed poisson thinking turns          # a small MoE, started for it
+    python -P -m expertmesh.bench.serve --address HOST:PORT --mix poisson --rate 2 4 8 --requests 200 --svg load.svg
+    python -P -m expertmesh.bench.serve --model DIR --set device=cuda --set layout=colocated --streams 128 \\
+        --prompt-tokens 128 --output-tokens 128
+
+Mixes (`serve_mixes.py`): **fixed** (a closed loop of --streams, all as long; with one round a fixed batch), **poisson**
+(an open loop at --rate requests a second), **thinking** (budgets that are spent, then an answer), **turns**
+(conversations in sessions; later turns should come from the prefix cache). Several --streams or --rate are runs one
+after the other. Figures: `serve_figures.py`. A line of JSON a run, the last line is all of them; --svg draws each run
+over its time. Exit 1 where a stream failed, is short or too long; never for speed."""
 
 import argparse
-import asyncio
-import itertools
 import json
-import os
-import statistics
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
+from typing import Any
 
-import grpc
+from ..config import ClusterConfig, NetworkConfig, from_mapping, override
+from .chart import Chart, Panel
+from .serve_clients import play
+from .serve_figures import Objective, figures, panels, percentile, wrong
+from .serve_mixes import Mix, fixed, poisson, thinking, turns
+from .serve_target import REPORT_S, SMALL_MOE_SHAPE, Target, small_moe, started, steps_of
 
-from ..config import ClusterConfig, NetworkConfig
-from ..proto import expertmesh_pb2 as pb
-from ..proto import expertmesh_pb2_grpc as rpc
-
-CONFIG = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "vocab_size": 151936,
-    "max_position_embeddings": 4096,
-    "rope_theta": 1000000.0,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "torch_dtype": "float32",
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-}
+MIXES = ("fixed", "poisson", "thinking", "turns")
+SHOWN_FAULTS = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """One run of N concurrent streams. Seconds."""
-
-    tokens_per_s: float
-    ttft_p50_s: float
-    inter_token_p50_s: float
-    inter_token_p99_s: float
-
-    @classmethod
-    def of(cls, started: float, arrivals: list[list[float]], starts: list[float]) -> "Figures":
-        """`arrivals[i]` are the times of stream i's tokens."""
-        gaps = sorted(b - a for times in arrivals for a, b in itertools.pairwise(times))
-        end = max(times[-1] for times in arrivals)
-        return cls(
-            tokens_per_s=sum(map(len, arrivals)) / (end - started),
-            ttft_p50_s=statistics.median(times[0] - s for times, s in zip(arrivals, starts)),
-            inter_token_p50_s=gaps[len(gaps) // 2],
-            inter_token_p99_s=gaps[min(len(gaps) - 1, int(len(gaps) * 0.99))],
-        )
-
-    def as_dict(self) -> dict[str, float]:
-        return {
-            "tokens_per_s": round(self.tokens_per_s, 1),
-            "ttft_p50_ms": round(self.ttft_p50_s * 1e3, 2),
-            "inter_token_p50_ms": round(self.inter_token_p50_s * 1e3, 2),
-            "inter_token_p99_ms": round(self.inter_token_p99_s * 1e3, 2),
-        }
+def mixes(arguments: argparse.Namespace) -> Iterator[Mix]:
+    """The runs that were asked for. Each has a seed of its own, so that no prompt is in the prefix cache."""
+    a, seed = arguments, arguments.seed
+    made: list[Callable[[int], Mix]] = []
+    for name in a.mix:
+        if name == "fixed":
+            made += [
+                lambda s, n=n: fixed(n, a.prompt_tokens, a.output_tokens, rounds=a.rounds, vocab=a.vocab, seed=s)
+                for n in a.streams
+            ]
+        elif name == "poisson":
+            made += [
+                lambda s, r=r: poisson(r, a.requests, a.prompt_tokens, a.output_tokens, vocab=a.vocab, seed=s)
+                for r in a.rate
+            ]
+        elif name == "thinking":
+            made += [lambda s, n=n: thinking(n, a.budget, a.answer_tokens, rounds=a.rounds, seed=s) for n in a.streams]
+        else:
+            made += [lambda s, n=n: turns(n, a.turns, a.output_tokens, seed=s) for n in a.streams]
+    return (make(seed + i) for i, make in enumerate(made))
 
 
-def prompts(count: int, length: int) -> list[list[int]]:
-    """Different prompts, so that no prefix is shared."""
-    return [[(7919 * (i + 1) + 104729 * j) % 150000 for j in range(length)] for i in range(count)]
+def run(mix: Mix, target: Target, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Panel], list[str]]:
+    """One load: its row of figures, its part of the chart, and what must not be."""
+    before = steps_of(target.gateways[0])
+    begun_s, records = play(mix, target.gateways, arguments.clients)
+    time.sleep(REPORT_S)
+    steps = steps_of(target.gateways[0]) - before
+    objective = Objective(arguments.slo_ttft_ms / 1e3, arguments.slo_tpot_ms / 1e3)
+    found = figures(records, begun_s, objective)
+    in_gateway = [r.server_ttft_s for r in records if not r.error]
+    row = {
+        "mix": mix.name,
+        **mix.facts,
+        **found.as_dict(),
+        "server_ttft_ms_p50": round(percentile(in_gateway, 0.5) * 1e3, 2),
+        "steps": steps.num_steps,
+        "step_ms_mean": round(steps.step_s / steps.num_steps * 1e3, 3) if steps.num_steps else None,
+        "exchange_share_of_step": round(steps.exchange_s / steps.step_s, 3) if steps.step_s else None,
+    }
+    title = f"{mix.name} {', '.join(f'{k} {v:g}' for k, v in mix.facts.items())}"
+    return row, panels(records, begun_s, title), wrong(records)
 
 
-def run_transformers(folder: Path, batch: list[list[int]], num_tokens: int, threads: int) -> Figures:
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+def config_of(arguments: argparse.Namespace) -> ClusterConfig:
+    """Of the cluster that is started: the file, then --set; later wins."""
+    config = ClusterConfig(network=NetworkConfig(gateway_port=0))
+    if arguments.config:
+        from ..cluster.commands.serve import read_mapping
 
-    torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-    times: list[float] = []
-
-    class Clock(StoppingCriteria):
-        def __call__(self, ids, scores, **_):
-            times.append(time.perf_counter())
-            return torch.zeros(ids.shape[0], dtype=torch.bool)
-
-    def generate() -> float:
-        times.clear()
-        ids = torch.tensor(batch)
-        started = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=num_tokens,
-                do_sample=False,
-                pad_token_id=0,
-                stopping_criteria=StoppingCriteriaList([Clock()]),
-            )
-        return started
-
-    generate()  # warm-up
-    started = generate()
-    return Figures.of(started, [list(times) for _ in batch], [started] * len(batch))
+        config = from_mapping(ClusterConfig, read_mapping(Path(arguments.config)))
+    assignments = dict(text.split("=", 1) for text in arguments.set)
+    return override(config, {"model": arguments.model, **assignments} if arguments.model else assignments)
 
 
-async def run_ours(target: str, batch: list[list[int]], num_tokens: int) -> Figures:
-    async with grpc.aio.insecure_channel(target) as channel:
-        stub = rpc.GenerationStub(channel)
-        begun: list[float] = []
-        arrivals: list[list[float]] = []
-
-        async def stream(ids: list[int]) -> None:
-            request = pb.GenerateRequest(
-                token_ids=pb.TokenIds(ids=ids),
-                include_token_ids=True,
-                sampling=pb.SamplingOptions(temperature=0, max_tokens=num_tokens, ignore_eos=True),
-            )
-            times: list[float] = []
-            begun.append(time.perf_counter())
-            async for event in stub.Generate(request, timeout=300):
-                kind = event.WhichOneof("event")
-                if kind in ("answer", "reasoning"):
-                    now = time.perf_counter()
-                    times += [now] * len(getattr(event, kind).token_ids)
-            arrivals.append(times)
-
-        started = time.perf_counter()
-        await asyncio.gather(*(stream(ids) for ids in batch))
-    short = [len(t) for t in arrivals if len(t) != num_tokens]
-    if short:
-        raise SystemExit(f"streams with {short} tokens instead of {num_tokens}")
-    return Figures.of(started, arrivals, begun)
+def target_of(arguments: argparse.Namespace, stack: ExitStack) -> Target:
+    if arguments.address:
+        return Target(arguments.address, arguments.device, arguments.shape)
+    config = config_of(arguments)
+    prepared: AbstractContextManager[ClusterConfig] = nullcontext(config) if config.model else small_moe(config)
+    shape = arguments.shape or ("" if config.model else SMALL_MOE_SHAPE)
+    return stack.enter_context(started(stack.enter_context(prepared), shape))
 
 
-def step_split(target: str) -> tuple[float, float]:
-    """Seconds of steps and of exchange since start, summed over the attention replicas."""
-    with grpc.insecure_channel(target) as channel:
-        members = rpc.ClusterStub(channel).GetTopology(pb.GetTopologyRequest(), timeout=10).members
-    return sum(m.step_s for m in members), sum(m.exchange_s for m in members)
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    where = made.add_argument_group("what is measured; by default a small MoE, started for it")
+    where.add_argument("--address", nargs="+", default=[], metavar="HOST:PORT", help="gateways that serve already")
+    where.add_argument("--model", default="", help="folder of the cluster to start")
+    where.add_argument("--config", default="", metavar="FILE", help="YAML or JSON of ClusterConfig fields")
+    where.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    where.add_argument("--device", default="", help="how a cluster at --address is called in the report")
+    where.add_argument("--shape", default="", help="how the model is called in the report")
+    load = made.add_argument_group("load")
+    load.add_argument("--mix", nargs="+", choices=MIXES, default=["fixed"])
+    load.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32], help="of closed loops; sessions of turns")
+    load.add_argument("--rounds", type=int, default=1, help="requests of a stream, one after the other")
+    load.add_argument("--rate", type=float, nargs="+", default=[2.0], help="requests a second, open loop")
+    load.add_argument("--requests", type=int, default=64, help="of an open loop")
+    load.add_argument("--prompt-tokens", type=int, default=64)
+    load.add_argument("--output-tokens", type=int, default=64)
+    load.add_argument("--budget", type=int, default=128, help="thinking tokens")
+    load.add_argument("--answer-tokens", type=int, default=32)
+    load.add_argument("--turns", type=int, default=4)
+    load.add_argument("--vocab", type=int, default=150_000, help="random prompt ids are below it")
+    load.add_argument("--seed", type=int, default=0)
+    load.add_argument("--clients", type=int, default=4, help="client processes")
+    load.add_argument("--warm-up", type=int, default=2, metavar="N", help="streams before the first run; 0 = none")
+    made.add_argument("--slo-ttft-ms", type=float, default=500.0)
+    made.add_argument("--slo-tpot-ms", type=float, default=50.0)
+    made.add_argument("--svg", default="", metavar="FILE")
+    return made
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--shards", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of transformers")
-    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
-    arguments = parser.parse_args()
-
-    from ..cluster.app import Cluster
-    from ..make_checkpoint import make_checkpoint
-
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "bench-moe"
-        make_checkpoint(folder, CONFIG, seed=0)
-        peers = {}
-        if not arguments.no_peer:
-            for n in arguments.concurrency:
-                batch = prompts(n, arguments.prompt_tokens)
-                peers[n] = run_transformers(folder, batch, arguments.output_tokens, arguments.threads)
-        config = ClusterConfig(
-            model=str(folder), num_expert_shards=arguments.shards, network=NetworkConfig(gateway_port=0)
-        )
-        with Cluster(config) as cluster:
-            target = cluster.gateways[0]
-            asyncio.run(run_ours(target, prompts(2, 16), 8))  # warm-up
-            for n in arguments.concurrency:
-                batch = [[i + n for i in p] for p in prompts(n, arguments.prompt_tokens)]
-                before = step_split(target)
-                ours = asyncio.run(run_ours(target, batch, arguments.output_tokens))
-                time.sleep(2.5)  # the status report that holds the last step
-                after = step_split(target)
-                step_s, exchange_s = after[0] - before[0], after[1] - before[1]
-                row = {"concurrency": n, "expertmesh": ours.as_dict()}
-                row["exchange_share_of_step"] = round(exchange_s / step_s, 3) if step_s else None
-                if n in peers:
-                    row["transformers"] = peers[n].as_dict()
-                    row["ratio_tokens_per_s"] = round(ours.tokens_per_s / peers[n].tokens_per_s, 3)
-                print(json.dumps(row), flush=True)
-                rows.append(row)
-    print(
-        json.dumps(
-            {
-                "bench": "serve",
-                "device": f"cpu, {os.cpu_count()} cores",
-                "shape": "4 layers, hidden 256, 64 experts top-8 of width 128, float32",
-                "shards": arguments.shards,
-                "prompt_tokens": arguments.prompt_tokens,
-                "output_tokens": arguments.output_tokens,
-                "rows": rows,
-            }
-        )
-    )
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    rows, drawn, faults = [], [], []
+    with ExitStack() as stack:
+        target = target_of(arguments, stack)
+        if arguments.warm_up:
+            tokens = (arguments.prompt_tokens, arguments.output_tokens)
+            play(fixed(arguments.warm_up, *tokens, vocab=arguments.vocab, seed=-1), target.gateways, 1)
+        for mix in mixes(arguments):
+            row, lines, wrong_here = run(mix, target, arguments)
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+            drawn += lines
+            faults += wrong_here
+    report: dict[str, Any] = {"bench": "serve", "device": target.device, "shape": target.shape, "rows": rows}
+    report |= {"clients": arguments.clients, "ready_s": round(target.ready_s, 1), "phases": target.phases}
+    report |= {"slo_ttft_ms": arguments.slo_ttft_ms, "slo_tpot_ms": arguments.slo_tpot_ms, "faults": len(faults)}
+    if arguments.svg:
+        title = f"expertmesh, {target.shape}, {target.device}"
+        Path(arguments.svg).write_text(Chart(title, drawn).svg(), encoding="utf-8")
+    for fault in faults[:SHOWN_FAULTS]:
+        print(fault, file=sys.stderr)
+    print(json.dumps(report))
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":
