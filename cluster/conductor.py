@@ -47,6 +47,7 @@ GATEWAY_STALE_S = 25.0  # gateways report every 10 s at least; one that is silen
 CLOSING_PAUSE_S = 0.5
 MAX_FAILURES = 20
 MAX_DECISIONS = 50
+MAX_SUSPECT_SPANS = 256
 # Trying again cannot help.
 _BROKEN_MODEL = ("CheckpointError", "ModelNotFound", "ChecksumMismatch", "DiskFull")
 _HOPELESS = (*_BROKEN_MODEL, "ConfigError", "StartupError", "KernelError")
@@ -72,6 +73,7 @@ class Conductor:
         self._failures: list[str] = []
         self._decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
         self._num_returned = 0
+        self._suspect_spans: deque[tuple[float, float]] = deque(maxlen=MAX_SUSPECT_SPANS)
         self._scale_wish: ScaleWish | None = None
         self._seen: tuple[Epoch | None, bool] = (None, False)
         self._version = time.time_ns()  # a restarted Conductor does not repeat versions that watchers have seen
@@ -232,7 +234,9 @@ class Conductor:
         self._reports[status.name] = status
         self._reported_at[status.name] = time.monotonic()
         self._give_up_silent()
-        if known is None or _serving(known) != _serving(status):
+        suspect = [span for span in status.suspect_spans if span not in self._suspect_spans]
+        self._suspect_spans.extend(suspect)
+        if known is None or _serving(known) != _serving(status) or suspect:
             self._notify()
 
     async def forget(self, name: str) -> None:
@@ -269,6 +273,7 @@ class Conductor:
             conductor_pid=os.getpid(),
             decisions=tuple(self._decisions),
             num_returned=self._num_returned,
+            suspect_spans=tuple(self._suspect_spans),
         )
 
     async def watch(self, version: int, timeout_s: float) -> ClusterState:

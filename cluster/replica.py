@@ -228,6 +228,7 @@ class AttentionReplica:
             step_s=self._steps.step_s,
             exchange_s=self._steps.exchange_s,
             faults=faults_of(self._mesh, self._scrubber),
+            suspect_spans=self._scrubber.suspect_spans if self._scrubber is not None else (),
             **(self._load.read(busy_s) if self._load is not None else {}),
         )
 

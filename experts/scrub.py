@@ -44,6 +44,7 @@ class WeightFault:
     last_clean_at: float
     found_at: float
     num_rows: int  # computed with it between those two times, at least
+    touched: bool  # whether it may have computed any
     repaired_from: str  # "memory", "peer", "disk", or "" where it could not be
 
     def __str__(self) -> str:
@@ -123,6 +124,11 @@ class Scrubber:
             return ""
         return f"{self.num_faults} damaged experts, the last: {self.faults[-1]}"
 
+    @property
+    def suspect_spans(self) -> tuple[tuple[float, float], ...]:
+        """Times in which damaged weights were used, of the last faults; unix seconds."""
+        return tuple((f.last_clean_at, f.found_at) for f in list(self.faults) if f.touched)
+
     def check_all(self) -> list[WeightFault]:
         """One round at full speed; what it found."""
         found = [self._check(cell) for cell in self._cells()]
@@ -177,6 +183,7 @@ class Scrubber:
             last_clean_at=last_clean_at,
             found_at=now,
             num_rows=num_rows - its_rows if version == its_version else num_rows,
+            touched=version != its_version or num_rows > its_rows,
             repaired_from=self._repair(cell),
         )
         self.num_faults += 1

@@ -188,6 +188,7 @@ class ExpertShard:
             node=node_name(),
             epoch=epoch.number if epoch else 0,
             faults=faults_of(self._mesh, self._scrubber),
+            suspect_spans=self._scrubber.suspect_spans,
             **self._load.read(self._server.take_busy_s()),
         )
         return self._last

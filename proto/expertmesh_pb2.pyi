@@ -402,16 +402,20 @@ class Session(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., version: _Optional[int] = ..., turns: _Optional[_Iterable[_Union[Turn, _Mapping]]] = ..., created_at: _Optional[float] = ..., expires_at: _Optional[float] = ..., thinking: _Optional[_Union[ThinkingOptions, _Mapping]] = ..., history_policy: _Optional[_Union[HistoryPolicy, str]] = ...) -> None: ...
 
 class Turn(_message.Message):
-    __slots__ = ("messages", "usage", "request_id", "finished_at")
+    __slots__ = ("messages", "usage", "request_id", "finished_at", "began_at", "suspect")
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     FINISHED_AT_FIELD_NUMBER: _ClassVar[int]
+    BEGAN_AT_FIELD_NUMBER: _ClassVar[int]
+    SUSPECT_FIELD_NUMBER: _ClassVar[int]
     messages: _containers.RepeatedCompositeFieldContainer[Message]
     usage: Usage
     request_id: str
     finished_at: float
-    def __init__(self, messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., request_id: _Optional[str] = ..., finished_at: _Optional[float] = ...) -> None: ...
+    began_at: float
+    suspect: bool
+    def __init__(self, messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., request_id: _Optional[str] = ..., finished_at: _Optional[float] = ..., began_at: _Optional[float] = ..., suspect: _Optional[bool] = ...) -> None: ...
 
 class ScaleRequest(_message.Message):
     __slots__ = ("num_shards", "min_shards", "max_shards")
@@ -626,7 +630,7 @@ class Abort(_message.Message):
     def __init__(self, handle: _Optional[int] = ...) -> None: ...
 
 class JournalHead(_message.Message):
-    __slots__ = ("submit", "stop", "strip_answer", "tools", "forced_call_ids", "include_token_ids", "session_id", "session_version", "affinity", "messages_json", "digest", "settings_json", "num_spliced_ids")
+    __slots__ = ("submit", "stop", "strip_answer", "tools", "forced_call_ids", "include_token_ids", "session_id", "session_version", "affinity", "messages_json", "digest", "settings_json", "num_spliced_ids", "began_at")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     STRIP_ANSWER_FIELD_NUMBER: _ClassVar[int]
@@ -640,6 +644,7 @@ class JournalHead(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SETTINGS_JSON_FIELD_NUMBER: _ClassVar[int]
     NUM_SPLICED_IDS_FIELD_NUMBER: _ClassVar[int]
+    BEGAN_AT_FIELD_NUMBER: _ClassVar[int]
     submit: Submit
     stop: _containers.RepeatedScalarFieldContainer[str]
     strip_answer: bool
@@ -653,7 +658,8 @@ class JournalHead(_message.Message):
     digest: bytes
     settings_json: str
     num_spliced_ids: int
-    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., strip_answer: _Optional[bool] = ..., tools: _Optional[bool] = ..., forced_call_ids: _Optional[_Iterable[int]] = ..., include_token_ids: _Optional[bool] = ..., session_id: _Optional[str] = ..., session_version: _Optional[int] = ..., affinity: _Optional[str] = ..., messages_json: _Optional[str] = ..., digest: _Optional[bytes] = ..., settings_json: _Optional[str] = ..., num_spliced_ids: _Optional[int] = ...) -> None: ...
+    began_at: float
+    def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., strip_answer: _Optional[bool] = ..., tools: _Optional[bool] = ..., forced_call_ids: _Optional[_Iterable[int]] = ..., include_token_ids: _Optional[bool] = ..., session_id: _Optional[str] = ..., session_version: _Optional[int] = ..., affinity: _Optional[str] = ..., messages_json: _Optional[str] = ..., digest: _Optional[bytes] = ..., settings_json: _Optional[str] = ..., num_spliced_ids: _Optional[int] = ..., began_at: _Optional[float] = ...) -> None: ...
 
 class ReplicaMessage(_message.Message):
     __slots__ = ("hello", "step", "reject", "load")

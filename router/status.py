@@ -43,6 +43,7 @@ class ProcessStatus:
     busy_fraction: float = 0.0  # computing rows / wall, over the last window
     weight_bytes: int = 0
     faults: str = ""  # damaged rows and weights that were found here since start, for people; "" = none
+    suspect_spans: tuple[tuple[float, float], ...] = ()  # unix seconds in which damaged weights were used here
 
     @property
     def attention(self) -> bool:
@@ -100,6 +101,7 @@ class ClusterState:
     summary: str = ""  # one line for people
     conductor_pid: int = 0
     decisions: tuple[Decision, ...] = ()  # the last ones, oldest first
+    suspect_spans: tuple[tuple[float, float], ...] = ()  # of all processes, the last ones
     num_returned: int = 0  # members that were given up and lived: false suspicions, and processes stopped for a while
 
     @property

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from expertmesh.cluster.conductor import Conductor
-from expertmesh.cluster.membership import Commit, Committed, Join, Prepare, Prepared, PrepareFailed, Rejoin
+from expertmesh.cluster.membership import Commit, Committed, Join, Lost, Prepare, Prepared, PrepareFailed, Rejoin
 from expertmesh.config import ClusterConfig
 from expertmesh.router.epoch import Member
 from expertmesh.router.status import ProcessStatus
@@ -68,6 +68,27 @@ async def test_a_watcher_wakes_when_who_serves_changes_and_not_with_load(conduct
     await conductor.report(replace(GATEWAY, state="draining"))
     assert (await watcher).version > seen
     assert (await conductor.watch(seen, 0.0)).version > seen  # an old version is answered at once
+
+
+async def test_times_of_damaged_weights_reach_the_watchers_once(conductor: Conductor):
+    shard = ProcessStatus(name="e#1", role="expert", suspect_spans=((10.0, 11.5),))
+    await conductor.report(replace(shard, suspect_spans=()))
+    seen = (await conductor.state()).version
+    await conductor.report(shard)
+    state = await conductor.watch(seen, 0.0)
+    assert (state.version > seen, state.suspect_spans) == (True, ((10.0, 11.5),))
+    await conductor.report(shard)
+    assert (await conductor.state()).version == state.version
+
+
+async def test_a_member_that_was_given_up_and_lives_is_counted(conductor: Conductor):
+    await form_first_epoch(conductor)
+    await conductor.tell(Lost("e#1"))
+    assert (await conductor.state()).num_returned == 0
+    await conductor.join(Join(SHARD))
+    state = await conductor.state()
+    assert state.num_returned == 1
+    assert state.decisions[-1].text == "e#1 was given up and lives: it joins again"
 
 
 async def test_a_hopeless_member_is_a_failure_of_the_start(conductor: Conductor):

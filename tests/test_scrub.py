@@ -83,6 +83,21 @@ def test_every_flipped_bit_is_named_and_repaired(checkpoint):
         assert scrubber.check_all() == []
     assert all(held(experts, layer_id).w13.equal(truth[layer_id]) for layer_id in LAYERS)
     assert scrubber.num_faults == 40
+    assert scrubber.suspect_spans == tuple((f.last_clean_at, f.found_at) for f in scrubber.faults)
+
+
+def test_an_expert_that_computed_nothing_meanwhile_makes_nothing_suspect(checkpoint):
+    experts = make_shard(checkpoint)
+    version, counts = [1], np.zeros((3, NUM_EXPERTS), dtype=np.int64)
+    scrubber = Scrubber(experts, count_rows=lambda: (version[0], counts))
+    scrubber.check_all()
+    held(experts, 0).w2[1].mul_(2)
+    scrubber.check_all()
+    assert (scrubber.num_faults, scrubber.suspect_spans) == (1, ())
+    held(experts, 0).w2[1].mul_(2)
+    version[0] = 2  # what the slot did under the placement before is not known any more
+    scrubber.check_all()
+    assert len(scrubber.suspect_spans) == 1
 
 
 def test_a_copy_in_memory_is_taken_before_the_disk_and_a_damaged_copy_is_not(checkpoint):

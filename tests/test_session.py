@@ -1,6 +1,8 @@
 """Promise: a committed turn is durable, two writers never interleave, and a lost Redis is a typed error."""
 
 import asyncio
+import time
+from dataclasses import replace
 
 import pytest
 
@@ -163,3 +165,21 @@ async def test_more_callers_than_connections_wait_their_turn(redis_url):
     store = SessionStore(redis_url, max_connections=4)
     await asyncio.gather(*(store.open(f"s{i}") for i in range(300)))
     await store.close()
+
+
+async def test_turns_that_ran_while_weights_were_damaged_are_suspect_wherever_they_are(store, redis_url):
+    for version, (began, finished) in enumerate([(100.0, 110.0), (120.0, 130.0), (140.0, 150.0), (0.0, 151.0)]):
+        done = replace(turn(request_id=f"r{version}"), began_at=began, finished_at=finished)
+        await store.commit("s1", version, done)
+    assert (await store.get("s1")).suspect_turns == frozenset()
+    now = time.time()
+    await store.mark_suspect([(125.0, 145.0)])
+    assert (await store.get("s1")).suspect_turns == frozenset()  # older than any session can be
+    early = SessionStore(redis_url, ttl_s=60, wall_clock=lambda: 150.0)
+    for _ in range(2):  # every gateway does
+        await early.mark_suspect([(125.0, 145.0), (151.0, 151.5)])
+    assert (await store.get("s1")).suspect_turns == {1, 2, 3}
+    assert (await store.fork("s1", "s2", at_version=2)).suspect_turns == {1}
+    await store.mark_suspect([(now, now + 1.0)])
+    assert (await store.get("s1")).suspect_turns == frozenset()
+    await early.close()

@@ -203,3 +203,15 @@ async def test_a_history_policy_needs_a_session():
         for fields in ({"history_policy": KEEP}, {"history_policy": 9, "session_id": "s"}):
             call = world.generation.Generate(pb.GenerateRequest(chat=chat("x"), **fields))
             assert (await world.refused(call)).details().startswith("history_policy:")
+
+
+async def test_a_client_sees_which_turns_ran_on_damaged_weights(store):
+    async with gateway(say(REPLY), sessions=store) as world:
+        for _ in range(2):
+            await world.generate(chat=chat("hi"), session_id="s")
+        first, second = (await store.get("s")).turns
+        assert first.began_at < first.finished_at <= second.began_at < second.finished_at
+        await store.mark_suspect([(second.began_at + 1e-6, second.finished_at + 60.0)])
+        session = await world.sessions.Get(pb.GetSessionRequest(session_id="s"))
+        assert [turn.suspect for turn in session.turns] == [False, True]
+        assert session.turns[1].began_at == second.began_at

@@ -32,6 +32,7 @@ def turn_record(
         output_ids=output_ids,
         usage={field.name: value for field, value in usage.ListFields()},
         request_id=plan.request.request_id,
+        began_at=plan.began_at,
         finished_at=finished_at,
         finish_reason=int(reason),
         seed=plan.request.sampling.seed,

@@ -46,6 +46,7 @@ class Gateway:
         context = serve.get_replica_context()
         self.gateway_id, self._conductor = f"gateway-{context.replica_tag}", conductor
         self._server: GatewayServer | None = None
+        self._marked: set[tuple[float, float]] = set()  # times of damage that are in the store
         self._status = ProcessStatus(
             name=self.gateway_id, role="gateway", state="joining", pid=os.getpid(), node=os.uname().nodename
         )
@@ -155,11 +156,19 @@ class Gateway:
                 await asyncio.sleep(RETRY_S)
                 continue
             version = state.version
+            await self._mark_suspect(state.suspect_spans)
             if not state.links:
                 continue
             self._tier.set_replicas(state.links)
             if self._status.state != "ready" and not await self._announce():
                 version = 0  # look again at once
+
+    async def _mark_suspect(self, spans: tuple[tuple[float, float], ...]) -> None:
+        """Every gateway writes them, and again where Redis was away: the same times are there once."""
+        if new := [span for span in spans if span not in self._marked]:
+            with contextlib.suppress(Unavailable):  # SessionStoreUnavailable is one: with the next look
+                await self._store.mark_suspect(new)
+                self._marked.update(new)
 
     async def _announce(self) -> bool:
         """READY once an attention replica is connected; it stays so, since replicas come and go."""

@@ -117,6 +117,7 @@ class Generations:
             session=turn.session,
             settings=turn.settings,
             num_spliced=len(spliced),
+            began_at=self._wall_clock(),
         )
         return Generation(self._shared, plan, received_at=received_at)
 

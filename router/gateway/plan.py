@@ -44,6 +44,7 @@ class GenerationPlan:
     session: SessionRecord | None = None
     settings: dict[str, Any] = field(default_factory=dict)  # of the session from this turn on
     num_spliced: int = 0  # prompt ids taken from earlier turns
+    began_at: float = 0.0  # unix seconds; of the first try where the stream goes on elsewhere
 
 
 def closing_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:

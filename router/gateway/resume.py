@@ -158,6 +158,7 @@ def encode_head(plan: GenerationPlan, digest: bytes) -> pb.JournalHead:
         digest=digest,
         settings_json=json.dumps(plan.settings),
         num_spliced_ids=plan.num_spliced,
+        began_at=plan.began_at,
     )
     if plan.session is not None:
         head.session_id, head.session_version = plan.session.session_id, plan.session.version
@@ -183,6 +184,7 @@ def decode_head(head: pb.JournalHead, owner: str, generations: Generations) -> G
         session=session,
         settings=json.loads(head.settings_json or "{}"),
         num_spliced=head.num_spliced_ids,
+        began_at=head.began_at,
     )
 
 

@@ -399,12 +399,14 @@ def encode_session(record: SessionRecord) -> pb.Session:
         if (budget := settings.get("budget_tokens")) is not None:
             session.thinking.budget_tokens = budget
         session.history_policy = settings.get("history_policy", 0)
-    for turn in record.turns:
+    for index, turn in enumerate(record.turns):
         session.turns.add(
             messages=[_encode_message(m) for m in turn.messages],
             usage=pb.Usage(**turn.usage),
             request_id=turn.request_id,
             finished_at=turn.finished_at,
+            began_at=turn.began_at,
+            suspect=index in record.suspect_turns,
         )
     return session
 

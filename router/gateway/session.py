@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ...errors import InvalidRequest, NotFound, SessionConflict, SessionStoreUnavailable
@@ -21,6 +21,7 @@ from .redis_connection import RedisConnection
 
 Page = tuple[list["SessionRecord"], str]  # sessions without turns, token of the next page
 PREFIX = "expertmesh"
+_SUSPECT_KEY = f"{PREFIX}:suspect"
 _log = logging.getLogger(__name__)
 
 # KEYS meta, turns; ARGV expected version, request id, turn JSON, now, ttl ms, affinity.
@@ -80,6 +81,19 @@ end
 """
 
 
+# KEYS times of damage; ARGV now, ttl ms, then from and to of each. A sorted set by their ends; those of turns that have
+# expired since are taken out.
+_SUSPECT = """
+for i = 3, #ARGV, 2 do
+  redis.call('ZADD', KEYS[1], ARGV[i + 1], ARGV[i] .. ' ' .. ARGV[i + 1])
+end
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[1] - ARGV[2] / 1000)
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+"""
+
+Span = tuple[float, float]  # from, to; unix seconds
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRecord:
     """One committed exchange: new input messages, the reply, and the reply's ids as they were generated."""
@@ -88,12 +102,16 @@ class TurnRecord:
     output_ids: list[int] = field(default_factory=list)
     usage: dict[str, int] = field(default_factory=dict)
     request_id: str = ""
-    finished_at: float = 0.0  # unix seconds
+    began_at: float = 0.0  # unix seconds; 0 = not known
+    finished_at: float = 0.0
     finish_reason: int = 0
     seed: int = 0
     input_ids: list[int] = field(default_factory=list)  # of the prompt behind `num_spliced` ones, with KEEP_THINKING
     num_spliced: int = 0  # prompt ids that came from earlier turns; 0 = the prompt was rendered whole
     settings: dict[str, Any] = field(default_factory=dict)  # of the session from this turn on
+
+    def ran_in(self, span: Span) -> bool:
+        return (self.began_at or self.finished_at) <= span[1] and self.finished_at >= span[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +125,7 @@ class SessionRecord:
     affinity: str = ""  # attention replica that served the last turn
     created_at: float = 0.0  # unix seconds
     expires_at: float = 0.0
+    suspect_turns: frozenset[int] = frozenset()  # that ran while expert weights were damaged; read by `get` alone
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -165,7 +184,19 @@ class SessionStore:
         record = await self._read(session_id, owner)
         if not record.version:
             raise NotFound("session", session_id)
-        return record
+        spans = await self._suspect_spans()
+        found = (i for i, turn in enumerate(record.turns) if any(map(turn.ran_in, spans)))
+        return replace(record, suspect_turns=frozenset(found)) if spans else record
+
+    async def mark_suspect(self, spans: Sequence[Span]) -> None:
+        """Turns of any session that ran in one of these times are suspect from now on, those in work too."""
+        ttl_ms = int(self._ttl_s * 1000)
+        times = [repr(moment) for span in spans for moment in span]
+        await self._connection.eval(_SUSPECT, (_SUSPECT_KEY,), (self._wall_clock(), ttl_ms, *times))
+
+    async def _suspect_spans(self) -> list[Span]:
+        found = await self._connection.answered(self._redis.zrange(_SUSPECT_KEY, 0, -1))
+        return [(float(begin), float(end)) for begin, end in (member.split() for member in found)]
 
     async def list(self, owner: str = "", *, page_size: int = 50, page_token: str = "") -> Page:
         """Sessions without turns in the order of their ids, and the token of the next page ("" = no more)."""
