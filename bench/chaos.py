@@ -7,6 +7,8 @@ every stream completes, token by token what the undisturbed run said, and afterw
 
     python -P -m expertmesh.bench.chaos [--minutes 8] [--streams 500] [--seed 1] [--only shard-kill,...]
 
+`tests/test_chaos.py` is a cut of a minute.
+
 Exits 1 where it falls short; the last line is one JSON object of figures."""
 
 import argparse
@@ -25,7 +27,7 @@ from typing import Any
 from ..client import AnswerDelta, AsyncClient, ReasoningDelta, ToolCallDelta
 from ..errors import ExpertMeshError
 from .chaos_faults import FAULTS, Fault, FaultReport
-from .chaos_world import HANG_S, ChaosWorld, leftovers, processes_now
+from .chaos_world import HANG_S, ChaosWorld, leftovers, mark_processes, processes_now
 
 CONCURRENCY = 32
 NUM_REQUESTS = 64
@@ -114,7 +116,7 @@ async def strike(world: ChaosWorld, draw: random.Random, faults: Sequence[Fault]
 
 async def run(arguments: argparse.Namespace, world: ChaosWorld) -> dict[str, Any]:
     draw = random.Random(arguments.seed)
-    wanted = asks(arguments.seed)
+    wanted = asks(arguments.seed, arguments.requests)
     faults = [f for f in FAULTS if not arguments.only or f.name in arguments.only.split(",")]
     async with AsyncClient(world.gateways) as client:
         limit = asyncio.Semaphore(CONCURRENCY)
@@ -203,9 +205,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8.0, help="of faults")
     parser.add_argument("--streams", type=int, default=500, help="at least so many")
+    parser.add_argument("--requests", type=int, default=NUM_REQUESTS, help="that differ; each runs undisturbed first")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", metavar="FAULT,...", help=f"of {', '.join(f.name for f in FAULTS)}")
     arguments = parser.parse_args()
+    mark_processes()
     before = processes_now()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder, ChaosWorld(Path(folder), say) as world:
         figures = asyncio.run(run(arguments, world))

@@ -12,6 +12,7 @@ from .chaos_world import HANG_S, ChaosWorld
 
 STOPPED_S = HANG_S + 3.0  # a stopped process goes on after so long
 REDIS_AWAY_S = 1.5
+GCS_AWAY_S = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,14 @@ def _kill_serve_controller(_world: ChaosWorld, _draw: random.Random) -> tuple[st
     return None
 
 
+def _kill_gcs(world: ChaosWorld, _draw: random.Random) -> tuple[str, float] | None:
+    at = time.monotonic()
+    pid = world.nodes[0].kill_gcs()
+    time.sleep(GCS_AWAY_S)
+    world.nodes[0].start_gcs()
+    return f"Ray's control store ({pid})", at
+
+
 def _kill_node(world: ChaosWorld, draw: random.Random) -> tuple[str, float] | None:
     index, at = draw.randrange(1, len(world.nodes)), time.monotonic()  # not the head: it has Ray's control store
     world.replace_node(index)
@@ -123,6 +132,7 @@ FAULTS = (
     Fault("gateway-kill", _kill("gateway")),
     Fault("conductor-kill", _kill_conductor),
     Fault("serve-controller-kill", _kill_serve_controller),
+    Fault("gcs-kill", _kill_gcs),
     Fault("node-kill", _kill_node),
     Fault("redis-kill", _kill_redis),
     Fault("redis-stop", _stop_redis),

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from ..cluster.commands.serve import DEMO_MODEL
 from ..config import NODE, CacheConfig, ClusterConfig, ExchangeConfig, NetworkConfig
 from ..errors import Unavailable
 from ..router.status import ClusterState, ProcessStatus
-from .valkey import ValkeyProcess, free_port
+from .valkey import HOST, ValkeyProcess, free_port
 
 NUM_NODES, NUM_ATTENTION, NUM_SHARDS = 3, 2, 4
 NUM_EXPERTS = 32  # of the demo model: one redundant copy of each
@@ -52,7 +53,9 @@ class ChaosWorld:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self.redis = ValkeyProcess(self._folder / "redis", "--appendonly", "yes")
         self._stack.callback(self.redis.kill)
-        self.nodes = [RayNode(0, "")]  # the head: it has the control store and Serve's controller
+        self.gcs_store = ValkeyProcess(self._folder / "gcs", "--appendonly", "yes")
+        self._stack.callback(self.gcs_store.kill)
+        self.nodes = [RayNode(0, "", gcs_store=self.gcs_store)]  # the head: it has the control store (GCS)
         self._stack.callback(lambda: [node.kill() for node in reversed(self.nodes)])
         address = self.nodes[0].address
         self.nodes += [RayNode(i, address) for i in range(1, NUM_NODES)]
@@ -124,31 +127,69 @@ def node_address(index: int) -> str:
 class RayNode:
     """A raylet and its helpers, at a loopback address of their own; `ray start --block` in a session of its own."""
 
-    def __init__(self, index: int, head: str) -> None:
-        """`head`: host:port of the node to join; empty = this is the head. Returns when the node is up."""
+    def __init__(self, index: int, head: str, *, gcs_store: ValkeyProcess | None = None) -> None:
+        """`head`: host:port of the node to join; empty = this is the head, which keeps its control state in
+        `gcs_store` where one is given. Returns when the node is up."""
+        self._gcs_again: subprocess.Popen[bytes] | None = None  # a control store that was started again
         port = free_port()
         self.address = head or f"{node_address(index)}:{port}"
         where = ["--address", head] if head else ["--head", "--port", str(port), "--include-dashboard", "false"]
-        command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *where, "--block"]
+        command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *where]
+        if gcs_store is None:
+            command.append("--block")  # which ends the node when a process of it ends
+        environment = dict(os.environ)
+        if gcs_store is not None:
+            environment["RAY_REDIS_ADDRESS"] = f"{HOST}:{gcs_store.port}"
+            environment["RAY_external_storage_namespace"] = f"chaos-{port}"
         command += ["--node-ip-address", node_address(index), "--num-cpus", "8", "--disable-usage-stats"]
         command += ["--object-store-memory", str(80 << 20), "--dashboard-agent-listen-port", str(free_port())]
         with tempfile.TemporaryFile() as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd="/", start_new_session=True)
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd="/", env=environment, start_new_session=True
+            )
             self._wait_up(log)
 
     def _wait_up(self, log: Any) -> None:
         deadline = time.monotonic() + START_S
         while b"Ray runtime started" not in (text := _read(log)):
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            if self._process.poll() or time.monotonic() > deadline:
                 self.kill()
                 raise RuntimeError(f"a Ray node did not start: {text.decode(errors='replace')[-2000:]}")
             time.sleep(0.1)
+
+    def kill_gcs(self) -> int:
+        """SIGKILL to the control store's process; its pid. `start_gcs` brings it back as it was."""
+        for folder in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                words = (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+                pid = int(folder.name)
+                if words[0].endswith(b"gcs_server") and (
+                    os.getpgid(pid) == self._process.pid or (self._gcs_again and pid == self._gcs_again.pid)
+                ):
+                    environment = (folder / "environ").read_bytes().rstrip(b"\0").split(b"\0")
+                    self._gcs = words, dict(line.split(b"=", 1) for line in environment)
+                    os.kill(pid, signal.SIGKILL)
+                    self._reap_gcs()
+                    return pid
+        raise RuntimeError("this node runs no control store")
+
+    def start_gcs(self) -> None:
+        command, environment = self._gcs
+        quiet = subprocess.DEVNULL
+        self._gcs_again = subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet, cwd="/")
 
     def kill(self) -> None:
         """SIGKILL to all of the node's own processes; its workers end with their raylet."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._reap_gcs()
+
+    def _reap_gcs(self) -> None:
+        if self._gcs_again is not None:
+            self._gcs_again.kill()
+            self._gcs_again.wait()
+            self._gcs_again = None
 
 
 def _read(log: Any) -> bytes:
@@ -157,8 +198,16 @@ def _read(log: Any) -> bytes:
     return found
 
 
+_MARK = "EXPERTMESH_CHAOS"  # in the environment of every process of a run: another Ray on this host is none of it
+
+
+def mark_processes() -> None:
+    """What this process starts from now on, and what that starts, is known as this run's."""
+    os.environ[_MARK] = secrets.token_hex(8)
+
+
 def processes_now() -> set[tuple[int, str]]:
-    """(pid, start time) of every process, and ("shm", name) of every shared-memory file."""
+    """(pid, start time) of every process, and (0, name) of every shared-memory file."""
     found: set[tuple[int, str]] = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -168,7 +217,7 @@ def processes_now() -> set[tuple[int, str]]:
 
 
 def leftovers(before: set[tuple[int, str]], timeout_s: float = 30.0) -> list[str]:
-    """Processes and shared memory of this run that are still there: those that carry our session, or our parent."""
+    """Processes and shared memory of this run that are still there."""
     deadline = time.monotonic() + timeout_s
     while True:
         left = [line for pid, mark in processes_now() - before if (line := _ours(pid, mark))]
@@ -181,7 +230,7 @@ def _ours(pid: int, mark: str) -> str:
     if pid == 0:
         return f"/dev/shm/{mark}" if "ray" in mark or "plasma" in mark or "expertmesh" in mark else ""
     with contextlib.suppress(OSError):
-        command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
-        if command and pid != os.getpid() and any(word in command for word in ("ray::", "raylet", "gcs_server")):
-            return f"{pid} {command[:80]}"
+        if f"{_MARK}={os.environ[_MARK]}".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            return f"{pid} {command[:80]}" if command else ""  # "": a zombie, which its parent has yet to read
     return ""
