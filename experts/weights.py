@@ -16,6 +16,8 @@ from ..checkpoint import Checkpoint, ProgressMeter
 from ..model_config import ModelConfig
 from ..parallel_reads import Read, read_all
 
+_ROOM = 0.85  # of a shard's memory is for experts
+
 Fetch = Callable[[int, torch.Tensor, torch.Tensor], bool]  # (logical expert, its w13, w2): whether they were filled
 
 
@@ -76,6 +78,14 @@ def expert_bytes_on_disk(checkpoint: Checkpoint, layer_id: int) -> int:
         down = f"model.layers.{layer_id}.mlp.experts.down_proj"
         return (checkpoint.entry(fused).num_bytes + checkpoint.entry(down).num_bytes) // checkpoint.config.num_experts
     return sum(checkpoint.linear_bytes(name) for name in _single_names(layer_id, 0).values())
+
+
+def least_shards(checkpoint: Checkpoint, memory_bytes: int, *, dtype: torch.dtype | None) -> int:
+    """Fewest shards of so much memory each that hold one copy of every expert. `dtype`: None = as stored."""
+    config = checkpoint.config
+    one = 3 * config.hidden_size * config.moe_intermediate_size * dtype.itemsize if dtype is not None else 0
+    total = sum(one or expert_bytes_on_disk(checkpoint, layer_id) for layer_id in config.moe_layer_ids)
+    return max(1, -(-total * config.num_experts // int(_ROOM * memory_bytes)))
 
 
 def expert_shapes(config: ModelConfig) -> list[tuple[int, int]]:

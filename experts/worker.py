@@ -16,6 +16,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, Protocol
 
+import psutil
 import ray
 import torch
 from ray import serve
@@ -61,7 +62,7 @@ from .copies import CopyLayout, CopyServer, PeerCopies
 from .device_experts import NUM_SPARE
 from .mlp import LocalExpertMLP
 from .scrub import Scrubber, WeightFault
-from .weights import expert_bytes_on_disk, expert_shapes
+from .weights import expert_bytes_on_disk, expert_shapes, least_shards
 
 LEAVE_S = 25.0  # in good order: an epoch without this member; below Serve's graceful_shutdown_timeout_s
 _log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class ExpertShard:
         self._detail, self._draining, self._phases = "", False, StartupPhases()
         self._last = ProcessStatus(name=self.member_id, role="expert")
         self._server: StepServer | None = None
+        self._fits = 1
         settle_on_cpu()
         try:
             self._server = await self._build(config, make_agent)
@@ -112,6 +114,8 @@ class ExpertShard:
     async def _build(self, config: ClusterConfig, make_agent: MakeAgent) -> "StepServer":
         checkpoint = await asyncio.to_thread(open_model, config.model, config.weights)
         self._experts = await asyncio.to_thread(load_experts, config, checkpoint, self._show, self._phases)
+        on_gpu = compute_device(config).type == "cuda"
+        self._fits = least_shards(checkpoint, memory_of(config), dtype=None if on_gpu else self._experts.dtype)
         self._copies = start_copies(config, checkpoint, self._experts)
         self._mesh = ClusterMesh(
             self.member_id,
@@ -154,8 +158,10 @@ class ExpertShard:
             raise ReplicaLost("this shard was drained and serves nothing: another one starts in its place")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What Serve's autoscaling policy reads: part of the time spent computing rows, and rows so far."""
-        return {"busy_fraction": self._last.busy_fraction, "num_rows": float(self._last.num_rows)}
+        """What Serve's autoscaling policy reads: part of the time spent computing rows, rows so far, and how few shards
+        like this one hold every expert."""
+        last = self._last
+        return {"busy_fraction": last.busy_fraction, "num_rows": float(last.num_rows), "fits": float(self._fits)}
 
     async def __del__(self) -> None:
         if self._server is None:
@@ -358,6 +364,14 @@ def row_shape(config: ClusterConfig, checkpoint: Checkpoint) -> RowShape:
         dtype=compute_dtype(config, checkpoint),
         device=compute_device(config),
     )
+
+
+def memory_of(config: ClusterConfig) -> int:
+    """Bytes of what this process computes on: its GPU's, or the host's."""
+    device = compute_device(config)
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
 
 
 def compute_device(config: ClusterConfig) -> torch.device:

@@ -183,3 +183,12 @@ def test_connections_end_with_the_work(checkpoint, giver):
             thread.join(timeout=0.5)
     assert threading.active_count() <= before
     assert giver.server._takers == set()
+
+
+def test_the_fewest_shards_that_hold_every_expert_follow_from_their_memory(checkpoint):
+    one = 3 * 64 * 40 * 4  # bytes of an expert in float32
+    total = len(LAYERS) * NUM_EXPERTS * one
+    assert weights.least_shards(checkpoint, 100 * total, dtype=torch.float32) == 1
+    assert weights.least_shards(checkpoint, total, dtype=torch.float32) == 2
+    assert weights.least_shards(checkpoint, total // 4, dtype=torch.float32) == 5
+    assert weights.least_shards(checkpoint, total // 4, dtype=None) == 3  # bfloat16, as stored
