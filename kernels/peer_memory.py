@@ -71,11 +71,11 @@ class PeerMemory:
         self._opened.append(address)
         return address, gpu
 
-    def release(self, last: torch.cuda.Event | None) -> None:
-        """Close and free in the background, when the device has passed `last`."""
-        threading.Thread(target=self._release, args=(last,), name="peer-memory", daemon=True).start()
+    def release(self, last: torch.cuda.Event | None, user: object = None) -> None:
+        """Close and free in the background, when the device has passed `last`. `user` lives until then."""
+        threading.Thread(target=self._release, args=(last, user), name="peer-memory", daemon=True).start()
 
-    def _release(self, last: torch.cuda.Event | None) -> None:
+    def _release(self, last: torch.cuda.Event | None, user: object) -> None:
         runtime = _runtime()
         try:
             with torch.cuda.device(self.device):
@@ -107,6 +107,12 @@ class Poison:
             self._word[0] = value
             for address in self._addresses:
                 _runtime().memcpyAsync(address, self._word.data_ptr(), 4, _HOST_TO_DEVICE, self._stream.cuda_stream)
+
+
+def gpu_name(device: torch.device) -> str:
+    """ "HOST/GPU": the running kernel's id and the card's, the same in every process and container of the host."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return f"{file.read().strip()}/{torch.cuda.get_device_properties(device).uuid}"
 
 
 def gpu_number(device: torch.device) -> int:

@@ -14,7 +14,7 @@ Idea: the low-latency kernels of DeepEP."""
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,43 @@ class Verdict:
     bad: tuple[BadRow, ...] = ()
 
 
+class ServeGraphs:
+    """Captured turns of a rank without tokens, by key; they end with their exchange."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}  # None = was run eagerly once
+
+    def run(
+        self, key: Hashable | None, take_turns: Callable[[], None], device: torch.device
+    ) -> torch.cuda.CUDAGraph | None:
+        """Take the turns: eagerly the first time, which loads what a capture may not load; then by a graph. Returns the
+        graph that was captured just now, if any."""
+        if key is None or device.type != "cuda" or key not in self._graphs:
+            take_turns()
+            if key is not None:
+                self._graphs[key] = None
+            return None
+        graph, new = self._graphs[key], None
+        if graph is None:
+            graph = new = self._graphs[key] = _capture(take_turns, device)
+        graph.replay()
+        return new
+
+
+def _capture(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+    """Without torch.cuda.graph's collection of garbage: peers wait meanwhile."""
+    graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            work()
+        finally:
+            graph.capture_end()
+    current.wait_stream(stream)
+    return graph
+
+
 class DeviceExchange(ABC):
     """One membership's way to move rows between GPUs. Engine thread alone, `abort` and `lose` from any."""
 
@@ -40,6 +77,7 @@ class DeviceExchange(ABC):
 
     def __init__(self) -> None:
         self.serial = next(_serials)  # addresses are this object's own
+        self.serve_graphs = ServeGraphs()
 
     @abstractmethod
     def use_placement(self, placement: Placement) -> None:
@@ -70,8 +108,9 @@ class DeviceExchange(ABC):
         """The device has done all of the step. Raises ExchangeError if a wait in it did not end well."""
         return Verdict()
 
-    def graph_key(self, header: StepHeader) -> Hashable:
-        """A graph captured in a step with this key may be replayed in any other with the same."""
+    def graph_key(self, header: StepHeader) -> Hashable | None:
+        """A graph captured in a step with this key may be replayed in any other with the same; None = not to be
+        captured."""
         return self.serial
 
     def wait(self, event: torch.cuda.Event) -> None:
@@ -90,6 +129,10 @@ class DeviceExchange(ABC):
     @abstractmethod
     def abort(self) -> None:
         """Give up at once: own waits and the peers' end with an error. Idempotent."""
+
+    def retire(self) -> None:
+        """All steps in it are over, here and elsewhere: let go of what it holds."""
+        self.abort()
 
     def lose(self, rank: int, reason: str) -> None:
         """The member of this rank is known to be gone: waits for it end now."""

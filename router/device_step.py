@@ -69,10 +69,14 @@ class DeviceStep:
         self._next_turn = 0
         self._launched = self._done = False
         self._graph_key = self._key()
-        if self._layers:
-            exchange.begin(header, stride=self.stride, attempt=self._guard.attempt)
-        else:
+        if not self._layers:
             self._launch()
+            return
+        try:
+            exchange.begin(header, stride=self.stride, attempt=self._guard.attempt)
+        except ExchangeError as error:
+            self._conclude(error)
+            raise
 
     # -- what a model calls
 
@@ -106,7 +110,21 @@ class DeviceStep:
         self.finish()
 
     def take_turns(self) -> None:
-        """Enqueue all turns left without rows of our own; capturable."""
+        """Enqueue all turns left without rows of our own, by a captured graph where there is one; capturable itself."""
+        if self._next_turn or self._launched or _capturing(self._shape.device):
+            self._take_turns()
+            return
+        new = self._exchange.serve_graphs.run(self._serve_key(), self._take_turns, self._shape.device)
+        if new is not None:
+            self.captured(new)
+        if not self._launched:
+            self.replayed()
+
+    def _serve_key(self) -> Hashable | None:
+        key = self.graph_key
+        return None if key is None else (key, self.header.num_tokens[self._rank] > 0)
+
+    def _take_turns(self) -> None:
         x, ids = None, None
         if self.header.num_tokens[self._rank]:
             device = self._shape.device
@@ -133,13 +151,16 @@ class DeviceStep:
     def replayed(self) -> None:
         """A captured graph that holds all turns of this step was launched."""
         self._next_turn = len(self._layers)
+        if self._layers:
+            self._exchange.end()
         self._launch()
 
     def _key(self) -> Hashable | None:
         if self._num_parts != 1 or (self._experts is not None and not self._experts.capturable):
             return None
+        exchange_key = self._exchange.graph_key(self.header)
         version = 0 if self._experts is None else self._experts.graph_version
-        return self._exchange.graph_key(self.header), version, self.stride
+        return None if exchange_key is None else (exchange_key, version, self.stride)
 
     # -- ends
 
@@ -203,10 +224,9 @@ class DeviceStep:
 
     def _end_turn(self) -> None:
         self._next_turn += 1
-        if self._next_turn == len(self._layers):
+        if self._next_turn == len(self._layers) and not _capturing(self._shape.device):
             self._exchange.end()
-            if not _capturing(self._shape.device):
-                self._launch()
+            self._launch()
 
     def _parts(self, num_rows: int) -> list[slice]:
         """As many on every rank, by the header alone."""

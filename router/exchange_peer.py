@@ -170,12 +170,16 @@ class PeerExchange(DeviceExchange):
         self._missing = rank
         self._give_up(rank)
 
+    def retire(self) -> None:
+        if not self._aborted:
+            self._aborted = True
+            self._memory.release(self._last, self)
+
     def _give_up(self, missing: int) -> None:
-        if self._aborted:
-            return
-        self._aborted = True
-        self._poison.write(1 + missing)
-        self._memory.release(self._last)
+        if not self._aborted:
+            self._aborted = True
+            self._poison.write(1 + missing)
+            self._memory.release(self._last, self)
 
     def _check(self, x: torch.Tensor, topk_ids: torch.Tensor | None, stride: int) -> None:
         shape = self._shape

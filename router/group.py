@@ -9,12 +9,14 @@ Idea: torchft's reconfigurable process groups."""
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import cast
+from time import monotonic, sleep
+from typing import Any, cast
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroup, ProcessGroupGloo, Store, TCPStore
+from torch.distributed import AllToAllOptions, PrefixStore, ProcessGroup, ProcessGroupGloo, Store, TCPStore
 
 from ..errors import EpochError, KernelError
 from ..kernels.peer_exchange import PeerBuffer
@@ -60,6 +62,70 @@ def build_gloo(epoch: Epoch, rank: int, *, interface: str, timeout_s: float) -> 
             f"epoch {epoch.number}: no communicator of {len(epoch.members)} members within {timeout_s:.0f} s: {error}"
         ) from error
     return cast(ProcessGroup, group)
+
+
+def build_nccl(epoch: Epoch, rank: int, device: torch.device, *, channels: int, timeout_s: float) -> ProcessGroup:
+    """A communicator of NCCL with a connection to every member. Blocks; EpochError when one does not come in time."""
+    from torch.distributed import ProcessGroupNCCL  # type: ignore[attr-defined]  # only in torch for CUDA
+
+    set_nccl_environment(channels)
+    failed = f"epoch {epoch.number}: no NCCL communicator of {len(epoch.members)} members within {timeout_s:.0f} s"
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        store = TCPStore(epoch.store_host, epoch.store_port, is_master=False, wait_for_workers=False, timeout=timeout)
+        options = ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        prefix = PrefixStore(f"{_prefix(epoch)}/nccl", store)
+        group: Any = ProcessGroupNCCL(prefix, rank, len(epoch.members), options)
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+            group.eager_connect_single_device(device)
+            ones = torch.ones(len(epoch.members), 256, device=device)
+            group.alltoall_base(torch.empty_like(ones), ones, [], [], AllToAllOptions()).wait()
+            met = torch.cuda.Event()
+            met.record()
+            deadline = monotonic() + timeout_s
+            while not met.query():  # the first exchange connects every pair
+                if monotonic() > deadline:
+                    threading.Thread(target=group.abort, name="nccl-abort", daemon=True).start()
+                    raise EpochError(failed)
+                sleep(1e-3)
+    except RuntimeError as error:  # DistError and all its kinds
+        raise EpochError(f"{failed}: {error}") from error
+    return cast(ProcessGroup, group)
+
+
+def set_nccl_environment(channels: int) -> None:
+    """Before a process's first communicator. Errors are ours to handle: no default of torch may end the process, and no
+    monitor may wait for what we have given up. NVLink multicast stays off. Few channels with small buffers: 72 MiB a
+    communicator instead of 584."""
+    wanted = {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+        "TORCH_NCCL_ENABLE_MONITORING": "0",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+        "NCCL_NVLS_ENABLE": "0",
+    }
+    if channels:
+        wanted |= {"NCCL_MAX_NCHANNELS": str(channels), "NCCL_BUFFSIZE": str(1 << 20)}
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+
+
+def choose_backend(epoch: Epoch, configured: str) -> str:
+    """Which exchange this membership uses: a function of the record and the configuration, so the same everywhere."""
+    if len(epoch.members) == 1:
+        return "local"
+    gpus = {member.gpu for member in epoch.members}
+    if "" in gpus and len(gpus) > 1:
+        raise EpochError(f"epoch {epoch.number} has members on CPUs and on GPUs: give all the same `device`")
+    if configured in ("gloo", "nccl", "peer"):
+        if (configured == "gloo") != ("" in gpus):
+            raise EpochError(
+                f"exchange.backend={configured} with members on {'CPUs' if '' in gpus else 'GPUs'}; use auto"
+            )
+        return configured
+    if "" in gpus:
+        return "gloo"
+    return "peer" if len({gpu.split("/")[0] for gpu in gpus}) == 1 else "nccl"
 
 
 def meet_peers(

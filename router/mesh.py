@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 
 from ..config import ClusterConfig, ExchangeConfig
 from ..errors import EpochError, ExpertMeshError, ReplicaLost
+from ..kernels.peer_memory import gpu_name
 from .contracts import LocalExperts
 from .control import Channel, ControlServer, Kind, connect, decode_bid, decode_done, encode_bid, encode_done
 from .device_exchange import DeviceExchange, LocalDeviceExchange
@@ -28,7 +29,9 @@ from .device_step import DeviceExperts, DeviceStep
 from .epoch import Epoch, Member, StepHeader
 from .exchange import Exchange, LocalExchange, RowShape
 from .exchange_gloo import GlooExchange
-from .group import RendezvousStore, build_gloo, use_batch_scheduling
+from .exchange_nccl import NcclExchange
+from .exchange_peer import build_peer
+from .group import RendezvousStore, build_gloo, build_nccl, choose_backend, use_batch_scheduling
 from .guard import Guard, OnSuspect
 from .leader import BidPlaced, EpochInstalled, GraceOver, IssueHeader, Leader, LeaderEvent, StepDone
 from .placement import Placement
@@ -135,6 +138,7 @@ class ClusterMesh:
             control_port=self._server.port if self._server else 0,
             store_port=self._store.port if self._store else 0,
             copies_port=copies_port,
+            gpu=gpu_name(shape.device) if shape.device.type == "cuda" else "",
         )
 
     # -- what the engine uses (contracts.Mesh)
@@ -233,6 +237,11 @@ class ClusterMesh:
     def load(self) -> tuple[int, npt.NDArray[np.int64]]:
         """(placement version, rows per slot [num_layers, slots_per_rank] since that version came into force)."""
         current = self._current
+        if current is not None and isinstance(current.exchange, DeviceExchange):
+            counted = current.exchange.rows_per_slot()
+            if counted is not None:
+                rows = counted.cpu().numpy().view(np.uint32).astype(np.int64)
+                return current.epoch.placement_version, rows
         return (current.epoch.placement_version if current else 0), self._load.copy()
 
     def peers(self) -> tuple[Member, ...]:
@@ -442,7 +451,16 @@ class ClusterMesh:
         if not self._leads:
             return  # a former leader: its members have closed what they need no more
         if epoch and any(m.member_id == member_id for m in epoch.members):
+            self._lose(member_id)
             self._trouble(epoch.number, ReplicaLost(f"control channel of {member_id!r} closed", member_id=member_id))
+
+    def _lose(self, member_id: str) -> None:
+        """A process is known to be gone: what waits for its GPU need not wait for its deadline."""
+        for prepared in {id(p): p for p in (self._current, self._committed) if p is not None}.values():
+            if isinstance(prepared.exchange, DeviceExchange):
+                for rank, member in enumerate(prepared.epoch.members):
+                    if member.member_id == member_id:
+                        prepared.exchange.lose(rank, "its process is gone")
 
     def _trouble(self, epoch_number: int, error: ExpertMeshError) -> None:
         if self._on_trouble is not None:
@@ -477,22 +495,29 @@ class ClusterMesh:
 
     def _abort_replaced(self) -> None:
         replaced, self._replaced = self._replaced, None
-        if replaced is not None:
+        if isinstance(replaced, DeviceExchange):
+            replaced.retire()
+        elif replaced is not None:
             replaced.abort()
 
     def _build_exchange(self, epoch: Epoch, rank: int) -> Exchange | DeviceExchange:
-        if len(epoch.members) == 1:
-            on_gpu = self._shape.device.type == "cuda"
-            return LocalDeviceExchange(self._shape.device) if on_gpu else LocalExchange()
-        options = self._options.exchange
-        return GlooExchange(
-            self._build_group(epoch, rank),
-            epoch,
-            rank,
-            self._shape,
-            timeout_base_s=options.timeout_base_s,
-            timeout_per_row_s=options.timeout_per_row_s,
-        )
+        options, shape = self._options.exchange, self._shape
+        deadlines = {"timeout_base_s": options.timeout_base_s, "timeout_per_row_s": options.timeout_per_row_s}
+        capacity = max(options.max_tokens_per_turn, *self._options.buckets, 0)
+        match choose_backend(epoch, options.backend):
+            case "local":
+                return LocalDeviceExchange(shape.device) if shape.device.type == "cuda" else LocalExchange()
+            case "gloo":
+                return GlooExchange(self._build_group(epoch, rank), epoch, rank, shape, **deadlines)
+            case "peer":
+                timeout_s = options.epoch_timeout_s
+                return build_peer(epoch, rank, shape, capacity=capacity, epoch_timeout_s=timeout_s, **deadlines)
+            case _:
+                group = build_nccl(
+                    epoch, rank, shape.device, channels=options.nccl_channels, timeout_s=options.epoch_timeout_s
+                )
+                exact = options.nccl_exact_above
+                return NcclExchange(group, epoch, rank, shape, capacity=capacity, exact_above=exact, **deadlines)
 
     def _build_group(self, epoch: Epoch, rank: int) -> ProcessGroup:
         """The wire; fault injection puts another one here (`bench/bit_flips.py`)."""
@@ -520,6 +545,7 @@ class ClusterMesh:
             lost = self._channels.pop(leader_id, None)
         epoch = self.epoch
         if lost is not None and epoch is not None and epoch.members[epoch.leader_rank].member_id == leader_id:
+            self._lose(leader_id)
             gone = ReplicaLost(f"control channel to the leader {leader_id!r} closed", member_id=leader_id)
             self._trouble(epoch.number, gone)
 

@@ -3,8 +3,11 @@ kernels' arguments are laid out as the kernels read them; the kernels compile cl
 
 import re
 import struct
+from dataclasses import replace
 
 import exchange_emulated
+import exchange_worlds
+import process_world
 import pytest
 import torch
 from exchange_conformance import LAYOUTS, TOP_K, check_device, make_epoch
@@ -17,6 +20,7 @@ from expertmesh.router.dispatch import plan
 from expertmesh.router.epoch import StepHeader
 from expertmesh.router.exchange import RowShape
 from expertmesh.router.exchange_peer import peer_layouts
+from expertmesh.router.group import RendezvousStore, choose_backend
 
 SHAPE = RowShape(hidden_size=24, top_k=TOP_K, dtype=torch.bfloat16)
 
@@ -130,6 +134,41 @@ def test_rows_beyond_the_bucket_are_refused_before_a_peer_waits():
     step = DeviceStep(header, rank=0, placement=epoch.placement, exchange=exchange, experts=None, shape=SHAPE)
     with pytest.raises(EpochError, match="5 rows"):
         step.rows(0, torch.zeros(5, 24, dtype=torch.bfloat16), torch.zeros(5, TOP_K, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("bucket", [0, 48])
+@pytest.mark.parametrize("layout", ["2 colocated", "1 attention + 2 shards", "4 colocated"])
+def test_the_nccl_exchange_moves_rows_in_both_forms_here_over_gloo(layout, bucket):
+    """Turns of up to 64 rows are padded, larger ones exact. In these layouts every rank takes part in every step: gloo
+    has no grouped sends between some."""
+    store = RendezvousStore("127.0.0.1")
+    pairs = process_world.run(
+        exchange_worlds.conform_device,
+        exchange_worlds.num_ranks(layout),
+        "gloo",
+        layout,
+        bucket,
+        0,
+        store.port,
+        f"{layout}-{bucket}",
+    )
+    assert sum(pairs) > 500
+
+
+def test_the_back_end_follows_from_where_the_members_are():
+    def epoch(*gpus):
+        first = make_epoch("2 colocated")
+        return replace(first, members=tuple(replace(first.members[0], gpu=gpu) for gpu in gpus))
+
+    assert choose_backend(epoch("h/1"), "nccl") == "local"
+    assert choose_backend(epoch("", ""), "auto") == "gloo"
+    assert choose_backend(epoch("h/1", "h/2"), "auto") == "peer"
+    assert choose_backend(epoch("h/1", "h/2"), "nccl") == "nccl"
+    assert choose_backend(epoch("h/1", "i/2"), "auto") == "nccl"
+    with pytest.raises(EpochError, match="CPUs and on GPUs"):
+        choose_backend(epoch("", "h/1"), "auto")
+    with pytest.raises(EpochError, match="peer with members on CPUs"):
+        choose_backend(epoch("", ""), "peer")
 
 
 # ------------------------------------------------------------------------------------------------ what the kernels read
