@@ -8,8 +8,9 @@
 Mixes (`serve_mixes.py`): **fixed** (a closed loop of --streams, all as long; with one round a fixed batch), **poisson**
 (an open loop at --rate requests a second), **thinking** (budgets that are spent, then an answer), **turns**
 (conversations in sessions; later turns should come from the prefix cache). Several --streams or --rate are runs one
-after the other. Figures: `serve_figures.py`. A line of JSON a run, the last line is all of them; --svg draws each run
-over its time. Exit 1 where a stream failed, is short or too long; never for speed."""
+after the other. Figures: `serve_figures.py`; --engine adds what the cluster costs beside its engine alone
+(`serve_against.py`). A line of JSON a run, the last line is all of them; --svg draws each run over its time. Exit 1
+where a stream failed, is short or too long; never for speed."""
 
 import argparse
 import json
@@ -22,6 +23,7 @@ from typing import Any
 
 from ..config import ClusterConfig, NetworkConfig, from_mapping, override
 from .chart import Chart, Panel
+from .serve_against import Engine, beside
 from .serve_clients import play
 from .serve_figures import Objective, figures, panels, percentile, wrong
 from .serve_mixes import Mix, fixed, poisson, thinking, turns
@@ -47,7 +49,10 @@ def mixes(arguments: argparse.Namespace) -> Iterator[Mix]:
                 for r in a.rate
             ]
         elif name == "thinking":
-            made += [lambda s, n=n: thinking(n, a.budget, a.answer_tokens, rounds=a.rounds, seed=s) for n in a.streams]
+            made += [
+                lambda s, n=n: thinking(n, a.budget, a.answer_tokens, opened=a.open_thinking, rounds=a.rounds, seed=s)
+                for n in a.streams
+            ]
         else:
             made += [lambda s, n=n: turns(n, a.turns, a.output_tokens, seed=s) for n in a.streams]
     return (make(seed + i) for i, make in enumerate(made))
@@ -71,6 +76,8 @@ def run(mix: Mix, target: Target, arguments: argparse.Namespace) -> tuple[dict[s
         "step_ms_mean": round(steps.step_s / steps.num_steps * 1e3, 3) if steps.num_steps else None,
         "exchange_share_of_step": round(steps.exchange_s / steps.step_s, 3) if steps.step_s else None,
     }
+    if arguments.engine:
+        row |= beside(row, Engine.of(json.loads(Path(arguments.engine).read_text(encoding="utf-8"))))
     title = f"{mix.name} {', '.join(f'{k} {v:g}' for k, v in mix.facts.items())}"
     return row, panels(records, begun_s, title), wrong(records)
 
@@ -114,6 +121,7 @@ def parser() -> argparse.ArgumentParser:
     load.add_argument("--output-tokens", type=int, default=64)
     load.add_argument("--budget", type=int, default=128, help="thinking tokens")
     load.add_argument("--answer-tokens", type=int, default=32)
+    load.add_argument("--open-thinking", action="store_true", help="prompts end in an open think block (dummy weights)")
     load.add_argument("--turns", type=int, default=4)
     load.add_argument("--vocab", type=int, default=150_000, help="random prompt ids are below it")
     load.add_argument("--seed", type=int, default=0)
@@ -121,6 +129,9 @@ def parser() -> argparse.ArgumentParser:
     load.add_argument("--warm-up", type=int, default=2, metavar="N", help="streams before the first run; 0 = none")
     made.add_argument("--slo-ttft-ms", type=float, default=500.0)
     made.add_argument("--slo-tpot-ms", type=float, default=50.0)
+    made.add_argument(
+        "--engine", default="", metavar="FILE", help="last line of bench.step on the same model and device"
+    )
     made.add_argument("--svg", default="", metavar="FILE")
     return made
 

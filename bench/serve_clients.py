@@ -126,10 +126,11 @@ def request_of(ask: Ask, session_id: str = "") -> bytes:
     )
     if ask.token_ids:
         request.token_ids.ids.extend(ask.token_ids)
+    elif ask.prompt:
+        request.prompt = ask.prompt
     else:
         request.chat.messages.add(role="user", content=ask.text)
-        mode = pb.ThinkingOptions.ON if ask.thinking else pb.ThinkingOptions.OFF
-        request.thinking.mode = mode
-        if ask.thinking_budget:
-            request.thinking.budget_tokens = ask.thinking_budget
+        request.thinking.mode = pb.ThinkingOptions.ON if ask.thinking else pb.ThinkingOptions.OFF
+    if ask.thinking_budget:
+        request.thinking.budget_tokens = ask.thinking_budget
     return request.SerializeToString()

@@ -8,6 +8,7 @@ systems, or two versions, get the same load."""
 import random
 from dataclasses import dataclass, field
 
+OPENED = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n"
 CLOSING_TOKENS = 40  # room for the sentence that ends a spent thinking budget
 WORDS = [
     *("the", "expert", "tier", "multiplies", "and", "attention", "remembers", "what", "each", "shard", "was", "asked"),
@@ -31,11 +32,12 @@ WORDS = [
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request. `token_ids` is the whole prompt, or `text` the user's message."""
+    """One request. `token_ids` or `prompt` is the whole prompt, or `text` the user's message."""
 
     max_tokens: int
     token_ids: tuple[int, ...] = ()
     text: str = ""
+    prompt: str = ""
     thinking: bool = False
     thinking_budget: int = 0  # 0 = none
     ignore_eos: bool = True
@@ -88,13 +90,25 @@ def poisson(rate: float, requests: int, prompt_tokens: int, output_tokens: int, 
     return Mix("poisson", tuple(scripts), facts)
 
 
-def thinking(streams: int, budget: int, answer_tokens: int, *, rounds: int = 1, words: int = 48, seed: int = 0) -> Mix:
-    """Think-heavy: a question each, a thinking budget that is spent, then the answer."""
+def thinking(
+    streams: int,
+    budget: int,
+    answer_tokens: int,
+    *,
+    opened: bool = False,
+    rounds: int = 1,
+    words: int = 48,
+    seed: int = 0,
+) -> Mix:
+    """Think-heavy: a question each, a thinking budget that is spent, then the answer. With `opened` the prompt ends in
+    an open think block, for weights that would not open one."""
     draw = random.Random(seed)
-    asks = [
-        Ask(budget + CLOSING_TOKENS + answer_tokens, text=_text(draw, words), thinking=True, thinking_budget=budget)
-        for _ in range(streams * rounds)
-    ]
+    length = budget + CLOSING_TOKENS + answer_tokens
+    asks = []
+    for _ in range(streams * rounds):
+        text = _text(draw, words)
+        said = {"prompt": OPENED.format(text)} if opened else {"text": text}
+        asks.append(Ask(length, thinking=True, thinking_budget=budget, **said))
     scripts = tuple(Script(tuple(asks[i::streams])) for i in range(streams))
     return Mix("thinking", scripts, {"streams": streams, "budget": budget, "answer_tokens": answer_tokens})
 

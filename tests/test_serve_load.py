@@ -8,6 +8,7 @@ from gateway_world import gateway, say
 
 from expertmesh.bench import serve
 from expertmesh.bench.chart import Chart
+from expertmesh.bench.serve_against import Engine, beside
 from expertmesh.bench.serve_clients import play, request_of
 from expertmesh.bench.serve_figures import Objective, Record, decode_rate, figures, panels, percentile, wrong
 from expertmesh.bench.serve_mixes import CLOSING_TOKENS, Ask, fixed, poisson, shared_out, thinking, turns
@@ -45,6 +46,10 @@ def test_thinking_leaves_room_for_the_answer_and_turns_are_conversations():
     sent = pb.GenerateRequest.FromString(request_of(ask))
     assert sent.thinking.mode == pb.ThinkingOptions.ON
     assert sent.thinking.budget_tokens == 100
+    (opened,) = thinking(1, 100, 30, opened=True).scripts[0].asks
+    sent = pb.GenerateRequest.FromString(request_of(opened))
+    assert sent.prompt.endswith("assistant\n<think>\n")
+    assert (sent.HasField("chat"), sent.thinking.budget_tokens) == (False, 100)
     mix = turns(3, 4, 16)
     assert len({script.session_id for script in mix.scripts}) == 3
     assert all(len(script.asks) == 4 for script in mix.scripts)
@@ -107,6 +112,19 @@ def test_percentiles_are_values_that_occurred(share: float, value: int):
     assert percentile([4, 2, 1, 3], share) == value
 
 
+def test_what_a_cluster_costs_beside_its_engine_alone():
+    report = {
+        "decode": [{"batch": 128, "tokens_per_s": 5000.0}],
+        "prefill": [{"num_prompts": 1, "prompt_tokens": 64, "ms": 10.0}],
+    }
+    engine = Engine.of(report)
+    row = {"mix": "fixed", "streams": 128, "prompt_tokens": 64, "decode_tokens_per_s": 4800.0, "ttft_ms_p50": 100.0}
+    assert beside(row, engine) == {"engine_tokens_per_s": 5000.0, "share_of_engine": 0.96, "share_met": True}
+    one = {**row, "streams": 1, "ttft_ms_p50": 16.0}
+    assert beside(one, engine) == {"engine_ttft_ms": 10.0, "ttft_overhead_ms": 6.0, "ttft_met": False}
+    assert beside({**row, "mix": "turns"}, engine) == {}
+
+
 async def test_a_closed_loop_through_a_gateway_from_two_processes():
     async with gateway(WORDS) as world:
         mix = fixed(6, 5, 40, rounds=2, vocab=150_000)
@@ -129,6 +147,10 @@ async def test_thinking_is_told_from_the_answer_and_an_open_loop_keeps_its_times
         assert [r.error for r in records] == ["", ""]
         assert all(r.arrivals[0][2] and not r.arrivals[-1][2] for r in records)
         assert all(r.first_answer_s is not None and r.first_answer_s >= r.ttft_s for r in records)
+        budgeted = thinking(2, 10, 30, opened=True)
+        _, records = await asyncio.to_thread(play, budgeted, [world.server.address], 1)
+        assert wrong(records) == []
+        assert {r.thinking.budget_tokens for r in world.engine.submitted[-2:]} == {10}
         opened = poisson(50.0, 10, 4, 8, vocab=1000)
         begun_s, records = await asyncio.to_thread(play, opened, [world.server.address], 3)
     assert wrong(records) == []
