@@ -16,7 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...cluster.app import Cluster
+from ...config import override
 from .card import accuracy_table, budget_svg, budget_table
 from .evaluate import ARITHMETIC, BUDGETS, ITEMS_PER_TASK, MODES, report
 from .served import Served, demo_config
@@ -57,12 +60,16 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, default=192, metavar="N", help="streams open at a time")
     parser.add_argument("--out", type=Path, default=Path("served_evaluation.json"))
     parser.add_argument("--svg", type=Path, default=Path("demo-model-curve.svg"))
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="of the cluster, e.g. device=cuda"
+    )
     parser.add_argument("--write", action="store_true", help="replace the figures of the model card and the docs")
     options = parser.parse_args()
     if options.write:
         options.out, options.svg = FOLDER / "served_evaluation.json", FOLDER.parents[1] / "docs/demo-model-curve.svg"
 
     config = demo_config(options.shards, num_attention=options.attention)
+    config = override(config, dict(text.split("=", 1) for text in options.set))
     with Cluster(config, progress=say) as cluster, Served(cluster.gateways, concurrency=options.concurrency) as served:
         started = time.monotonic()
         result = report(
@@ -70,8 +77,12 @@ def main() -> int:
             parallel=NUM_JOBS, progress=say,
         )  # fmt: skip
         seconds = time.monotonic() - started
+        on_gpu = cluster.config.device == "cuda"
+    device = (
+        f"cpu, {os.cpu_count()} cores, float32" if not on_gpu else f"{torch.cuda.get_device_name(0)}, {config.dtype}"
+    )
     result["run"] = {
-        "device": f"cpu, {os.cpu_count()} cores, float32",
+        "device": device,
         "attention": options.attention,
         "shards": options.shards,
         "streams": options.concurrency,
