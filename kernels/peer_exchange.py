@@ -177,6 +177,16 @@ class PeerKernels:
         self._answer.launch(grid, 32 * _WARPS, arguments, device=self._device)
 
 
+def load_peer_kernels(
+    num_sources: int, num_owners: int, hidden: int, top_k: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Compile and load all that a membership may need, before anybody waits for it."""
+    for name in ("begin", "dispatch", "answer"):
+        for early_next in (False, True):
+            sizes = (hidden, top_k, num_sources, num_owners, dtype == torch.float32, early_next)
+            peer_kernel(name, *sizes).load(device)
+
+
 def set_max_blocks(**blocks: int) -> None:
     """For the bench: most blocks of `dispatch` and of `answer` (for each source)."""
     _MAX_BLOCKS.update(blocks)

@@ -28,6 +28,7 @@ from ..kernels.peer_exchange import (
     VERDICT_BYTES,
     PeerBuffer,
     PeerKernels,
+    load_peer_kernels,
     mesh_argument,
 )
 from ..kernels.peer_memory import PeerMemory, Poison
@@ -265,6 +266,8 @@ def build_peer(
 ) -> PeerExchange:
     """Allocate, publish, and map the others' buffers. Blocks; EpochError when one does not come in time."""
     layouts = peer_layouts(epoch, shape, capacity)
+    num_sources, num_owners = len(epoch.attention_ranks), len(epoch.expert_ranks)
+    load_peer_kernels(num_sources, num_owners, shape.hidden_size, shape.top_k, shape.dtype, shape.device)
     memory = PeerMemory(layouts[rank], shape.device)
     try:
         met = meet_peers(epoch, rank, memory, layouts, timeout_s=epoch_timeout_s)

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from dataclasses import replace
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from time import perf_counter
 
@@ -20,6 +21,7 @@ from exchange_conformance import (
     make_epoch,
     multiply_all,
 )
+from torch.distributed import TCPStore
 
 from expertmesh.errors import ExchangeError, ExchangeTimeout, PeerLost
 from expertmesh.router.device_exchange import DeviceExchange
@@ -151,6 +153,14 @@ class GraphRank:
             assert out[:5].equal(wanted)
 
 
+def meet_others(port: int, key: str) -> None:
+    """Both ranks are here: from now on short deadlines hold."""
+    store = TCPStore(HOST, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+    if store.add(f"{key}/here", 1) == 2:
+        store.set(f"{key}/all", "1")
+    store.wait([f"{key}/all"])
+
+
 def graph_steps(rank: int, _: Connection, backend: str, num_gpus: int, num_steps: int, port: int, key: str) -> int:
     epoch = make_epoch("2 colocated", 6, rendezvous_key=key, store_host=HOST, store_port=port)
     world = GraphRank(backend, epoch, rank, device_of(rank, num_gpus))
@@ -172,8 +182,9 @@ def survive(
     epoch = make_epoch("2 colocated", 6, rendezvous_key=keys[0], store_host=HOST, store_port=port)
     name, noticed_s, met_s, first_s = "", 0.0, 0.0, 0.0
     if die_at >= 0:
-        world = GraphRank(backend, epoch, rank, device, timeout_s=0.2)
+        world = GraphRank(backend, epoch, rank, device, timeout_s=0.5)
         world.draw(1)
+        meet_others(port, keys[0])
         try:
             for step in range(die_at + 3):
                 if rank == 1 and step == die_at:

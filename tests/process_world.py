@@ -19,13 +19,19 @@ class ProcessWorld:
     def __init__(self, target: Callable[..., Any], num_ranks: int, *args: Any) -> None:
         self.connections: list[Connection] = []
         self.processes = []
+        self._target = target
         for rank in range(num_ranks):
-            ours, theirs = _context.Pipe()
-            process = _context.Process(target=_run, args=(target, rank, theirs, *args), daemon=True)
-            process.start()
-            theirs.close()
-            self.connections.append(ours)
-            self.processes.append(process)
+            self.add(rank, *args)
+
+    def add(self, rank: int, *args: Any) -> int:
+        """One more process, as this rank; returns its place in `connections`."""
+        ours, theirs = _context.Pipe()
+        process = _context.Process(target=_run, args=(self._target, rank, theirs, *args), daemon=True)
+        process.start()
+        theirs.close()
+        self.connections.append(ours)
+        self.processes.append(process)
+        return len(self.connections) - 1
 
     def receive(self, rank: int, timeout_s: float = 60.0) -> Any:
         """The next message of this rank: what it sent, or its result. An error there is an error here."""
