@@ -4,7 +4,7 @@ On a host with few cores more shards cannot compute more, so the rows' time is a
 `--row-us` for each row that it computes, on a timer that holds no core (`CostModelShard`). Everything else is real:
 Ray Serve, the policy, the processes that start and drain, the placement, the exchange. `--row-us 0` leaves it out.
 
-    python -P -m expertmesh.bench.elastic [--row-us 100] [--out docs/elastic.svg]
+    python -P -m expertmesh.bench.elastic [--row-us 100] [--model FOLDER] [--out docs/elastic.svg]
 
 Exits 1 where a stream failed or said other tokens, or the tier did not follow; goals (decision to serving <= 10 s,
 longest stall by a switch <= 2 steps) are reported. The last line is one JSON object of figures."""
@@ -217,7 +217,7 @@ def throughput(load: Load, seen: Watch, shards: int) -> float:
 
 
 @contextlib.contextmanager
-def started(row_us: float) -> Iterator[Cluster]:
+def started(row_us: float, model: Path) -> Iterator[Cluster]:
     scaling = AutoscalingConfig(
         min_expert_shards=FEW,
         max_expert_shards=MANY,
@@ -227,7 +227,8 @@ def started(row_us: float) -> Iterator[Cluster]:
         cooldown_s=3.0,
     )
     config = ClusterConfig(
-        model=str(DEMO_MODEL),
+        model=str(model),
+        device="cpu",
         num_expert_shards=FEW,
         network=NetworkConfig(gateway_port=0),
         cache=CacheConfig(kv_memory_bytes=128 << 20),
@@ -255,14 +256,17 @@ async def measure(cluster: Cluster) -> tuple[Load, Watch]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row-us", type=float, default=100.0, help="cost model: time of a row, 0 = none")
+    parser.add_argument("--model", type=Path, default=DEMO_MODEL, help="served on the CPU whatever the host has")
     parser.add_argument("--out", type=Path, default=Path("elastic.svg"))
     arguments = parser.parse_args()
-    with started(arguments.row_us) as cluster:
+    with started(arguments.row_us, arguments.model) as cluster:
         load, seen = asyncio.run(measure(cluster))
     counts, p99 = per_second(load)
     changes, added = switches(load, seen), starts(seen)
     most = max(n for _, n in seen.shards)
     figures = {
+        "model": arguments.model.name,
+        "cpus": os.cpu_count(),
         "cost_model_row_us": arguments.row_us,
         "streams": load.num_done,
         "failures": load.failures[:5],
@@ -272,10 +276,11 @@ def main() -> int:
         "switches": changes,
         "longest_stall_steps": max((c["steps"] for c in changes), default=None),
     }
+    name = "demo model" if arguments.model == DEMO_MODEL else arguments.model.name
     chart = Chart(
-        f"Load 1 → 64 → 1 streams, demo model; rows cost {arguments.row_us:.0f} us more (cost model)"
+        f"Load 1 → 64 → 1 streams, {name}; rows cost {arguments.row_us:.0f} us more (cost model)"
         if arguments.row_us
-        else "Load 1 → 64 → 1 streams, demo model",
+        else f"Load 1 → 64 → 1 streams, {name}, {os.cpu_count()} cores, no cost model",
         [
             Panel("tokens per second", {"tokens": counts}),
             Panel("p99 inter-token time of each second, ms", {"p99": p99}),
