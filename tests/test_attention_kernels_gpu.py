@@ -10,8 +10,11 @@ from expertmesh.kernels.add_norm import add_rms_norm
 from expertmesh.kernels.combine import combine
 from expertmesh.kernels.combine_norm import combine_add_rms_norm
 from expertmesh.kernels.embed_norm import embed_rms_norm
+from expertmesh.kernels.gate_linear import gate_linear
+from expertmesh.kernels.gate_topk import gate_topk
 from expertmesh.kernels.qk_norm_rope import qk_norm_rope
 from expertmesh.kernels.silu_mul import silu_mul
+from expertmesh.kernels.thin_linear import thin_linear
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -180,11 +183,78 @@ def test_heads_of_a_token_do_not_depend_on_other_tokens():
                 assert torch.equal(cache.flatten(0, 1)[slot], all_of_them.flatten(0, 1)[slot])
 
 
+# ------------------------------------------------------------------------------------------------------ thin products
+@pytest.mark.parametrize(
+    ("num_outputs", "k"), [(5120, 2048), (2048, 4096), (8, 64), (1000, 96), (264, 2560), (2112, 128), (151936, 2048)]
+)
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 7, 8])
+def test_thin_linear_equals_the_product(num_rows, num_outputs, k):
+    x, w = noise(num_rows, k), noise(num_outputs, k, seed=1, scale=0.05)
+    got = thin_linear(x, w)
+    assert got.shape == (num_rows, num_outputs)
+    if num_outputs > 10000:  # float64 of the head is 2.5 GB
+        w, got = w[:3000], got[:, :3000]
+    exact = x.double() @ w.double().t()
+    assert not got.isnan().any()
+    assert num_rows == 0 or float((got.double() - exact).norm() / exact.norm()) < 3e-3
+    torch.testing.assert_close(got.double(), exact, rtol=2**-7, atol=1e-2)
+
+
+def test_a_thin_product_row_does_not_depend_on_the_others():
+    x, w = noise(8, 2048), noise(5120, 2048, seed=1)
+    whole = thin_linear(x, w)
+    for row in (0, 3, 7):
+        assert torch.equal(thin_linear(x[row : row + 1], w), whole[row : row + 1])
+    assert torch.equal(thin_linear(x[3:6], w), whole[3:6])
+    x[2] = NAN
+    others = [0, 1, 3, 4, 5, 6, 7]
+    spoilt = thin_linear(x, w)
+    assert torch.equal(spoilt[others], whole[others])
+    assert bool(spoilt[2].isnan().all())
+
+
+GATES = ((128, 2048, 8), (128, 4096, 8), (160, 2560, 8), (32, 128, 8), (8, 64, 1), (512, 1024, 10))
+
+
+@pytest.mark.parametrize(("num_experts", "hidden", "top_k"), GATES)
+@pytest.mark.parametrize("num_tokens", TOKENS)
+def test_gate_linear_chooses_as_the_gate_of_its_logits(num_tokens, num_experts, hidden, top_k):
+    x, gate = noise(num_tokens, hidden), noise(num_experts, hidden, seed=1, scale=0.05)
+    ids, weights = gate_linear(x, gate, top_k)
+    logits = torch.cat([thin_linear(rows, gate) for rows in x.split(8)]) if num_tokens else noise(0, num_experts)
+    expected_ids, expected_weights = gate_topk(logits, top_k)  # the same logits, bit for bit
+    assert torch.equal(ids, expected_ids)
+    assert torch.equal(weights, expected_weights)
+
+
+def test_gate_linear_ties_padding_counts_and_nan():
+    gate = noise(128, 2048, seed=1, scale=0.05)
+    gate[64:] = gate[:64]  # every logit twice
+    x = noise(40, 2048)
+    rows = torch.arange(40, device=DEVICE)
+    rows[[5, 39]] = -1
+    x[7] = NAN
+    x[8, 3] = float("inf")
+    counts = torch.zeros(128, dtype=torch.int32, device=DEVICE)
+    ids, weights = gate_linear(x, gate, 8, rows=rows, counts=counts)
+    whole_ids, whole_weights = gate_linear(noise(40, 2048), gate, 8)
+    assert bool((ids[[5, 7, 8, 39]] == -1).all())
+    assert bool(weights[[7, 8]].isnan().all())
+    others = [i for i in range(40) if i not in (5, 7, 8, 39)]
+    assert torch.equal(ids[others], whole_ids[others])
+    assert torch.equal(weights[others], whole_weights[others])
+    assert bool((ids[others, ::2] + 64 == ids[others, 1::2]).all())  # the lower one of a pair comes first
+    assert torch.equal(counts, torch.bincount(ids[ids >= 0].flatten(), minlength=128).int())
+    plain_weights = gate_linear(x[:1], gate, 8, renormalize=False)[1]
+    assert torch.allclose(plain_weights / plain_weights.sum(), weights[:1])
+
+
 # ------------------------------------------------------------------------------------------------------------- graphs
 def test_a_captured_layer_gives_the_bits_of_an_eager_one():
     num_tokens, hidden, heads, kv_heads, head_dim = 3, 2048, 32, 4, 128
     given = head_inputs(num_tokens, heads, kv_heads, head_dim)
     table, weight = noise(100, hidden), noise(hidden, seed=1)
+    gate = noise(128, hidden, seed=4)
     y, topk_weights = noise(num_tokens, 8, hidden, seed=2), torch.rand(num_tokens, 8, device=DEVICE)
     last_token = torch.tensor([5, 6, 7], device=DEVICE)
     ids = torch.tensor([-1, 8, -3], device=DEVICE)
@@ -196,7 +266,9 @@ def test_a_captured_layer_gives_the_bits_of_an_eager_one():
         normed = combine_add_rms_norm(y, topk_weights, residual, weight, EPS)
         arguments = [given[name] for name in ("cos_sin", "positions", "slot_mapping")]
         q = qk_norm_rope(given["qkv"], given["qk_norm"], EPS, *arguments, *caches, **given["sizes"])
-        return residual, normed, q, silu_mul(normed), *caches
+        gate_ids, gate_weights = gate_linear(normed, gate, 8)
+        product = thin_linear(normed, gate)
+        return residual, normed, q, silu_mul(normed), gate_ids, gate_weights, product, *caches
 
     expected = [t.clone() for t in layer()]
     graph = torch.cuda.CUDAGraph()
@@ -206,10 +278,10 @@ def test_a_captured_layer_gives_the_bits_of_an_eager_one():
         for tensor in made:
             tensor.fill_(0)
         graph.replay()
-        for tensor, wanted in zip(made[:4], expected):
+        for tensor, wanted in zip(made[:7], expected):
             assert torch.equal(tensor, wanted)
         written = given["slot_mapping"][given["slot_mapping"] >= 0]
-        for tensor, wanted in zip(made[4:], expected[4:]):
+        for tensor, wanted in zip(made[7:], expected[7:]):
             assert torch.equal(tensor.flatten(0, 1)[written], wanted.flatten(0, 1)[written])
 
 
