@@ -2,6 +2,8 @@
 running ahead, preemption, cancels and company."""
 
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,6 @@ import torch
 
 from expertmesh.bench.local_engine import LocalEngine
 from expertmesh.config import CacheConfig, SchedulerConfig
-from expertmesh.deploy.demo import DEMO_MODEL
 from expertmesh.make_checkpoint import make_checkpoint
 from expertmesh.request import EngineRequest, FinishReason, SamplingParams, ThinkingBudget
 
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from expertmesh.cluster.attention import device_model  # noqa: E402
 from expertmesh.cluster.attention.device_runner import DeviceRunner  # noqa: E402
 
 MOE = {
@@ -35,6 +37,7 @@ MOE = {
 }
 DENSE = {**MOE, "model_type": "qwen3", "num_experts": None, "num_experts_per_tok": None, "moe_intermediate_size": None}
 CACHE = CacheConfig(num_blocks=2000)
+DEMO_MODEL = Path(__file__).parents[1] / "deploy" / "demo_model" / "checkpoint"
 
 
 @pytest.fixture(scope="module", params=["moe", "dense"])
@@ -52,9 +55,9 @@ def moe(tmp_path_factory):
     return folder
 
 
-def engine_of(folder, cache=CACHE, **scheduler):
+def engine_of(folder, cache=CACHE, batch_invariant=False, **scheduler):
     engine = LocalEngine(
-        folder, cache=cache, device="cuda", batch_invariant=False, scheduler=SchedulerConfig(**scheduler)
+        folder, cache=cache, device="cuda", batch_invariant=batch_invariant, scheduler=SchedulerConfig(**scheduler)
     )
     assert isinstance(engine.runner, DeviceRunner)
     return engine
@@ -73,30 +76,59 @@ def request(name, prompt, max_tokens=24, thinking=None, **sampling):
     )
 
 
-def test_logits_agree_with_transformers(folder):
-    """Of prompts of several lengths, in chunks, and of the decodes after them; relative norm of every row."""
+def test_logits_agree_with_transformers(folder, monkeypatch):
+    """Of prompts of several lengths, in chunks, and of the decodes after them; relative norm of every row. The
+    reference is sent to the experts that we chose: in bfloat16 a near tie of the gate falls the other way now and then,
+    and a token that met another expert is another token (how often is bounded too)."""
     transformers = pytest.importorskip("transformers")
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().eval()
-    rows = []
+    rows, routed, flips, num_layers = [], [], [0, 0], 4
+    gate = device_model.gate_topk
+
+    def keep_ids(*args, **options):
+        ids, weights = gate(*args, **options)
+        routed.append(ids.long())
+        return ids, weights
+
+    monkeypatch.setattr(device_model, "gate_topk", keep_ids)
+    for layer_id, layer in enumerate(reference.model.layers):
+        if hasattr(layer.mlp, "gate"):
+            layer.mlp.gate.register_forward_hook(_routed_as(routed, layer_id, num_layers, flips))
     with engine_of(folder, max_prefill_tokens_per_step=96) as engine:
         forward = engine.runner.model.forward
 
-        def keep(*args, **kwargs):
-            logits = forward(*args, **kwargs)
+        def keep_logits(*args, **options):
+            logits = forward(*args, **options)
             rows.extend(logits.float().clone())
             return logits
 
-        engine.runner.model.forward = keep
+        engine.runner.model.forward = keep_logits
         for length in (1, 2, 17, 130, 700):
             rows.clear()
+            routed.clear()
             prompt = prompt_of(length, seed=length)
             (stream,) = engine.run([request(f"r{length}", prompt, max_tokens=4, num_logprobs=0)])
-            ids = torch.tensor([[*prompt, *stream.token_ids]], device="cuda")
+            ids = torch.tensor([[*prompt, *stream.token_ids[:-1]]], device="cuda")
             with torch.inference_mode():
-                expected = reference(ids).logits[0, length - 1 : -1]
+                expected = reference(ids).logits[0, length - 1 :]
             assert len(rows) == len(expected) == 4
             for ours, theirs in zip(rows, expected, strict=True):
                 assert (ours - theirs).norm() <= 2e-2 * theirs.norm()
+    assert flips[0] <= 0.15 * flips[1]
+
+
+def _routed_as(routed, layer_id, num_layers, flips):
+    """A hook on the reference's gate: our experts, with the weights that it gives them."""
+
+    def replace(_module, _inputs, output):
+        logits, weights, ids = output
+        ours = torch.cat(routed[layer_id::num_layers])
+        flips[0] += int((ours.sort(-1).values != ids.sort(-1).values).any(-1).sum())
+        flips[1] += len(ids)
+        weights = logits.float().softmax(-1).gather(1, ours)
+        return logits, weights / weights.sum(-1, keepdim=True), ours
+
+    return replace
 
 
 def test_streams_are_the_same_with_and_without_graphs_and_running_ahead(folder, monkeypatch):
@@ -111,6 +143,27 @@ def test_streams_are_the_same_with_and_without_graphs_and_running_ahead(folder, 
         eager = [s.token_ids for s in engine.run(requests)]
         assert engine.runner.num_replays == 0
     assert captured == eager
+
+
+def test_in_batch_invariant_mode_company_chunks_preemption_and_cached_prefixes_change_no_token(folder):
+    requests = [
+        request(f"r{i}", prompt_of(5 + 37 * i, seed=i), max_tokens=40, temperature=0.7 * (i % 2), seed=i)
+        for i in range(9)
+    ]
+
+    def streams_of(engine, requests):
+        return [s.token_ids for s in engine.run(requests)]
+
+    with engine_of(folder, batch_invariant=True, cache=CacheConfig(num_blocks=2000, enable_prefix_cache=False)) as one:
+        alone = [streams_of(one, [r])[0] for r in requests]
+    with engine_of(folder, batch_invariant=True, max_prefill_tokens_per_step=50) as engine:
+        assert streams_of(engine, requests) == alone
+        again = engine.run([replace(r, request_id="again" + r.request_id) for r in requests])
+        assert any(s.num_cached_tokens for s in again)
+        assert [s.token_ids for s in again] == alone
+    with engine_of(folder, batch_invariant=True, cache=CacheConfig(num_blocks=60)) as tight:
+        assert streams_of(tight, requests) == alone
+        assert tight.engine.scheduler.num_preemptions > 0
 
 
 def test_sampled_streams_repeat_themselves(moe):
@@ -157,8 +210,9 @@ def test_preempted_and_cached_streams_keep_their_length_and_free_everything(moe)
         assert engine.engine.scheduler.num_preemptions > 0
         assert [len(s.token_ids) for s in streams] == [60] * 12
         assert engine.books_balance
-        again = engine.run([request(f"s{i}", prompt_of(30 + i, seed=i), max_tokens=5) for i in range(2)])
-        assert any(s.num_cached_tokens for s in again)
+        first, again = (engine.run([request(name, prompt_of(70, seed=99), max_tokens=9)])[0] for name in "ab")
+        assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 64)
+        assert first.token_ids[0] == again.token_ids[0]
 
 
 def test_host_rules_join_and_leave_a_running_batch(moe):

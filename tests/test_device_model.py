@@ -10,6 +10,7 @@ from expertmesh.cluster.attention.batch import ScheduledTokens, build
 from expertmesh.cluster.attention.device_model import DeviceBatch, DeviceModel
 from expertmesh.cluster.attention.kv_cache import KVCache
 from expertmesh.cluster.attention.model import Model
+from expertmesh.cluster.attention.products import PlainProducts
 from expertmesh.cluster.attention.sequence import Sequence
 from expertmesh.experts.weights import load_layer
 from expertmesh.kernels import attention_reference, reference
@@ -23,15 +24,15 @@ BLOCK = 4
 def plain_operations(monkeypatch):
     """The kernels' contracts in plain torch: residuals change in place, the gate can be told of padding."""
 
-    def add_rms_norm(x, residual, weight, eps):
+    def add_rms_norm(x, residual, weight, eps, *, out):
         total, normed = attention_reference.add_rms_norm(x, residual, weight, eps)
         residual.copy_(total)
-        return normed
+        out.copy_(normed)
 
-    def combine_add_rms_norm(y, weights, residual, weight, eps, *, ids):
+    def combine_add_rms_norm(y, weights, residual, weight, eps, *, ids, out):
         total, normed = attention_reference.combine_add_rms_norm(y, weights, residual, weight, eps, ids)
         residual.copy_(total)
-        return normed
+        out.copy_(normed)
 
     def gate_topk(logits, top_k, *, renormalize, num_valid):
         ids, weights = reference.gate_topk(logits, top_k, renormalize=renormalize)
@@ -49,7 +50,7 @@ def plain_operations(monkeypatch):
         "gate_topk": gate_topk,
         "embed_rms_norm": embed_rms_norm,
         "qk_norm_rope": attention_reference.qk_norm_rope,
-        "silu_mul": attention_reference.silu_mul,
+        "silu_mul": lambda gate_up, *, out: out.copy_(attention_reference.silu_mul(gate_up)),
     }.items():
         monkeypatch.setattr(device_model, name, function)
 
@@ -79,8 +80,8 @@ class Attention:
     def __init__(self, plain, batch):
         self.plain, self.planned = plain, plain.plan(batch)
 
-    def attend(self, q, k_cache, v_cache):
-        return self.plain.attend(self.planned, q, k_cache, v_cache)
+    def attend(self, q, k_cache, v_cache, out):
+        out.copy_(self.plain.attend(self.planned, q, k_cache, v_cache))
 
 
 def steps_of(vocab_size, lengths, num_decodes):
@@ -103,13 +104,22 @@ def steps_of(vocab_size, lengths, num_decodes):
             cache.grow(sequence.table, sequence.num_tokens)
 
 
+class WideProducts(PlainProducts):
+    """More rows than tokens, as in batch-invariant mode; those that nobody asked for must not matter."""
+
+    def padded(self, num_rows):
+        return -(-num_rows // 16) * 16
+
+
+@pytest.mark.parametrize("products", [PlainProducts(), WideProducts()], ids=["plain", "padded"])
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda c: c.name)
-def test_it_is_the_plain_model(configuration, tmp_path, plain_operations):
+def test_it_is_the_plain_model(configuration, products, tmp_path, plain_operations):
     make_checkpoint(tmp_path, configuration.config, seed=5, **{"dtype": "bfloat16", **configuration.checkpoint})
     checkpoint = Checkpoint(tmp_path)
     vocab_size = checkpoint.config.vocab_size
     plain = Model.load(checkpoint, dtype=torch.bfloat16, block_size=BLOCK, batch_invariant=False)
     ours = DeviceModel.load(checkpoint, device="cpu", max_model_len=256, block_size=BLOCK)
+    ours.products = products
     experts = Experts(checkpoint)
     pages, our_pages = plain.new_kv_cache(64), ours.new_kv_cache(64)
     for scheduled in steps_of(vocab_size, (1, 9, 30), num_decodes=2):
@@ -151,8 +161,9 @@ def test_padding_is_routed_nowhere_and_unseen_tokens_are_the_slots_last_ones(tmp
     )
 
     class Padded(Attention):
-        def attend(self, q, k_cache, v_cache):
-            return torch.cat([super().attend(q[:2], k_cache, v_cache), torch.zeros_like(q[2:])])
+        def attend(self, q, k_cache, v_cache, out):
+            super().attend(q[:2], k_cache, v_cache, out[:2])
+            out[2:] = 0
 
     pages = ours.new_kv_cache(64)
     logits = ours.forward(device_batch, pages, experts, Padded(plain.attention, batch), last_token=last_token)

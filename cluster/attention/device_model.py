@@ -5,14 +5,15 @@ sum and norm; gate product; top-k; the experts' three (`step.rows`: route, pack,
 residual sum and the next layer's norm. Nothing syncs and nothing is allocated outside torch's allocator, so a forward
 may stand in a CUDA graph. Rounding is the plain model's: bf16 between operations, float32 inside them.
 
-Rows from `num_valid` on are padding: they are routed nowhere and written nowhere; what they compute means nothing."""
+Rows from `num_valid` on are padding: they are routed nowhere and written nowhere; what they compute means nothing.
+In batch-invariant mode products have more rows than tokens (`products.py`): kernels write the first T of them, and
+products read them all."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
 from ...checkpoint import Checkpoint, ProgressCallback
 from ...errors import ConfigError
@@ -23,6 +24,7 @@ from ...kernels.gate_topk import gate_topk
 from ...kernels.qk_norm_rope import qk_norm_rope
 from ...kernels.silu_mul import silu_mul
 from ...model_config import ModelConfig
+from .products import InvariantProducts, PlainProducts, Products
 from .rope import inverse_frequencies
 from .weights import AttentionWeights, LayerWeights, load_attention_weights
 
@@ -38,7 +40,9 @@ class Rows(Protocol):
 class Attend(Protocol):
     """Planned attention (`flash.py`)."""
 
-    def attend(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor: ...
+    def attend(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +59,19 @@ class DeviceBatch:
 class DeviceModel:
     """Immutable weights; all state is in the KV pages that `forward` is handed."""
 
-    def __init__(self, config: ModelConfig, weights: AttentionWeights, *, max_model_len: int, block_size: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: AttentionWeights,
+        *,
+        max_model_len: int,
+        block_size: int,
+        products: Products | None = None,
+    ) -> None:
         if weights.embed.dtype != torch.bfloat16:
             raise ConfigError("dtype", str(weights.embed.dtype), "bfloat16: the GPU engine's kernels take no other")
         self.config, self.weights, self.block_size = config, weights, block_size
-        self.device = weights.embed.device
+        self.device, self.products = weights.embed.device, products or PlainProducts()
         self.cos_sin = rotary_table(config, max_model_len).to(self.device)  # [max_model_len, head_dim] float32
 
     @classmethod
@@ -70,10 +82,12 @@ class DeviceModel:
         device: torch.device | str,
         max_model_len: int,
         block_size: int,
+        batch_invariant: bool = False,
         progress: ProgressCallback | None = None,
     ) -> "DeviceModel":
         weights = load_attention_weights(checkpoint, dtype=torch.bfloat16, device=device, progress=progress)
-        return cls(checkpoint.config, weights, max_model_len=max_model_len, block_size=block_size)
+        products = InvariantProducts(_one_of_each_shape(weights)) if batch_invariant else PlainProducts()
+        return cls(checkpoint.config, weights, max_model_len=max_model_len, block_size=block_size, products=products)
 
     def new_kv_cache(self, num_blocks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Pages of every layer, zeroed: a masked slot must hold a number."""
@@ -97,28 +111,27 @@ class DeviceModel:
         last_token: torch.Tensor | None = None,  # [num_slots] int64
     ) -> torch.Tensor:
         """Logits [S, vocab_size] bf16 of `batch.logits_rows`."""
-        config, weights, layers = self.config, self.weights, self.weights.layers
-        eps = config.rms_norm_eps
-        residual, x = embed_rms_norm(
+        config, weights, layers, product = self.config, self.weights, self.weights.layers, self.products
+        eps, num_tokens = config.rms_norm_eps, batch.token_ids.shape[0]
+        residual, first = embed_rms_norm(
             weights.embed, batch.token_ids, layers[0].input_norm, eps, last_token=last_token
         )  # [T, hidden] each
+        x = first  # [padded(T), hidden] from here on, the norm that a product reads
+        if product.padded(num_tokens) != num_tokens:
+            x = self._room(num_tokens, config.hidden_size)
+            x[:num_tokens] = first
         for layer_id, (layer, cache) in enumerate(zip(layers, kv_pages, strict=True)):
             mixed = self._attention(layer, x, batch, cache, attention)
-            x = add_rms_norm(F.linear(mixed, layer.o), residual, layer.post_norm, eps)
+            x = self._room(num_tokens, config.hidden_size)
+            add_rms_norm(product(mixed, layer.o)[:num_tokens], residual, layer.post_norm, eps, out=x[:num_tokens])
             after = layers[layer_id + 1].input_norm if layer_id + 1 < len(layers) else weights.norm
-            if layer.gate is None:
-                assert layer.w13 is not None
-                assert layer.w2 is not None
-                x = add_rms_norm(F.linear(silu_mul(F.linear(x, layer.w13)), layer.w2), residual, after, eps)
-                continue
-            topk_ids, topk_weights = gate_topk(
-                F.linear(x, layer.gate), config.top_k, renormalize=config.norm_topk_prob, num_valid=batch.num_valid
-            )
-            y = step.rows(layer_id, x, topk_ids)  # [T, top_k, hidden]
-            x = combine_add_rms_norm(y, topk_weights, residual, after, eps, ids=topk_ids)
-        if batch.logits_rows is not None:
-            x = x.index_select(0, batch.logits_rows)
-        return F.linear(x, weights.lm_head)
+            x = self._mlp(layer_id, layer, x, batch, residual, after, step)
+        if batch.logits_rows is None:
+            return product(x, weights.lm_head)[:num_tokens]
+        num_rows = batch.logits_rows.shape[0]
+        chosen = self._room(num_rows, config.hidden_size)
+        torch.index_select(x, 0, batch.logits_rows, out=chosen[:num_rows])
+        return product(chosen, weights.lm_head)[:num_rows]
 
     def _attention(
         self,
@@ -128,19 +141,69 @@ class DeviceModel:
         cache: tuple[torch.Tensor, torch.Tensor],
         attention: Attend,
     ) -> torch.Tensor:
-        """[T, hidden] -> [T, num_heads * head_dim]; this step's K and V are written first."""
+        """x [padded(T), hidden] -> [padded(T), num_heads * head_dim]; this step's K and V are written first."""
+        config, num_tokens = self.config, batch.token_ids.shape[0]
         q = qk_norm_rope(
-            F.linear(x, layer.qkv),
+            self.products(x, layer.qkv)[:num_tokens],
             layer.qk_norm,
-            self.config.rms_norm_eps,
+            config.rms_norm_eps,
             self.cos_sin,
             batch.positions,
             batch.slot_mapping,
             *cache,
-            num_heads=self.config.num_heads,
-            num_kv_heads=self.config.num_kv_heads,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
         )
-        return attention.attend(q, *cache).view(x.shape[0], -1)
+        mixed = self._room(num_tokens, config.q_size)
+        attention.attend(q, *cache, out=mixed[:num_tokens].view(num_tokens, config.num_heads, config.head_dim))
+        return mixed
+
+    def _mlp(
+        self,
+        layer_id: int,
+        layer: LayerWeights,
+        x: torch.Tensor,
+        batch: DeviceBatch,
+        residual: torch.Tensor,
+        after: torch.Tensor,
+        step: Rows,
+    ) -> torch.Tensor:
+        """Experts or dense MLP, added to the residual -> the norm that follows, [padded(T), hidden]."""
+        config, num_tokens, product = self.config, residual.shape[0], self.products
+        out = self._room(num_tokens, config.hidden_size)
+        if layer.gate is None:
+            assert layer.w13 is not None
+            assert layer.w2 is not None
+            hidden = self._room(num_tokens, layer.w2.shape[1])
+            silu_mul(product(x, layer.w13)[:num_tokens], out=hidden[:num_tokens])
+            y = product(hidden, layer.w2)[:num_tokens]
+            add_rms_norm(y, residual, after, config.rms_norm_eps, out=out[:num_tokens])
+            return out
+        topk_ids, topk_weights = gate_topk(
+            product(x, layer.gate)[:num_tokens],
+            config.top_k,
+            renormalize=config.norm_topk_prob,
+            num_valid=batch.num_valid,
+        )
+        rows = step.rows(layer_id, x[:num_tokens], topk_ids)  # [T, top_k, hidden]
+        combine_add_rms_norm(
+            rows, topk_weights, residual, after, config.rms_norm_eps, ids=topk_ids, out=out[:num_tokens]
+        )
+        return out
+
+    def _room(self, num_tokens: int, width: int) -> torch.Tensor:
+        """[padded(T), width] for what a product reads; rows from T on hold whatever was in memory."""
+        return torch.empty(self.products.padded(num_tokens), width, dtype=torch.bfloat16, device=self.device)
+
+
+def _one_of_each_shape(weights: AttentionWeights) -> list[torch.Tensor]:
+    """A weight of every shape that products are made with."""
+    found = {weights.lm_head.shape: weights.lm_head}
+    for layer in weights.layers:
+        for w in (layer.qkv, layer.o, layer.gate, layer.w13, layer.w2):
+            if w is not None:
+                found.setdefault(w.shape, w)
+    return list(found.values())
 
 
 def rotary_table(config: ModelConfig, num_positions: int) -> torch.Tensor:

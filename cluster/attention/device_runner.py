@@ -112,7 +112,12 @@ class DeviceRunner:
         phases = phases or StartupPhases()
         with phases.phase("weights"):
             model = DeviceModel.load(
-                checkpoint, device=device, max_model_len=max_model_len, block_size=cache.block_size, progress=progress
+                checkpoint,
+                device=device,
+                max_model_len=max_model_len,
+                block_size=cache.block_size,
+                batch_invariant=batch_invariant,
+                progress=progress,
             )
         attention = select_attention(
             "auto",
