@@ -8,6 +8,7 @@ import queue
 import random
 import signal
 import threading
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -17,6 +18,7 @@ from expertmesh.bench.flipping_wire import Flip, FlippingMesh
 from expertmesh.cluster.member_agent import MemberAgent
 from expertmesh.config import ExchangeConfig
 from expertmesh.errors import ExpertMeshError, GuardError, Unavailable
+from expertmesh.router.device_step import DeviceStep
 from expertmesh.router.epoch import Epoch, Member, StepHeader
 from expertmesh.router.exchange import RowShape
 from expertmesh.router.guard import BadRow
@@ -26,6 +28,7 @@ from expertmesh.router.placement import Placement, uniform
 NUM_LAYERS, NUM_EXPERTS, TOP_K, HIDDEN = 5, 16, 4, 32
 LAYERS = (1, 2, 4)
 SHAPE = RowShape(hidden_size=HIDDEN, top_k=TOP_K, dtype=torch.float32)
+CPU = torch.device("cpu")
 TOKEN = "shared secret"
 
 
@@ -60,6 +63,35 @@ class TinyExperts:
         return torch.stack(products) if products else rows[:0]
 
 
+class DeviceTinyExperts(TinyExperts):
+    """The same on a GPU, as its kernels are: all pairs at once, no host sync, at addresses that a graph may hold."""
+
+    capturable, graph_version = True, 0
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        empty = torch.zeros(NUM_EXPERTS * 2, HIDDEN, HIDDEN, device=device)
+        self.used = {layer_id: empty.clone() for layer_id in LAYERS}  # [slots, hidden, hidden]
+
+    def set_placement(self, placement: Placement, ep_rank: int) -> None:
+        is_first = not self.version
+        super().set_placement(placement, ep_rank)
+        if is_first:
+            self.use_placement(self.version)
+
+    def use_placement(self, version: int) -> None:
+        super().use_placement(version)
+        for layer_id, weights in self.resident[version].items():
+            self.used[layer_id][: len(weights)].copy_(weights)
+
+    def forward(self, layer_id: int, rows: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
+        if self.broken:
+            self.broken = False
+            raise RuntimeError("a broken expert")
+        weights = self.used[layer_id][slot_ids.clamp(min=0).long()]  # [R, top_k, hidden, hidden]
+        return (weights * rows[:, None, None, :]).sum(-1)
+
+
 def matrix(layer_id: int, expert: int) -> torch.Tensor:
     """[hidden, hidden]; an empty slot (-1) holds NaN: it must never be asked."""
     if expert < 0:
@@ -68,15 +100,21 @@ def matrix(layer_id: int, expert: int) -> torch.Tensor:
     return torch.randn(HIDDEN, HIDDEN, generator=generator) / HIDDEN**0.5
 
 
-def toy_model(step: Any, batch_id: int, num_tokens: int) -> torch.Tensor:
+def toy_model(step: Any, batch_id: int, num_tokens: int, device: torch.device = CPU) -> torch.Tensor:
     """[num_tokens, hidden]: seeded input through every MoE layer, with seeded routing."""
     generator = torch.Generator().manual_seed(batch_id)
     x = torch.randn(num_tokens, HIDDEN, generator=generator)
+    x = x.to(device)
     for layer_id in LAYERS:
         ids = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).argsort(1)[:, :TOP_K].to(torch.int32)
         weights = torch.rand(num_tokens, TOP_K, generator=generator)
-        x = x + step.moe(layer_id, x, ids, weights)
-    return x
+        x = x + step.moe(layer_id, x, ids.to(device), weights.to(device))
+    if isinstance(step, DeviceStep):
+        event = torch.cuda.Event()
+        event.record()
+        step.wait(event)
+        step.finish()
+    return x.cpu()
 
 
 def placement(ep_size: int, version: int) -> Placement:
@@ -106,8 +144,9 @@ class MemberProcess:
         exchange: ExchangeConfig,
         name: str = "member",
         mesh_type: type[ClusterMesh] = ClusterMesh,
+        device: torch.device = CPU,
     ) -> None:
-        self.connection = connection
+        self.connection, self.device = connection, device
         self.headers = queue.SimpleQueue[StepHeader | str]()  # or "end", or "work": look for batches
         self.bid_is_out = False  # engine thread
         self.outputs = queue.SimpleQueue[tuple[int, Any, int]]()  # (batch id, output or error, epoch)
@@ -120,9 +159,9 @@ class MemberProcess:
         self.mesh = mesh_type(
             f"{name}{rank}#0",
             attention=role in "ab",
-            experts=TinyExperts() if role in "eb" else None,
-            shape=SHAPE,
-            options=MeshOptions(cluster_token=TOKEN, exchange=exchange),
+            experts=None if role == "a" else TinyExperts() if device == CPU else DeviceTinyExperts(device),
+            shape=replace(SHAPE, device=device),
+            options=MeshOptions(cluster_token=TOKEN, exchange=exchange, buckets=(1, 2, 4) if device != CPU else ()),
             on_trouble=lambda epoch, error: self.troubles.append(type(error).__name__),
         )
         self.mesh.start(self.headers.put)
@@ -180,6 +219,8 @@ class MemberProcess:
         return self.mesh.wire.flips
 
     def _engine(self) -> None:
+        if self.device != CPU:
+            torch.cuda.set_device(self.device)
         while (header := self.headers.get()) != "end":
             if isinstance(header, StepHeader):
                 self._step(header)
@@ -196,7 +237,7 @@ class MemberProcess:
             if header.num_tokens[self.mesh.rank]:
                 self.bid_is_out = False
                 batch = self.batches.popleft()
-                self.outputs.put((batch[0], toy_model(step, *batch), header.epoch))
+                self.outputs.put((batch[0], toy_model(step, *batch, self.device), header.epoch))
             else:
                 step.serve()
             self.steps_served[header.epoch] += 1
@@ -210,6 +251,14 @@ class MemberProcess:
 
 def member_process(rank: int, connection: Connection, roles: str, exchange: ExchangeConfig) -> None:
     MemberProcess(rank, connection, roles, exchange).run()
+
+
+def gpu_process(rank: int, connection: Connection, roles: str, exchange: ExchangeConfig, num_gpus: int) -> None:
+    """A member whose rows live on a GPU, the only one that it sees."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(rank % num_gpus)
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    MemberProcess(rank, connection, roles, exchange, device=device).run()
 
 
 def flipping_process(rank: int, connection: Connection, roles: str, exchange: ExchangeConfig, rate: float) -> None:

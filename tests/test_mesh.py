@@ -20,8 +20,10 @@ QUICK = ExchangeConfig(timeout_base_s=20.0, timeout_per_row_s=0.0, epoch_timeout
 class Cluster(process_world.ProcessWorld):
     """The Conductor's part, by hand: prepare on all, then commit on all."""
 
-    def __init__(self, roles: str, exchange: ExchangeConfig = QUICK) -> None:
-        super().__init__(mesh_worlds.member_process, len(roles), roles, exchange)
+    def __init__(
+        self, roles: str, exchange: ExchangeConfig = QUICK, process=mesh_worlds.member_process, *arguments: int
+    ) -> None:
+        super().__init__(process, len(roles), roles, exchange, *arguments)
         self.roles = roles
         self.members = self.ask_all("member")
         self.key = self.leader_id = ""
