@@ -16,6 +16,7 @@ from ..cluster.app import Cluster, stop_ray
 from ..cluster.commands.serve import DEMO_MODEL
 from ..config import NODE, CacheConfig, ClusterConfig, ExchangeConfig, NetworkConfig
 from ..errors import Unavailable
+from ..model_config import ModelConfig
 from ..router.status import ClusterState, ProcessStatus
 from .valkey import HOST, ValkeyProcess, free_port
 
@@ -71,6 +72,8 @@ class ChaosWorld:
             cache=CacheConfig(kv_memory_bytes=64 << 20),
             exchange=ExchangeConfig(timeout_base_s=HANG_S, timeout_per_row_s=0.0),
         )
+        model = ModelConfig.from_folder(DEMO_MODEL)
+        self._copies = 2 * model.num_experts * len(model.moe_layer_ids)
         self.cluster = Cluster(config, ray_address=address, progress=self._say)
         self._stack.callback(stop_ray)
         self.cluster.start()
@@ -103,6 +106,17 @@ class ChaosWorld:
         while (wrong := self._unsettled()) and time.monotonic() < deadline:
             time.sleep(0.5)
         return wrong
+
+    def wait_whole(self) -> bool:
+        """Until all processes serve and every expert has a redundant copy; False = not within the time."""
+        deadline = time.monotonic() + SETTLE_S
+        while time.monotonic() < deadline:
+            state, shards = self.state(), self.serving("expert")
+            copies = sum(p.num_physical_experts for p in shards if state is not None and p.epoch == state.epoch)
+            if state is not None and state.ready and len(shards) == NUM_SHARDS and copies >= self._copies:
+                return True
+            time.sleep(0.25)
+        return False
 
     def _unsettled(self) -> list[str]:
         state = self.state()
