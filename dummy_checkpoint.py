@@ -28,7 +28,7 @@ from .quantized import GROUP
 
 Shape = tuple[int, ...]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_RANDOM_NIBBLE_RMS = math.sqrt(sum((q - 8) ** 2 for q in range(16)) / 16)  # of q - 8, q even over 0..15
+_RANDOM_NIBBLE_RMS = math.sqrt(sum((q - 8) ** 2 for q in (8, *range(1, 16))) / 16)
 
 
 class DummyCheckpoint(Checkpoint):
@@ -79,7 +79,7 @@ class DummyCheckpoint(Checkpoint):
             rms = _random_e4m3_rms() if fp8 else _RANDOM_NIBBLE_RMS
             flat.fill_(_deviation(base + "weight", fan_in, self.config) / rms)
         elif part == "qweight":
-            flat.view(torch.uint8).random_(0, 256, generator=self._generator(name, flat.device))
+            _draw_nibbles(flat.view(torch.uint8), self._generator(name, flat.device))
         elif flat.dtype == torch.float8_e4m3fn:
             drawn = flat.view(torch.uint8).random_(0, 254, generator=self._generator(name, flat.device))
             drawn.add_(drawn >= 0x7F)  # 0x7F and 0xFF are NaN
@@ -138,6 +138,14 @@ def _deviation(name: str, fan_in: int, config: ModelConfig) -> float:
     if name.endswith("down_proj.weight"):
         return 2.0 * added / math.sqrt(fan_in)  # silu(gate) * up has a deviation near one half
     return 1.0 / math.sqrt(fan_in)
+
+
+def _draw_nibbles(packed: torch.Tensor, generator: torch.Generator) -> None:
+    """1 to 15, and 8 twice as often: on average 8, the zero point. Else all weights would share a little of one sign,
+    which grows from layer to layer until every token looks, and is routed, like every other."""
+    packed.random_(0, 256, generator=generator)
+    packed.add_((packed & 0x0F == 0).mul(torch.tensor(0x08, dtype=torch.uint8)))
+    packed.add_((packed < 0x10).mul(torch.tensor(0x80, dtype=torch.uint8)))
 
 
 @functools.cache

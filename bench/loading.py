@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", default=None, help="where the files are written for the time of the run")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
+    torch.set_num_threads(1)  # as in a replica: the readers are the threads
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:

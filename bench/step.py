@@ -76,8 +76,7 @@ class StepBench:
         self.begun_s = time.time() - psutil.Process().create_time()  # imports
         with self.phases.phase("device"):
             if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
-                torch.zeros(1, device=self.device)
+                torch.zeros(1, device=self.device)  # its context
         checkpoint = open_case(arguments.case, folder, num_layers=arguments.layers)
         self.config = checkpoint.config
         self.form = form_of(json.loads((folder / "config.json").read_text()))
@@ -100,6 +99,8 @@ class StepBench:
             phases=self.phases,
         )
         self._random, self._num_requests = random.Random(5), 0
+        if self.device.type == "cuda" and not _runs_graphs(self.engine.runner):
+            raise Broken("attention runs in plain torch, without CUDA graphs: this is not the engine that is served")
 
     @property
     def device_name(self) -> str:
@@ -250,6 +251,10 @@ def _spied(runner: Any, seen: list[torch.Tensor]) -> Iterator[None]:
     device_model.gate_topk = gate  # type: ignore[assignment]
 
 
+def _runs_graphs(runner: Any) -> bool:
+    return bool(runner.runs_ahead and getattr(runner.attention, "capturable", False))
+
+
 def step_gaps(streams: Sequence[Stream]) -> list[float]:
     """Seconds between each two steps in a row that both gave every stream one token."""
     counts = Counter(at for stream in streams for at in stream.token_times_s)
@@ -303,7 +308,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not bench.engine.books_balance:
                 raise Broken("blocks or requests are left behind")
             if bench.device.type == "cuda":
+                runner: Any = bench.engine.runner
                 result["peak_gb"] = torch.cuda.max_memory_allocated(bench.device) / 1e9
+                result["steps"] = {
+                    "captured": runner.num_captures,
+                    "replayed": runner.num_replays,
+                    "eager": runner.num_eager,
+                }
     except Broken as error:
         broken = str(error)
         print(f"BROKEN: {broken}", flush=True)

@@ -129,21 +129,29 @@ def test_what_a_layer_adds_is_finite_and_of_order_one(checkpoint):
     assert 0.1 < rows.std() * (2 * config.num_layers) ** 0.5 < 3
 
 
-def test_routers_spread_a_batch_as_even_routing_does(tmp_path):
+def test_noise_has_no_mean_that_layers_could_pile_up(checkpoint):
+    weights = load_attention_weights(checkpoint, dtype=torch.float32)
+    for matrix in (weights.layers[0].qkv, weights.layers[1].o):
+        assert abs(matrix.mean()) < 4 * matrix.std() / matrix.numel() ** 0.5
+
+
+@pytest.mark.parametrize("form", list(QUANTIZATION))
+def test_routers_spread_a_batch_as_even_routing_does(tmp_path, form):
     """8, 51.6, 111.8 and 128 distinct experts of 128 for 1, 8, 32 and 128 tokens are what even routing gives."""
-    checkpoint = DummyCheckpoint(folder_of(tmp_path, moe_intermediate_size=32, num_experts=128))
+    checkpoint = DummyCheckpoint(folder_of(tmp_path, form, num_hidden_layers=2))
     config = checkpoint.config
     weights = load_attention_weights(checkpoint, dtype=torch.float32)
-    experts = LocalExpertMLP(checkpoint, Numerics())
-    experts.set_placement(uniform(config.num_layers, config.num_experts, 1), 0)
     generator = torch.Generator().manual_seed(1)
-    for batch, least, most in ((1, 8, 8), (8, 44, 58), (32, 104, 120), (128, 126, 128)):
+    for batch, least, most in ((1, 8, 8), (8, 44, 58), (32, 102, 120), (128, 125, 128)):
         x = weights.embed[torch.randint(0, config.vocab_size, (batch,), generator=generator)]
-        for layer_id, layer in enumerate(weights.layers):
-            normed = rms_norm(x, layer.post_norm, 1e-6)
-            ids, gains = top_k(torch.nn.functional.linear(normed, layer.gate), 8, renormalize=True)
-            assert least <= ids.unique().numel() <= most
-            x = x + (experts.forward(layer_id, normed, ids).view(batch, 8, -1) * gains[..., None]).sum(1)
+        for _ in range(4):  # the model's layers again and again: a deeper one
+            for layer in weights.layers:
+                value = torch.nn.functional.linear(rms_norm(x, layer.input_norm, 1e-6), layer.qkv)[:, -config.kv_size :]
+                x = x + torch.nn.functional.linear(value.repeat(1, config.num_heads // config.num_kv_heads), layer.o)
+                assert layer.gate is not None
+                logits = torch.nn.functional.linear(rms_norm(x, layer.post_norm, 1e-6), layer.gate)
+                ids, _ = top_k(logits, 8, renormalize=True)
+                assert least <= ids.unique().numel() <= most
 
 
 def test_a_dense_model_has_its_weights_too(tmp_path):
