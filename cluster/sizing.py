@@ -22,7 +22,7 @@ Form = Literal["bf16", "fp8", "int4"]
 GIB = 1 << 30
 NUM_SPARE = 2  # places of a layer beyond a rank's slots, as `experts/device_experts.py` has them
 USABLE = 0.99  # of a GPU's nominal memory: what the driver leaves
-CONTEXT_BYTES = 3 * GIB  # CUDA context, kernels, cuBLAS and exchange buffers, CUDA graphs
+CONTEXT_BYTES = 3 * GIB  # CUDA context, kernels, cuBLAS and exchange buffers, CUDA graphs, the allocator's rest
 SHORT_CONTEXT = 192  # tokens a sequence, at which floors are compared: prompt 128 + half of an output of 128
 
 
@@ -110,11 +110,14 @@ def expert_bytes(config: ModelConfig, form: Form, *, zero_points: bool = False) 
 
 
 def activation_bytes(config: ModelConfig, num_tokens: int, num_seqs: int) -> int:
-    """Live at once in a step, by its large tensors: expert rows in and out, a layer's rows, logits twice."""
+    """What a step of that size keeps at once, by its large tensors: expert rows in and out, a layer's rows, logits in
+    16 and 32 bits (two steps of them: one may be in flight), and something for all else."""
     hidden = config.hidden_size
-    experts = num_tokens * config.top_k * 2 * (3 * hidden + 2 * config.moe_intermediate_size)
-    dense = num_tokens * 2 * (3 * config.q_size + 2 * config.kv_size + 8 * hidden + 2 * config.intermediate_size)
-    return experts + dense + num_seqs * config.vocab_size * (2 + 4)
+    experts = num_tokens * max(1, config.top_k) * 2 * (3 * hidden + 2 * config.moe_intermediate_size)
+    dense = num_tokens * 2 * (3 * config.q_size + 2 * config.kv_size + 8 * hidden)
+    if len(config.moe_layer_ids) < config.num_layers:
+        dense += num_tokens * 2 * 3 * config.intermediate_size
+    return experts + dense + 2 * num_seqs * config.vocab_size * (2 + 4) + (512 << 20)
 
 
 # --------------------------------------------------------------------------------------------------------------- plans

@@ -22,10 +22,10 @@ import torch
 from ...checkpoint import Checkpoint, ProgressCallback
 from ...config import CacheConfig, SchedulerConfig
 from ...errors import ExchangeError, StartupError
-from ...model_config import ModelConfig
 from ...router.contracts import StepContext
 from ...router.device_step import DeviceStep
 from ...startup_phases import StartupPhases
+from ..sizing import activation_bytes
 from .batch import ScheduledTokens, StepBatch, build
 from .device_model import DeviceBatch, DeviceModel, Rows
 from .device_sampler import DeviceSampler, decode_flags
@@ -95,7 +95,7 @@ class DeviceRunner:
         weight_bytes = attention_weight_bytes(config, torch.bfloat16)
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         usable = free_bytes - int((1 - _MEMORY_SHARE) * total_bytes)
-        step_bytes = activation_bytes(config, scheduler)
+        step_bytes = activation_bytes(config, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
         available = usable - expert_bytes - step_bytes
         if available <= weight_bytes:
             raise StartupError(
@@ -445,16 +445,6 @@ class _DeviceFlight:
         finite, forced = decode_flags(flags)
         nothing: list[None] = [None] * len(ids)
         return StepResult(Sampled(ids.tolist(), forced, finite, [*nothing]), perf_counter() - self._started, 0.0)
-
-
-def activation_bytes(config: ModelConfig, scheduler: SchedulerConfig) -> int:
-    """What a step of the largest size keeps at once, by its large tensors: expert rows in and out, logits."""
-    num_tokens, hidden = scheduler.max_num_batched_tokens, config.hidden_size
-    pairs = num_tokens * max(1, config.top_k)
-    expert = pairs * (3 * hidden + 2 * (config.moe_intermediate_size or 0)) * 2
-    dense = num_tokens * (config.q_size * 3 + 2 * config.kv_size + 8 * hidden) * 2
-    logits = 2 * scheduler.max_num_seqs * config.vocab_size * (2 + 4)
-    return expert + dense + logits + (512 << 20)
 
 
 def _gib(num_bytes: int) -> str:

@@ -18,6 +18,7 @@ from ...errors import CheckpointError, StartupError
 from ...model_config import ModelConfig
 from ...router.contracts import StepContext
 from ...startup_phases import StartupPhases
+from ..sizing import attention_parameters
 from .batch import ScheduledTokens, StepBatch, build
 from .model import Model
 from .sampler import Sampled, Sampler
@@ -196,12 +197,7 @@ def tokenizer_vocab_size(checkpoint: Checkpoint) -> int:
 
 def attention_weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of the attention tier's weights: everything but the experts."""
-    hidden = config.hidden_size
-    attention = hidden * (2 * config.q_size + 2 * config.kv_size)
-    num_moe = len(config.moe_layer_ids)
-    mlps = num_moe * hidden * config.num_experts + (config.num_layers - num_moe) * 3 * hidden * config.intermediate_size
-    embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    return (config.num_layers * attention + mlps + embeddings) * dtype.itemsize
+    return attention_parameters(config) * dtype.itemsize
 
 
 def size_kv_pool(
@@ -221,7 +217,7 @@ def size_kv_pool(
         raise StartupError(
             f"this attention replica needs {_mib(needed)}: {_mib(weight_bytes)} of weights and {_mib(kv_bytes)} of KV "
             f"({num_blocks} blocks); {_mib(available_bytes)} are available; lower cache.kv_memory_bytes or "
-            "cache.num_blocks, or use a larger machine"
+            "cache.num_blocks, or use a larger machine (`expertmesh plan` says which)"
         )
     return num_blocks
 
