@@ -85,9 +85,11 @@ class DeviceExperts:
                 continue
             table[:num_slots].copy_(placed.place_of_slot)
             table[num_slots:].fill_(-1)
-        self._used = dict(layers)
         if self._entered is not None:
+            if not self._used:
+                torch.cuda.empty_cache()  # what the first load needed on its way, for everybody else
             self._entered.record()
+        self._used = dict(layers)
 
     def rows(
         self, layer_id: int, rows: torch.Tensor, slot_ids: torch.Tensor, *, expected_pairs: float | None = None

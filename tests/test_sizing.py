@@ -9,6 +9,7 @@ from expertmesh import cli
 from expertmesh.cluster.sizing import (
     GIB,
     GPUS,
+    NUM_SPARE,
     Workload,
     attention_parameters,
     distinct_experts,
@@ -105,6 +106,12 @@ def test_the_packed_bytes_are_what_the_kernels_store():
     for zeros in (False, True):
         int4 = pack_mma(*random_int4(1, 512, 256, zeros=zeros))
         assert stored(int4) == expert_bytes(config, "int4", zero_points=zeros)
+
+
+def test_spare_places_are_those_that_a_shard_has():
+    from expertmesh.experts import device_experts
+
+    assert device_experts.NUM_SPARE == NUM_SPARE
 
 
 @pytest.mark.parametrize(("batch", "ms"), [(1, 1.96), (8, 8.33), (32, 17.2), (128, 20.1), (256, 20.9)])
