@@ -26,7 +26,7 @@ SHELL = [
 ]
 COMMANDS = [line for line in SHELL if line.startswith("expertmesh ")]
 FOREIGN = [line for line in SHELL if line.startswith(("grpcurl", "buf"))]
-NOT_RUN = ("serve", "chat", "make-checkpoint")  # a cluster (see `make contract`), a person, much noise (test_cli.py)
+NOT_RUN = ("serve", "chat", "plan", "make-checkpoint")  # a cluster (`make contract`), a person, no such folder, noise
 SHOWN = ("42", "Paris", "178377", "more events", "NOT_FOUND")  # something that each example must print
 
 
