@@ -3,17 +3,12 @@
 // CTA takes an item (request, query tile, KV chunk) of one KV head, a query tile being TILE_Q rows of (token, head of
 // group). The list of items is ours (cluster/attention/schedule.py), hence the Params below: lengths and starts are
 // read from arrays of the schedule, so that requests may lie anywhere in q, rows of the block table may have any pitch,
-// and padding is a request without KV. With several chunks a second kernel adds them up (FlashInfer's merge of
-// attention states). Needs: HEAD_SIZE 64 or 128, num_heads % num_kv_heads == 0, sm_80 or newer.  Built by
-// deploy/build_attention.py.
+// and padding is a request without KV. With several chunks a second kernel, ours, adds them up.
+// Needs: HEAD_SIZE 64 or 128, at most 128 heads a KV head, sm_80 or newer.  Built by deploy/build_attention.py.
 #include <cstdio>
 
 #include "flashinfer/attention/prefill.cuh"
 #include "paged_attention_call.cuh"
-
-#ifndef MAX_MMA_KV
-#define MAX_MMA_KV 8
-#endif
 
 namespace fi = flashinfer;
 using bf16 = __nv_bfloat16;
@@ -47,17 +42,19 @@ struct Params {
   __host__ __device__ __forceinline__ uint32_t get_kv_len(uint32_t request) const { return kv_lens[request]; }
 };
 
+using Word = std::conditional_t<HEAD_SIZE == 128, uint2, uint32_t>;  // a lane's part of a head
+
 using Variant =
     fi::DefaultAttention</*custom_mask=*/false, /*sliding_window=*/false, /*soft_cap=*/false, /*alibi=*/false>;
 
-// KV positions a warp takes at a time, in 16s: what two CTAs an SM leave room for, as FlashInfer chooses it.
-template <uint32_t TILE_Q>
+// KV positions a warp takes at a time, in 16s: what was asked for, if two CTAs an SM have room and the template allows
+// it.
+template <uint32_t TILE_Q, uint32_t WANTED>
 constexpr uint32_t mma_kv() {
   constexpr uint32_t room = (SHARED_KIB_PER_SM * 1024 / 2 - TILE_Q * HEAD_SIZE * 2) / (2 * HEAD_SIZE * 16 * 2);
-  constexpr uint32_t by_shared = room / fi::get_num_warps_kv(TILE_Q),
-                     by_registers = MAX_MMA_KV / fi::get_num_mma_q(TILE_Q);
-  constexpr uint32_t most = by_shared < by_registers ? by_shared : by_registers;
-  return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : 1;
+  constexpr uint32_t by_shared = room / fi::get_num_warps_kv(TILE_Q), least = HEAD_SIZE == 64 ? 2 : 1;
+  constexpr uint32_t most = by_shared < WANTED ? by_shared : WANTED;
+  return most >= 4 ? 4 : most >= 2 ? 2 : least;
 }
 
 template <typename Kernel, typename... Arguments>
@@ -72,10 +69,10 @@ cudaError_t launch(const Fa2Call& call, Kernel kernel, dim3 grid, dim3 block, si
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-template <uint32_t TILE_Q>
+template <uint32_t TILE_Q, uint32_t WANTED>
 cudaError_t attend(const Fa2Call& call, Params params) {
   constexpr uint32_t WARPS_Q = fi::get_num_warps_q(TILE_Q), WARPS_KV = fi::get_num_warps_kv(TILE_Q);
-  using Traits = fi::KernelTraits<fi::MaskMode::kCausal, TILE_Q, fi::get_num_mma_q(TILE_Q), mma_kv<TILE_Q>(),
+  using Traits = fi::KernelTraits<fi::MaskMode::kCausal, TILE_Q, fi::get_num_mma_q(TILE_Q), mma_kv<TILE_Q, WANTED>(),
                                   HEAD_SIZE / 16, HEAD_SIZE / 16, WARPS_Q, WARPS_KV, fi::PosEncodingMode::kNone, bf16,
                                   bf16, bf16, float, int32_t, Variant>;
   static_assert(!Traits::IsInvalid());
@@ -91,16 +88,58 @@ cudaError_t attend(const Fa2Call& call, Params params) {
   return launch(call, kernel, dim3(call.num_items, 1, call.num_kv_heads), dim3(32, WARPS_Q, WARPS_KV), shared, params);
 }
 
+// o[row, head] = sum over chunks of 2^(lse - largest lse) * partial_o, over the sum of the factors. One CTA a row and
+// head; warp w adds chunks w, w + 4, ... in order, then the warps are added in order: a chunk that sees nothing (lse
+// -inf) adds zeros, so a row's bits do not depend on how many of them follow. Rows without chunks become zeros.
+template <int WARPS = 4>
+__global__ void __launch_bounds__(WARPS * 32)
+    merge_chunks(const bf16* __restrict__ partial_o, const float* __restrict__ partial_lse,
+                 const int32_t* __restrict__ starts, bf16* __restrict__ o, int heads) {
+  constexpr int VEC = HEAD_SIZE / 32;
+  __shared__ float sums[WARPS][HEAD_SIZE + 1], peaks[WARPS];
+  const int row = blockIdx.x, head = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t begin = starts[row], end = starts[row + 1];
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  float peak = -INFINITY;
+  for (int64_t c = begin + threadIdx.x; c < end; c += WARPS * 32) peak = fmaxf(peak, partial_lse[c * heads + head]);
+#pragma unroll
+  for (int i = 16; i; i /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, i));
+  if (!lane) peaks[warp] = peak;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) peak = fmaxf(peak, peaks[w]);
+  float sum[VEC] = {}, total = 0;
+#pragma unroll 4
+  for (int64_t c = begin + warp; c < end; c += WARPS) {
+    const float lse = partial_lse[c * heads + head];
+    const float factor = lse == -INFINITY ? 0.f : exp2f(lse - peak);
+    bf16 part[VEC];
+    *reinterpret_cast<Word*>(part) =
+        *reinterpret_cast<const Word*>(partial_o + (c * heads + head) * HEAD_SIZE + lane * VEC);
+    total += factor;
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) sum[i] = __fmaf_rn(factor, __bfloat162float(part[i]), sum[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) sums[warp][lane * VEC + i] = sum[i];
+  if (!lane) sums[warp][HEAD_SIZE] = total;
+  __syncthreads();
+  for (int d = threadIdx.x; d < HEAD_SIZE; d += WARPS * 32) {
+    float value = 0, all = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) value += sums[w][d], all += sums[w][HEAD_SIZE];
+    o[(static_cast<int64_t>(row) * heads + head) * HEAD_SIZE + d] =
+        __float2bfloat16(all > 0 ? __fdiv_rn(value, all) : 0.f);
+  }
+}
+
 cudaError_t merge(const Fa2Call& call) {
-  constexpr uint32_t VEC = HEAD_SIZE / 32 > 8 ? HEAD_SIZE / 32 : 8, THREADS = 128, X = HEAD_SIZE / VEC, Y = THREADS / X,
-                     STAGES = 4;
-  auto kernel = fi::PersistentVariableLengthMergeStatesKernel<VEC, X, Y, STAGES, bf16, bf16, int32_t>;
-  const uint32_t rows = call.num_rows, heads = call.num_heads, most = call.num_sms * 12;
-  const dim3 grid(rows * heads < most ? rows * heads : most);
-  constexpr size_t shared = STAGES * Y * HEAD_SIZE * sizeof(bf16) + THREADS * sizeof(float);
-  return launch(call, kernel, grid, dim3(X, Y), shared, static_cast<bf16*>(call.partial_o), call.partial_lse,
-                call.merge_starts, static_cast<bf16*>(call.o), static_cast<float*>(nullptr), rows,
-                static_cast<uint32_t*>(nullptr), heads);
+  return launch(call, merge_chunks<>, dim3(call.num_rows, call.num_heads), dim3(128), 0,
+                static_cast<const bf16*>(call.partial_o), static_cast<const float*>(call.partial_lse),
+                static_cast<const int32_t*>(call.merge_starts), static_cast<bf16*>(call.o), call.num_heads);
 }
 
 cudaError_t run(const Fa2Call& call) {
@@ -121,9 +160,17 @@ cudaError_t run(const Fa2Call& call) {
   params.request_indices = call.item_request, params.qo_tile_indices = call.item_q_tile;
   params.kv_tile_indices = call.item_chunk, params.o_indptr = split ? call.o_starts : call.q_starts;
   params.kv_chunk_size_ptr = call.chunk_size, params.partition_kv = split;
-  cudaError_t error = call.tile_q == 16   ? attend<16>(call, params)
-                      : call.tile_q == 64 ? attend<64>(call, params)
-                                          : attend<128>(call, params);
+  cudaError_t error;
+  switch (call.tile_q) {
+    case 16:
+      error = call.mma_kv > 1 ? attend<16, 2>(call, params) : attend<16, 1>(call, params);
+      break;
+    case 64:
+      error = call.mma_kv > 1 ? attend<64, 4>(call, params) : attend<64, 1>(call, params);
+      break;
+    default:
+      error = attend<128, 4>(call, params);
+  }
   return error || !split ? error : merge(call);
 }
 

@@ -49,7 +49,7 @@ class AttentionCall(_Call):
         *[(n, ctypes.c_int32) for n in ("num_requests", "num_items", "num_rows", "tile_q", "num_sms", "device")],
         ("overlap", ctypes.c_int32),
         ("scale", ctypes.c_float),
-        ("padding", ctypes.c_int32),
+        ("mma_kv", ctypes.c_int32),
     ]
 
 

@@ -10,7 +10,7 @@ from flash_world import NumpyKernels, Step, random_step
 from expertmesh.cluster.attention import flash
 from expertmesh.cluster.attention.flash import FlashAttention
 from expertmesh.cluster.attention.flash_torch import TorchAttention, select_attention
-from expertmesh.cluster.attention.schedule import SINGLE, choose_chunk, make_items, make_works
+from expertmesh.cluster.attention.schedule import SINGLE, aligned, choose_chunk, make_items, make_works
 from expertmesh.deploy import build_attention
 from expertmesh.errors import KernelError
 from expertmesh.kernels import paged_attention
@@ -53,7 +53,7 @@ def test_long_contexts_are_cut_where_the_gpu_would_idle():
     step = step_of((1, 900))
     assert_close(attend(make(kernels), step, bucket=1), step)
     assert kernels.calls[-1].partial_o
-    assert kernels.calls[-1].num_items == 1 + 40
+    assert kernels.calls[-1].num_items == 2 * 1 + 40
     short = step_of((1, 60))
     assert_close(attend(make(kernels), short, bucket=1), short)
     assert not kernels.calls[-1].partial_o
@@ -71,7 +71,7 @@ def test_mixed_lengths(has_prefill, num_sms):
 
 def test_whole_prefill_is_one_launch():
     kernels = NumpyKernels(DIM)
-    step = step_of((64, 64), (200, 200))
+    step = step_of((128, 128), (200, 200))
     assert_close(attend(make(kernels), step), step)
     assert [type(c).__name__ for c in kernels.calls] == ["PrefillCall"]
 
@@ -95,13 +95,13 @@ def test_a_graph_key_means_the_same_addresses_and_grid():
     seen: dict = {}
     for seed, lengths in enumerate([(1,), (900,), (5, 6, 7), (300, 2, 800, 17), (64, 1000, 1, 1)]):
         step = step_of(*((1, n) for n in lengths), seed=seed)
-        for cut in (None, True, False):
-            key = attention.plan(step.q_lens, step.seq_lens, step.block_table, bucket=4, cut=cut)
+        for form in (None, "short", "whole", "cut"):
+            key = attention.plan(step.q_lens, step.seq_lens, step.block_table, bucket=4, form=form)
             q = torch.cat([step.q, step.q.new_zeros(4 - len(step.q), HEADS, DIM)])
             assert_close(attention.attend(q, step.k, step.v)[: len(step.q)], step)
             call = kernels.calls[-1]
             assert seen.setdefault(key, {n: getattr(call, n) for n in fields}) == {n: getattr(call, n) for n in fields}
-    assert len(seen) == 2
+    assert len(seen) == 3
 
 
 @pytest.mark.parametrize("bucket", [None, 4])
@@ -114,7 +114,7 @@ def test_invariant_mode_has_one_tile_and_fixed_chunks(monkeypatch, bucket):
         assert_close(attend(attention, step, bucket)[: len(lengths)], step)
         assert kernels.calls[-1].tile_q == flash.INVARIANT_TILE
         assert bool(kernels.calls[-1].partial_o) == (max(n for _, n in lengths) > 64)
-    prefill = step_of((70, 130), (1, 20), (100, 100))
+    prefill = step_of((70, 130), (1, 20), (100, 100), (5, 200), (50, 99))
     assert_close(attend(attention, prefill), prefill)
     assert {(c.tile_q, type(c).__name__) for c in kernels.calls} == {(flash.INVARIANT_TILE, "AttentionCall")}
 
@@ -135,12 +135,12 @@ def test_staging_is_not_written_before_its_copy_is_done():
 def test_chunks_follow_the_free_ctas():
     def chunk(lens: list[int], slots: int = 66, most: int | None = None) -> int:
         most = len(lens) + slots if most is None else most
-        return choose_chunk(np.array(lens), np.ones(len(lens), np.int64), slots=slots, most_items=most)
+        return choose_chunk(np.array(lens), np.ones(len(lens), np.int64), slots=slots, kv_heads=4, most_items=most)
 
     assert chunk([192]) == SINGLE, "cutting 192 tokens costs a launch and saves less"
     assert chunk([4096]) == 128
     assert chunk([4096] * 8) == 512
-    assert chunk([4096] * 32) == 2048
+    assert chunk([1024] * 32) == SINGLE, "128 CTAs read about as fast as memory does"
     assert chunk([4096] * 256) == SINGLE, "the GPU is full anyway"
     assert chunk([192] * 32 + [131072]) < 8192, "one long context beside short ones"
     assert chunk([]) == SINGLE
@@ -177,6 +177,14 @@ def test_every_row_has_its_items_once():
         assert (np.diff(works.starts).max() - np.diff(works.starts).min()) <= 1
 
 
+def test_no_tile_lies_across_a_multiple():
+    q_lens, seq_lens = np.array([1, 65, 3, 8, 7, 4]), np.array([6, 66, 8, 8, 13, 11])
+    lens, ends, request = aligned(q_lens, seq_lens, 4)
+    assert lens.tolist() == [1, 3, 62, 3, 8, 2, 5, 1, 3]
+    assert ends.tolist() == [6, 4, 66, 8, 8, 8, 13, 8, 11]
+    assert request.tolist() == [0, 1, 1, 2, 3, 4, 4, 5, 5]
+
+
 def test_works_are_dealt_evenly():
     q_lens = np.array([8192])
     works = make_works(q_lens, q_lens, np.array([True]), num_heads=32, num_ctas=132)
@@ -204,6 +212,8 @@ def test_errors_say_what_to_do(monkeypatch, tmp_path):
         attention.attend(step.q, step.k.half(), step.v.half())
     with pytest.raises(KernelError, match="attention='torch'"):
         make(NumpyKernels(DIM), dtype=torch.float16)
+    with pytest.raises(KernelError, match="power of two"):
+        FlashAttention(40, 8, DIM, 16, "cpu", library=NumpyKernels(DIM), num_sms=6, invariant=True)
     monkeypatch.setattr(paged_attention, "PACKAGE", "expertmesh_attention_of_nobody")
     with pytest.raises(KernelError, match="not built"):
         paged_attention._load(DIM, "sm_90a")

@@ -2,30 +2,34 @@
 
 `plan` turns a step's lengths and block table into index arrays (`schedule.py`) and sends them to the GPU in one copy on
 the current stream, from pinned memory that is not touched again before the copy is done; `attend` launches one to three
-kernels that read them, for every layer. A decode step of a **bucket** always uses the same addresses and grid, so what
-was captured in a CUDA graph after one plan may be replayed after any later plan that returns the same graph key; its
-padding rows are requests without KV, and come out as zeros. Block-table rows are sent as they are: a kernel finds a
-row by its start, so nothing is flattened a step.
+kernels that read them, for every layer. A decode step of a **bucket** runs in one of three forms: "short" (contexts so
+short that many small CTAs an SM are best), "whole", and "cut" (contexts in chunks, where few requests would leave the
+GPU idle). A form always uses the same addresses and grid, so a CUDA graph captured after one plan may be replayed after
+any later plan that returns the same key. Padding rows are requests without KV and come out as zeros. Block-table rows
+are sent as they are, since a kernel finds a row by its start.
 
-With `invariant` a token's bits depend on its own sequence alone: one query tile, KV chunks of a fixed size aligned to
-position 0, and chunks added up in order, so decode, chunked and whole prefill run the same sums (`test_flash_gpu.py`).
+With `invariant` a token's bits depend on its own sequence alone: one tile of queries, aligned to positions (a step over
+a KV tile that a row does not see is not quite without effect: its sums are scaled by 1 within rounding), KV chunks of
+a fixed size from position 0 on, and chunks added up in order. So decode, chunked and whole prefill run the same sums.
 Ideas: FlashInfer's plan and run; vLLM's persistent buffers for CUDA graphs."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from ...errors import KernelError
 from ...kernels.paged_attention import HEAD_SIZES, AttentionCall, AttentionLibrary, PrefillCall, load_library
-from .schedule import SINGLE, Items, Works, choose_chunk, make_items, make_works, tile_for
+from .flash_staging import Form, Staging, clamp_pages
+from .schedule import SINGLE, Items, Works, aligned, choose_chunk, make_items, make_works, tile_for
 
-LONG_QUERY = 64  # queries of this many tokens and more take the kernel for long queries
+LONG_QUERY = 128  # queries of this many tokens and more take the kernel for long queries
 INVARIANT_TILE = 64  # decode and prefill alike
 INVARIANT_CHUNK = 4096
+SHORT = 512  # tokens of the longest context of the "short" form
 _CTAS_PER_SM = 2
+_WIDE, _NARROW = 4, 1  # shares of KV that a warp takes at a time; narrow ones let more CTAs be at work on an SM
 
 
 @dataclass(slots=True)
@@ -64,10 +68,16 @@ class FlashAttention:
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        if dtype != torch.bfloat16 or head_dim not in HEAD_SIZES or num_heads % num_kv_heads:
+        uneven = num_heads % num_kv_heads or num_heads // num_kv_heads > 128
+        if invariant and INVARIANT_TILE % (num_heads // num_kv_heads):
             raise KernelError(
-                f"the attention kernels take bfloat16 and head sizes {HEAD_SIZES}, not {dtype}, {head_dim} with "
-                f"{num_heads} heads on {num_kv_heads}; choose attention='torch'"
+                f"batch-invariant attention needs a power of two of up to {INVARIANT_TILE} heads a KV head, not "
+                f"{num_heads} on {num_kv_heads}; set batch_invariant=false"
+            )
+        if dtype != torch.bfloat16 or head_dim not in HEAD_SIZES or uneven:
+            raise KernelError(
+                f"the attention kernels take bfloat16, head sizes {HEAD_SIZES} and up to 128 heads a KV head, not "
+                f"{dtype}, {head_dim} with {num_heads} heads on {num_kv_heads}; choose attention='torch'"
             )
         self.library = library or load_library(head_dim, self.device)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
@@ -76,12 +86,14 @@ class FlashAttention:
         self.num_sms = num_sms or torch.cuda.get_device_properties(self.device).multi_processor_count
         self.overlap = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] >= 9
         self.slots = max(1, self.num_sms * _CTAS_PER_SM // num_kv_heads)  # items at work at once
-        most = self._most_items(max_num_reqs, max_num_blocks * block_size, self._decode_tile()[1])
+        most = self._most_items(max_num_reqs, max_num_blocks * block_size)
         size = 6 * max_num_reqs + 3 * most + 8 + max_num_reqs * max_num_blocks
         self._fixed = torch.zeros(size, dtype=torch.int32, device=self.device)
         self._partial_o, self._partial_lse = self._partials(most)
-        self._staging = _Staging(self.device)
+        self._forms: dict[Hashable, Form] = {}
+        self._staging = Staging(self.device)
         self._planned: _Planned | None = None
+        self._chosen: tuple[Hashable, int] = (None, SINGLE)
 
     def plan(
         self,
@@ -90,15 +102,15 @@ class FlashAttention:
         block_table: np.ndarray,
         *,
         bucket: int | None = None,
-        cut: bool | None = None,
+        form: str | None = None,
     ) -> Hashable:
         """q_lens [R] new tokens, seq_lens [R] tokens in KV after them, block_table [R, any] int32 block ids.
 
         Host work and one asynchronous copy. With a `bucket` (all q_lens 1, R <= bucket) the key of the graphs that may
-        be replayed now; without, None. `cut` forces one of a bucket's two forms (contexts in chunks or whole), so that
-        both can be captured beforehand."""
+        be replayed now; without, None. `form` forces "short", "whole" or "cut", so that each can be captured
+        beforehand; an invariant mode has no "short"."""
         if bucket is not None:
-            return self._plan_bucket(q_lens, seq_lens, block_table, bucket, cut)
+            return self._plan_bucket(q_lens, seq_lens, block_table, bucket, form)
         self._plan_eager(q_lens, seq_lens, block_table)
         return None
 
@@ -127,7 +139,7 @@ class FlashAttention:
 
     # ------------------------------------------------------------------------------------------------------------ plans
     def _plan_bucket(
-        self, q_lens: np.ndarray, seq_lens: np.ndarray, block_table: np.ndarray, bucket: int, cut: bool | None
+        self, q_lens: np.ndarray, seq_lens: np.ndarray, block_table: np.ndarray, bucket: int, form: str | None
     ) -> Hashable:
         num_reqs = len(q_lens)
         if not 0 < num_reqs <= bucket <= self.max_num_reqs or int(q_lens.max()) != 1:
@@ -135,123 +147,152 @@ class FlashAttention:
                 f"{num_reqs} requests of up to {int(q_lens.max(initial=0))} new tokens do not fit a decode bucket of "
                 f"{bucket}; the largest bucket is {self.max_num_reqs}"
             )
-        ones = np.ones(bucket, np.int32)
-        lens = np.zeros(bucket, np.int32)
-        lens[:num_reqs] = seq_lens
-        longest = int(lens.max())
-        tile_q, tiles = self._decode_tile()
-        most = self._most_items(bucket, longest, tiles)
+        longest = int(seq_lens.max())
+        most = self._most_items(bucket, longest)
+        form, chunk = self._form_of(seq_lens, bucket, longest, most, form)
+        num_items = most if form == "cut" else bucket
+        key = (bucket, form, num_items)
+        made = self._forms.get(key)
+        if made is None:
+            made = self._forms[key] = self._make_form(bucket, form, num_items)
+        table = self._used_columns(longest, block_table)
+        if made.num_fixed + table.size > len(self._fixed):
+            raise KernelError(
+                f"{table.shape[1]} blocks of each of {num_reqs} sequences exceed the room set aside for block tables; "
+                f"raise max_num_blocks ({self.max_num_blocks})"
+            )
+        made.send(self._staging, self._fixed, seq_lens, table, chunk)
+        self._planned = _Planned(bucket, made.call, None, [])
+        return key
+
+    def _form_of(self, seq_lens: np.ndarray, bucket: int, longest: int, most: int, form: str | None) -> tuple[str, int]:
+        """The form of a decode step and its chunk; a given form is taken as it is."""
         if self.invariant:
-            chunk = INVARIANT_CHUNK if longest > INVARIANT_CHUNK or cut else SINGLE
-        elif cut is None:
-            chunk = choose_chunk(lens, np.full(bucket, tiles), slots=self.slots, most_items=most)
-        else:
-            chunk = min(SINGLE - 1, max(128, longest)) if cut else SINGLE
-        items = make_items(ones, lens, group_size=self.group_size, tile_q=tile_q, chunk=chunk)
-        num_items = most if items.cut else bucket * tiles
-        short, kept = self._short_call(items, ones, lens, block_table, num_items, fixed=True)
-        self._planned = _Planned(bucket, short, None, kept)
-        return (bucket, num_items, items.cut)
+            cut = longest > INVARIANT_CHUNK or form == "cut"
+            return ("cut", INVARIANT_CHUNK) if cut else ("whole", SINGLE)
+        if form is None:
+            chunk = self._chunk_of(seq_lens, longest, bucket, most)
+            if chunk != SINGLE:
+                return "cut", chunk
+            return ("short" if longest <= SHORT else "whole"), SINGLE
+        return form, max(128, longest) if form == "cut" else SINGLE
+
+    def _chunk_of(self, seq_lens: np.ndarray, longest: int, bucket: int, most: int) -> int:
+        """What was chosen a step ago, as long as the lengths are about the same."""
+        num_reqs = len(seq_lens)
+        about = (bucket, num_reqs, longest // 128, int(seq_lens.sum()) // (128 * num_reqs))
+        if about != self._chosen[0]:
+            spare = most - bucket  # what is there without a chunk more for each request as it grows
+            one = np.ones(num_reqs, np.int64)
+            chunk = choose_chunk(seq_lens, one, slots=self.slots, kv_heads=self.num_kv_heads, most_items=spare)
+            self._chosen = about, chunk
+        return self._chosen[1]
+
+    def _make_form(self, bucket: int, form: str, num_items: int) -> Form:
+        """Measured on an H100 (`bench/attention.py`, docs/performance.md): which tile is fastest for which form."""
+        small = tile_for(1, self.group_size)
+        tile_q, mma_kv = small, _WIDE
+        if self.invariant:
+            tile_q = INVARIANT_TILE
+        elif form == "short":
+            tile_q, mma_kv = (small if bucket <= 64 else max(64, small)), _NARROW
+        elif form == "cut" and bucket <= 8:
+            tile_q = max(64, small)
+        call = self._new_call(tile_q, mma_kv, num_requests=bucket + 1, num_items=num_items, num_rows=bucket)
+        made = Form(bucket, num_items, form == "cut", call, self._fixed)
+        if form == "cut":
+            call.fill(partial_o=self._partial_o, partial_lse=self._partial_lse)
+        return made
 
     def _plan_eager(self, q_lens: np.ndarray, seq_lens: np.ndarray, block_table: np.ndarray) -> None:
         long = q_lens >= LONG_QUERY if self.library.has_prefill and not self.invariant else np.zeros(len(q_lens), bool)
         planned = _Planned(int(q_lens.sum()), None, None, [])
+        longest = int(seq_lens.max())
+        table = self._used_columns(longest, block_table)
+        row = np.arange(len(q_lens))
         if not long.all():
-            tile_q = INVARIANT_TILE if self.invariant else tile_for(q_lens[~long], self.group_size)
-            tiles = np.where(long, 0, -(-q_lens.astype(np.int64) * self.group_size // tile_q))
             if self.invariant:
-                chunk = INVARIANT_CHUNK if int(seq_lens.max()) > INVARIANT_CHUNK else SINGLE
+                tile_q, chunk = INVARIANT_TILE, INVARIANT_CHUNK if longest > INVARIANT_CHUNK else SINGLE
+                q_lens, seq_lens, row = aligned(q_lens, seq_lens, INVARIANT_TILE // self.group_size)
+                long = np.zeros(len(row), bool)
             else:
-                most = int(tiles.sum()) + self.slots
-                chunk = choose_chunk(seq_lens, tiles, slots=self.slots, most_items=most)
+                tile_q = tile_for(int(q_lens[~long].max()), self.group_size)
+                tiles = np.where(long, 0, -(-q_lens.astype(np.int64) * self.group_size // tile_q))
+                chunk = choose_chunk(
+                    seq_lens,
+                    tiles,
+                    slots=self.slots,
+                    kv_heads=self.num_kv_heads,
+                    most_items=int(tiles.sum()) + self.slots,
+                    num_rows=int(q_lens.sum()),
+                )
             items = make_items(q_lens, seq_lens, group_size=self.group_size, tile_q=tile_q, chunk=chunk, chosen=~long)
-            planned.short, kept = self._short_call(items, q_lens, seq_lens, block_table, items.num_items, fixed=False)
+            planned.short, kept = self._short_call(items, q_lens, seq_lens, table, row)
             planned.kept += kept
         if long.any():
             works = make_works(q_lens, seq_lens, long, num_heads=self.num_heads, num_ctas=self.num_sms)
-            planned.long, kept = self._long_call(works, q_lens, seq_lens, block_table)
+            planned.long, kept = self._long_call(works, q_lens, seq_lens, table)
             planned.kept += kept
         self._planned = planned
 
-    def _decode_tile(self) -> tuple[int, int]:
-        """Query tile of a decode step, and how many of them a request has."""
-        tile_q = INVARIANT_TILE if self.invariant else tile_for(np.ones(1, np.int32), self.group_size)
-        return tile_q, -(-self.group_size // tile_q)
-
-    def _most_items(self, bucket: int, longest: int, tiles: int) -> int:
+    def _most_items(self, bucket: int, longest: int) -> int:
         """Items of the largest grid of a bucket whose contexts are cut."""
         if not self.invariant:
-            return bucket * tiles + self.slots
+            return 2 * bucket + self.slots
         chunks = -(-max(longest, INVARIANT_CHUNK + 1) // INVARIANT_CHUNK)
-        return bucket * tiles * (1 << (chunks - 1).bit_length())
+        return bucket * (1 << (chunks - 1).bit_length())
+
+    def _new_call(self, tile_q: int, mma_kv: int, **sizes: int) -> AttentionCall:
+        return AttentionCall(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            page_size=self.block_size,
+            tile_q=tile_q,
+            mma_kv=mma_kv,
+            num_sms=self.num_sms,
+            device=self.device.index or 0,
+            overlap=self.overlap,
+            scale=self.head_dim**-0.5,
+            **sizes,
+        )
 
     def _partials(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         o = torch.empty(rows, self.num_heads, self.head_dim, dtype=torch.bfloat16, device=self.device)
         return o, torch.empty(rows, self.num_heads, dtype=torch.float32, device=self.device)
 
     def _short_call(
-        self,
-        items: Items,
-        q_lens: np.ndarray,
-        seq_lens: np.ndarray,
-        block_table: np.ndarray,
-        num_items: int,
-        *,
-        fixed: bool,
+        self, items: Items, q_lens: np.ndarray, seq_lens: np.ndarray, table: np.ndarray, row: np.ndarray
     ) -> tuple[AttentionCall, list[torch.Tensor]]:
+        """`row` [R]: each request's row of the table."""
         num_reqs, num_rows = len(q_lens), int(q_lens.sum())
-        table = self._used_columns(seq_lens, block_table)
-        nobody = np.zeros(1, np.int32)  # one request more, without tokens: padding items are its
         q_starts = np.cumsum(q_lens) - q_lens
-        padding = np.zeros(num_items - items.num_items, np.int32)
-        parts: dict[str, Any] = {
+        parts: dict[str, np.ndarray] = {
             "q_starts": q_starts,
-            "_0": nobody,
             "q_lens": q_lens,
-            "_1": nobody,
             "kv_lens": seq_lens,
-            "_2": nobody,
-            "page_starts": np.minimum(np.arange(num_reqs + 2), len(table)) * table.shape[1],
+            "page_starts": np.append(row, len(table)) * table.shape[1],
             "item_request": items.request,
-            "_3": padding + num_reqs,
             "item_q_tile": items.q_tile,
-            "_4": padding,
             "item_chunk": items.kv_chunk,
-            "_5": padding,
-            "chunk_size": np.array([items.chunk], np.int32),
+            "chunk_size": np.array([items.chunk]),
         }
-        num_partials = 0
         if items.cut:
-            merge_starts = np.zeros(num_rows + 1, np.int32)
+            merge_starts = np.zeros(num_rows + 1, np.int64)
             np.cumsum(np.repeat(items.num_chunks, q_lens), out=merge_starts[1:])
-            num_partials = int(merge_starts[-1])
-            parts |= {"merge_starts": merge_starts, "o_starts": merge_starts[q_starts], "_6": nobody}
-        pointers, kept = self._send(parts, table, fixed=fixed)
-        call = AttentionCall(
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            page_size=self.block_size,
-            num_requests=num_reqs + 1,
-            num_items=num_items,
-            num_rows=num_rows,
-            tile_q=items.tile_q,
-            num_sms=self.num_sms,
-            device=self.device.index or 0,
-            overlap=self.overlap,
-            scale=self.head_dim**-0.5,
-            **pointers,
+            parts |= {"merge_starts": merge_starts, "o_starts": merge_starts[q_starts]}
+        pointers, kept = self._send(parts, table)
+        call = self._new_call(
+            items.tile_q, _WIDE, num_requests=num_reqs, num_items=items.num_items, num_rows=num_rows, **pointers
         )
         if items.cut:
-            partial_o, partial_lse = (self._partial_o, self._partial_lse) if fixed else self._partials(num_partials)
-            assert num_partials <= len(partial_o)
+            partial_o, partial_lse = self._partials(int(merge_starts[-1]))
             call.fill(partial_o=partial_o, partial_lse=partial_lse)
             kept += [partial_o, partial_lse]
         return call, kept
 
     def _long_call(
-        self, works: Works, q_lens: np.ndarray, seq_lens: np.ndarray, block_table: np.ndarray
+        self, works: Works, q_lens: np.ndarray, seq_lens: np.ndarray, table: np.ndarray
     ) -> tuple[PrefillCall, list[torch.Tensor]]:
-        table = self._used_columns(seq_lens, block_table)
         request = works.request
         parts = {
             "work_starts": works.starts,
@@ -262,7 +303,7 @@ class FlashAttention:
             "work_q_len": q_lens[request],
             "work_kv_len": seq_lens[request],
         }
-        pointers, kept = self._send(parts, table, fixed=False)
+        pointers, kept = self._send(parts, table)
         call = PrefillCall(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
@@ -276,37 +317,26 @@ class FlashAttention:
         )
         return call, kept
 
-    def _used_columns(self, seq_lens: np.ndarray, block_table: np.ndarray) -> np.ndarray:
-        width = max(1, -(-int(seq_lens.max(initial=0)) // self.block_size))
+    def _used_columns(self, longest: int, block_table: np.ndarray) -> np.ndarray:
+        width = max(1, -(-longest // self.block_size))
         if width > block_table.shape[1]:
             raise KernelError(
-                f"a sequence of {int(seq_lens.max())} tokens needs {width} blocks of {self.block_size}; the block "
-                f"table has {block_table.shape[1]}"
+                f"a sequence of {longest} tokens needs {width} blocks of {self.block_size}; the block table has "
+                f"{block_table.shape[1]}"
             )
         return block_table[:, :width]
 
-    def _send(
-        self, parts: dict[str, np.ndarray], table: np.ndarray, *, fixed: bool
-    ) -> tuple[dict[str, int], list[torch.Tensor]]:
-        """One copy of all parts and the table to the device; pointers by name. `_` names are padding of the part before
-        them."""
+    def _send(self, parts: dict[str, np.ndarray], table: np.ndarray) -> tuple[dict[str, int], list[torch.Tensor]]:
+        """One copy of all parts and the table to the device; pointers by name."""
         total = sum(map(len, parts.values())) + table.size
-        if fixed and total > len(self._fixed):
-            raise KernelError(
-                f"a bucket's plan of {total} numbers exceeds the {len(self._fixed)} set aside: {table.shape[1]} blocks "
-                f"of {len(table)} sequences; raise max_num_blocks ({self.max_num_blocks})"
-            )
         host = self._staging.take(total)
-        device = self._fixed[:total] if fixed else torch.empty(total, dtype=torch.int32, device=self.device)
+        device = torch.empty(total, dtype=torch.int32, device=self.device)
         base, offset, pointers = device.data_ptr(), 0, {}
         for name, part in parts.items():
             host[offset : offset + len(part)] = part
-            if name[0] != "_":
-                pointers[name] = base + 4 * offset
+            pointers[name] = base + 4 * offset
             offset += len(part)
-        np.maximum(
-            table, 0, out=host[offset:total].reshape(table.shape), casting="unsafe"
-        )  # -1 is no page to compute an address from
+        clamp_pages(table, host[offset:total])
         pointers["pages"] = base + 4 * offset
         self._staging.send(total, device)
         return pointers, [device]
@@ -338,33 +368,3 @@ class FlashAttention:
                     q_stride_h=q.stride(1),
                 )
         planned.checked = True
-
-
-class _Staging:
-    """Pinned memory, in turns: a piece is written again only when the copy from it is done."""
-
-    def __init__(self, device: torch.device, *, turns: int = 4) -> None:
-        self.cuda = device.type == "cuda"
-        self._pieces = [torch.empty(0, dtype=torch.int32) for _ in range(turns)]
-        self._sent: list[torch.cuda.Event | None] = [None] * turns
-        self._turn = 0
-
-    def take(self, size: int) -> np.ndarray:
-        """[size] int32 to write; `send` follows."""
-        self._turn = (self._turn + 1) % len(self._pieces)
-        event = self._sent[self._turn]
-        if event is not None:
-            event.synchronize()  # four plans ago: done long since, unless plans outrun the GPU
-        if len(self._pieces[self._turn]) < size:
-            room = 1 << (size - 1).bit_length()
-            self._pieces[self._turn] = torch.empty(room, dtype=torch.int32, pin_memory=self.cuda)
-        view: np.ndarray = self._pieces[self._turn].numpy()[:size]
-        return view
-
-    def send(self, size: int, to: torch.Tensor) -> None:
-        to.copy_(self._pieces[self._turn][:size], non_blocking=True)
-        if self.cuda:
-            event = self._sent[self._turn]
-            if event is None:
-                event = self._sent[self._turn] = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(to.device))

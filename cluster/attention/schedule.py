@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 LONG_TILE = 128  # query tokens of one work of the kernel for long queries
-MERGE_COST = 128  # a second launch and its traffic, in tokens of KV that a CTA would read meanwhile
-_CHUNKS = np.array([128 * c * (1 << p) for p in range(11) for c in (1, 1.5)]).astype(np.int64)  # 128 .. 196,608
+# In tokens of KV that one CTA reads alone, 12 ns each on an H100:
+MERGE_COST = 250  # a second launch
+ROW_COST = 1  # a query row's partial results, written and read, for all heads
+SATURATING_CTAS = 70  # as many CTAs read as fast as memory does
+_CHUNKS = np.array([128, *(128 * c << p for p in range(11) for c in (2, 3))], np.int64)  # 128, 256, 384, 512, ...
 SINGLE = 1 << 30  # a chunk that holds any sequence
 
 
@@ -47,21 +50,31 @@ class Works:
     q_tile: np.ndarray
 
 
-def tile_for(q_lens: np.ndarray, group_size: int) -> int:
-    """The smallest query tile that holds the longest of these queries, packed by heads of a group; 128 at most."""
-    packed = int(q_lens.max()) * group_size
-    return 16 if packed <= 16 else 64 if packed <= 64 else 128
+def tile_for(q_len: int, group_size: int) -> int:
+    """The query tile for queries of up to `q_len` tokens, packed by the heads of a group."""
+    packed = q_len * group_size
+    return 16 if packed <= 16 else 64 if packed <= 256 else 128
 
 
-def choose_chunk(seq_lens: np.ndarray, num_tiles: np.ndarray, *, slots: int, most_items: int) -> int:
-    """The chunk with the least expected time, in tokens of KV, on `slots` CTAs at once; SINGLE where cutting does not
-    pay. No more than `most_items` items come of it."""
+def choose_chunk(
+    seq_lens: np.ndarray,
+    num_tiles: np.ndarray,
+    *,
+    slots: int,
+    kv_heads: int,
+    most_items: int,
+    num_rows: int | None = None,
+) -> int:
+    """The chunk with the least expected time for `num_tiles` query tiles of each request on `slots` items at once;
+    SINGLE where cutting does not pay. No more than `most_items` items come of it."""
     tiles = num_tiles.astype(np.int64)
     lens = np.where(tiles > 0, seq_lens, 0).astype(np.int64)
-    longest, floor = int(lens.max(initial=0)), int(lens @ tiles) / slots
-    candidates = np.append(_CHUNKS[longest > _CHUNKS], max(longest, 1))  # the last one cuts nothing
-    if longest <= max(floor, _CHUNKS[0]) + MERGE_COST:
+    longest, total = int(lens.max(initial=0)), int(lens @ tiles)
+    floor = total * kv_heads / SATURATING_CTAS
+    merge = MERGE_COST + ROW_COST * (len(lens) if num_rows is None else num_rows)
+    if longest <= max(floor, _CHUNKS[0]) + merge:
         return SINGLE
+    candidates = np.append(_CHUNKS[longest > _CHUNKS], longest)  # the last one cuts nothing
     whole, rest = np.divmod(lens[:, None], candidates)  # [R, candidates]
     num_whole, num_rest, sum_rest = tiles @ whole, tiles @ (rest > 0), tiles @ rest
     # The whole chunks go first, slot by slot; rests fill what their last round leaves free, others a round of theirs.
@@ -69,11 +82,25 @@ def choose_chunk(seq_lens: np.ndarray, num_tiles: np.ndarray, *, slots: int, mos
     mean_rest = sum_rest / np.maximum(num_rest, 1)
     filled = np.where(last > 0, (slots - last) * (candidates // np.maximum(mean_rest, 1)), 0)
     more = -(-np.maximum(num_rest - filled, 0) // slots)
-    cost = np.maximum((rounds + (last > 0)) * candidates + more * mean_rest, floor)
-    cost[:-1] += MERGE_COST
+    alone = (rounds + (last > 0)) * candidates + more * mean_rest
+    cost = np.cbrt(alone**3 + floor**3) + (num_whole + num_rest) / 4  # near both limits a bit more than either
+    cost[:-1] += merge
     cost[:-1][(num_whole + num_rest)[:-1] > most_items] = np.inf
     best = int(np.argmin(cost))
     return int(candidates[best]) if best < len(candidates) - 1 else SINGLE
+
+
+def aligned(q_lens: np.ndarray, seq_lens: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Requests whose first query is not at a multiple of `tokens` become two: up to the next multiple, and the rest. So
+    no tile of queries lies across one. -> q_lens, seq_lens, and which request each is of."""
+    first = seq_lens - q_lens
+    ahead = -first % tokens
+    twice = (ahead > 0) & (ahead < q_lens)
+    request = np.repeat(np.arange(len(q_lens)), 1 + twice)
+    is_ahead = np.append(request[1:] == request[:-1], False)
+    is_rest = np.append(False, is_ahead[:-1])
+    lens = np.where(is_ahead, ahead[request], q_lens[request] - np.where(is_rest, ahead[request], 0))
+    return lens, np.where(is_ahead, first[request] + ahead[request], seq_lens[request]), request
 
 
 def make_items(
