@@ -72,6 +72,15 @@ class ModelConfig:
         return tuple(i for i in range(self.num_layers) if self.is_moe_layer(i))
 
     @property
+    def attention_parity_tokens(self) -> int:
+        """The context at which attention costs a new token as many operations as all products with weights together."""
+        num_moe = len(self.moe_layer_ids)
+        per_layer = self.hidden_size * (2 * self.q_size + 2 * self.kv_size)
+        mlps = num_moe * (3 * self.top_k * self.moe_intermediate_size + self.num_experts) * self.hidden_size
+        mlps += (self.num_layers - num_moe) * 3 * self.hidden_size * self.intermediate_size
+        return (self.num_layers * per_layer + mlps) // (2 * self.num_layers * self.q_size)
+
+    @property
     def q_size(self) -> int:
         return self.num_heads * self.head_dim
 

@@ -82,6 +82,7 @@ class LocalEngine:
             scheduler=scheduler,
             publish=self._take,
             max_model_len=max_model_len,
+            attention_parity=config.attention_parity_tokens,
             enable_prefix_cache=cache.enable_prefix_cache,
             observer=observer,
             grammars=GrammarCompiler.for_checkpoint(checkpoint.folder, runner.vocab_size),

@@ -137,6 +137,7 @@ class AttentionReplica:
             scheduler=config.scheduler,
             publish=spans.publish if spans else self._link.publish,
             max_model_len=max_model_len,
+            attention_parity=checkpoint.config.attention_parity_tokens,
             enable_prefix_cache=config.cache.enable_prefix_cache,
             observer=self._steps,
             grammars=GrammarCompiler.for_checkpoint(checkpoint.folder, runner.vocab_size),

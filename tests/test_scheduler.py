@@ -18,11 +18,12 @@ BLOCK = 4
 class Desk:
     """A scheduler and the sequences that come to it; `step` plays the runner."""
 
-    def __init__(self, num_blocks=32, max_model_len=1000, prefix=False, **limits) -> None:
+    def __init__(self, num_blocks=32, max_model_len=20_000, prefix=False, attention_parity=0, **limits) -> None:
         self.scheduler = Scheduler(
             SchedulerConfig(**limits),
             KVCache(num_blocks, BLOCK, enable_prefix_cache=prefix),
             max_model_len=max_model_len,
+            attention_parity=attention_parity,
         )
         self.count = 0
 
@@ -230,3 +231,30 @@ def test_any_course_keeps_its_promises(seed):
     assert desk.count == 25
     assert not list(desk.scheduler.sequences())
     assert desk.scheduler.cache.num_free_blocks == desk.scheduler.cache.num_blocks
+
+
+def test_a_long_prompt_leaves_half_of_the_budget_to_others():
+    desk = Desk(num_blocks=4000)
+    desk.add(10_000)
+    assert desk.step(max_prefill=64) == {"r0": 64}
+    desk.add(40)
+    desk.add(5)
+    assert desk.step(max_prefill=64) == {"r0": 32, "r1": 32}
+    assert desk.step(max_prefill=64) == {"r0": 32, "r1": 8, "r2": 5}
+
+
+def test_prompt_tokens_far_into_a_context_count_for_more_where_decodes_wait():
+    desk = Desk(num_blocks=4000, attention_parity=100)
+    desk.add(1)
+    assert desk.step() == {"r0": 1}
+    long = desk.add(900)
+    while long.num_pending_tokens > 1:
+        computed, pending = long.num_computed_tokens, long.num_pending_tokens
+        assert desk.step(max_prefill=120) == {"r0": 1, "r1": min(pending, int(120 / (1 + computed / 100)))}
+    assert computed > 800
+
+
+def test_a_prompt_alone_takes_the_whole_budget_whatever_its_context():
+    desk = Desk(num_blocks=4000, attention_parity=100)
+    desk.add(900)
+    assert [desk.step(max_prefill=120) for _ in range(3)] == [{"r0": 120}] * 3

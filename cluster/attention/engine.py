@@ -107,6 +107,7 @@ class Engine:
         scheduler: SchedulerConfig,
         publish: Publish,
         max_model_len: int,
+        attention_parity: int = 0,
         enable_prefix_cache: bool = True,
         clock: Callable[[], float] = time.time,
         observer: StepObserver | None = None,
@@ -118,7 +119,7 @@ class Engine:
         self._runner, self._mesh, self._publish, self._clock, self._observer = runner, mesh, publish, clock, observer
         self._on_failure, self._grammars = on_failure, grammars
         cache = KVCache(runner.num_blocks, runner.block_size, enable_prefix_cache=enable_prefix_cache)
-        self.scheduler = Scheduler(scheduler, cache, max_model_len=max_model_len)
+        self.scheduler = Scheduler(scheduler, cache, max_model_len=max_model_len, attention_parity=attention_parity)
         # Shared with callers, under the lock.
         self._lock = threading.Lock()
         self._live_ids: set[str] = set()

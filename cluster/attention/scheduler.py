@@ -17,13 +17,20 @@ from .batch import ScheduledTokens
 from .kv_cache import KVCache
 from .sequence import Sequence
 
+_LONG_PROMPT = 4  # steps' whole prefill budgets: a prompt that needs more leaves half to others
+
 
 class Scheduler:
     """Owns the queue and the running set; the engine thread is its only caller."""
 
-    def __init__(self, config: SchedulerConfig, cache: KVCache, *, max_model_len: int) -> None:
+    def __init__(
+        self, config: SchedulerConfig, cache: KVCache, *, max_model_len: int, attention_parity: int = 0
+    ) -> None:
+        """`attention_parity`: the context at which attention costs a token as much as everything else
+        (`ModelConfig.attention_parity_tokens`); 0 = count every prompt token alike."""
         self.config = config
         self.cache = cache
+        self._parity = attention_parity
         # The end of the context: the checkpoint's, or what the whole KV pool holds. The last token needs no KV.
         self.max_model_len = min(max_model_len, cache.num_blocks * cache.block_size + 1)
         self._model_len = max_model_len
@@ -116,19 +123,15 @@ class Scheduler:
         as computed; `settle` when it has succeeded, `retreat` when it is void."""
         max_tokens = min(max_tokens, self.config.max_num_batched_tokens)
         scheduled = self._schedule_decodes(max_tokens)
-        budget = min(max_tokens - len(scheduled), max_prefill)
-        for sequence in self._running:
-            if budget <= 0:
-                break
-            if sequence.num_pending_tokens > 1:
-                count = min(budget, sequence.num_pending_tokens)
+        left = _PrefillBudget(min(max_tokens - len(scheduled), max_prefill), self._parity if scheduled else 0)
+        prompts = [s for s in self._running if s.num_pending_tokens > 1]
+        for sequence in prompts:
+            if (count := left.take(sequence, alone=len(prompts) == 1 and not self._waiting)) > 0:
                 scheduled.append(ScheduledTokens.next_of(sequence, count))
-                budget -= count
-        while budget > 0 and self._waiting and self._admit(self._waiting[0]):
+        while left.cost >= 1 and self._waiting and self._admit(self._waiting[0]):
             sequence = self._running[-1]
-            count = min(budget, sequence.num_pending_tokens)
+            count = left.take(sequence, alone=not self._waiting)
             scheduled.append(ScheduledTokens.next_of(sequence, count))
-            budget -= count
         return scheduled
 
     @property
@@ -221,3 +224,26 @@ class Scheduler:
             sequence.num_cached_tokens = min(num_cached, sequence.num_prompt_tokens)
         self._running.append(sequence)
         return True
+
+
+class _PrefillBudget:
+    """What one step may spend on prompts, in tokens of a short context. A token far into a long prompt costs more, by
+    its attention: where decodes wait for the step it counts for more, so that the step's time stays what the budget
+    says. A long prompt leaves half to the others, so that nobody waits for its end.
+    Idea: Sarathi-Serve's bounded chunks, by cost."""
+
+    def __init__(self, num_tokens: int, parity: int) -> None:
+        self.cost = float(num_tokens)
+        self._whole, self._parity = num_tokens, parity
+
+    def take(self, sequence: Sequence, *, alone: bool) -> int:
+        """Tokens of this sequence that run in the step; at least one where a token of the budget is left."""
+        if self.cost < 1:
+            return 0
+        share = self.cost
+        if not alone and sequence.num_pending_tokens > _LONG_PROMPT * self._whole:
+            share = max(1.0, self.cost // 2)
+        price = 1.0 + sequence.num_computed_tokens / self._parity if self._parity else 1.0
+        count = min(max(1, int(share / price)), sequence.num_pending_tokens)
+        self.cost -= count * price
+        return count
