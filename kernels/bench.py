@@ -88,7 +88,7 @@ def parse() -> argparse.Namespace:
         "--plans",
         default="",
         help="compare plans: m_rows x tile x stages x cluster x rows_wide (128x64x9x1x0,...), "
-        "x k-blocks of a slot if more than one; of w8a16 and int4: m_rows x tile x ctas x parts",
+        "of w8a16 and int4: m_rows x tile x ctas x parts",
     )
     parser.add_argument("--stages", action="store_true", help="also time route, gather and products as they overlap")
     parser.add_argument("--operations", action="store_true", help="also time each operation alone (default cells do)")
@@ -247,8 +247,7 @@ def _rounded(value: Any) -> Any:
 def describe(plan: GemmPlan | MmaPlan) -> str:
     if isinstance(plan, MmaPlan):
         return f"{plan.m_rows}x{plan.tile}x{plan.ctas}x{plan.parts}"
-    blocks = f"x{plan.slot_blocks}" if plan.slot_blocks > 1 else ""
-    return f"{plan.m_rows}x{plan.tile}x{plan.stages}x{plan.cluster}x{int(plan.rows_wide)}{blocks}"
+    return f"{plan.m_rows}x{plan.tile}x{plan.stages}x{plan.cluster}x{int(plan.rows_wide)}"
 
 
 def parse_plans(text: str, form: LayerForm) -> list[GemmPlan | MmaPlan | None]:
@@ -260,17 +259,9 @@ def parse_plans(text: str, form: LayerForm) -> list[GemmPlan | MmaPlan | None]:
             m_rows, tile, ctas, parts = numbers
             plans.append(make_plan(m_rows, tile, form, ctas=ctas, parts=parts))
         else:
-            m_rows, tile, stages, cluster, wide, *blocks = numbers
+            m_rows, tile, stages, cluster, wide = numbers
             plans.append(
-                GemmPlan(
-                    m_rows=m_rows,
-                    tile=tile,
-                    stages=stages,
-                    cluster=cluster,
-                    rows_wide=bool(wide),
-                    slot_blocks=blocks[0] if blocks else 1,
-                    form=form,
-                )
+                GemmPlan(m_rows=m_rows, tile=tile, stages=stages, cluster=cluster, rows_wide=bool(wide), form=form)
             )
     return plans
 

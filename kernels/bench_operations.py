@@ -60,7 +60,7 @@ def operation_times(
         times["pack_rows"] = (_pack_us(draws, places, False), torch_us)
         if layer.packed.form == "fp8":
             times["pack_rows, quantised"] = (_pack_us(draws, places, True), None)
-        if takes_one_launch(draws[0].ids.numel(), layer.num_local_experts):
+        if takes_one_launch(draws[0].ids.numel(), expected_pairs, layer.num_local_experts):
             fp8 = layer.packed.form == "fp8"
             times["route_and_pack"] = (_brief_us([_bind(_one_launch, d, layer, plan, fp8) for d in draws]), None)
     times["grouped_gemm"] = (gemm_us(layer, draws, plan), None)

@@ -111,7 +111,7 @@ class ExpertLayer:
         assert isinstance(plan, GemmPlan)
         fp8 = self.packed.form == "fp8"
         scales: torch.Tensor | None
-        if takes_one_launch(ids.numel(), self.num_local_experts):
+        if takes_one_launch(ids.numel(), expected, self.num_local_experts):
             places, packed, scales = route_and_pack(
                 rows, ids, self.num_local_experts, plan.tile, expert_map, granule=plan.granule, fp8=fp8
             )

@@ -33,20 +33,16 @@
 #ifndef ROWS_WIDE
 #define ROWS_WIDE 0
 #endif
-#ifndef SLOT_BLOCKS  // k-blocks in a slot of the ring
-#define SLOT_BLOCKS 1
-#endif
-#ifndef PREFETCH  // bring the rest of w2's weights into the L2 while its rows are not there yet
-#define PREFETCH 0
-#endif
 
+#ifndef HOLD_WAVES  // w2's weights hold back where w13 has at most so many tiles for each CTA
+#define HOLD_WAVES 1
+#endif
 constexpr int BLOCK_K = FP8 ? 128 : 64;  // columns in 128 bytes
 constexpr int K_BLOCKS_1 = HIDDEN / BLOCK_K, K_BLOCKS_2 = INTERMEDIATE / BLOCK_K;
 constexpr int M_TILES_1 = 2 * INTERMEDIATE / M_ROWS, M_TILES_2 = HIDDEN / M_ROWS;
 // Warpgroups that multiply; 32 outputs use half of one instruction.
 constexpr int WARPGROUPS = ROWS_WIDE && TILE == 192 ? 3 : M_ROWS == 128 ? 2 : 1;
-constexpr int A_BYTES = M_ROWS * 128, B_BYTES = TILE * 128;     // of a k-block
-constexpr int STAGE_BYTES = SLOT_BLOCKS * (A_BYTES + B_BYTES);  // all weights, then all rows
+constexpr int A_BYTES = M_ROWS * 128, B_BYTES = TILE * 128, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int SCALE_BYTES = FP8 ? TILE * 8 : 0;
 constexpr int CONSUMERS = WARPGROUPS * 128, THREADS = CONSUMERS + 128;
 constexpr int QUEUE = 4;
@@ -58,9 +54,6 @@ constexpr int CHUNK_SCALES = CHUNK_ROWS * CHUNK_PITCH_FP8;  // ROWS_WIDE, w13: w
 static_assert(!FP8 || M_ROWS == 128, "an output group of 64 is one CTA's");
 static_assert(!STAGED || M_ROWS == 128, "a chunk is 128 outputs wide");
 static_assert(TILE % 8 == 0 && TILE <= 256, "one wgmma covers the rows of a tile");
-static_assert(SLOT_BLOCKS == 1 ||
-                  (!FP8 && CLUSTER == 1 && K_BLOCKS_1 % SLOT_BLOCKS == 0 && K_BLOCKS_2 % SLOT_BLOCKS == 0),
-              "whole slots");
 static_assert(M_TILES_1 % CLUSTER == 0 && M_TILES_2 % CLUSTER == 0, "a cluster takes whole pairs of tiles");
 
 struct __align__(16) Tile {  // what a CTA does next; expert < 0: nothing
@@ -101,7 +94,7 @@ __shared__ float tile_scales[TILE];
 // The swizzle is by address: the ring begins at a multiple of 1024. Behind it: row scales, then chunks of output.
 __device__ __forceinline__ u32 ring_base() { return shared_address(ring_memory); }
 __device__ __forceinline__ u32 stage_a(int slot) { return ring_base() + slot * STAGE_BYTES; }
-__device__ __forceinline__ u32 stage_b(int slot) { return stage_a(slot) + SLOT_BLOCKS * A_BYTES; }
+__device__ __forceinline__ u32 stage_b(int slot) { return stage_a(slot) + A_BYTES; }
 __device__ __forceinline__ u32 stage_scales(int slot) {
   return ring_base() + STAGES * STAGE_BYTES + slot * SCALE_BYTES;
 }
@@ -206,11 +199,25 @@ __device__ __forceinline__ void announce(const Tile& tile, Ring& q) {
   q.next(QUEUE);
 }
 
+// What other CTAs count up in global memory; what they wrote before is visible.
+__device__ __forceinline__ void wait_for_count(const u32* counter, u32 wanted) {
+  for (u32 tries = 0; load_acquire(counter) < wanted; ++tries) {
+    __nanosleep(64);
+#if WATCHDOG
+    if (tries > (1u << 22)) __trap();
+#endif
+  }
+}
+
 // One thread: claims tiles, or hears of them, and streams weights. The next tile is claimed and announced while this
 // one's weights are on their way: the answers of two reads of memory would else be waited for at every tile.
+// Where all tiles of w13 run at once, everything waits for their weights: those of w2, which other CTAs could already
+// stream, hold back until w13's are all under way (state[4] counts them), so as not to share the memory's bandwidth.
 __device__ __forceinline__ void produce_weights(bool claims, const u8* w13, const u8* w2, const int4* tiles, int* state,
                                                 Tile next, u32 num_entries) {
   const u64 policy = evict_first_policy();
+  const u32 first_products = num_entries * M_TILES_1;
+  bool hold_back = CLUSTER == 1 && TILE <= 64 && first_products <= HOLD_WAVES * gridDim.x;
   Ring ring, q;
   u32 t = 0;
   if (claims) announce(next, q);
@@ -224,27 +231,25 @@ __device__ __forceinline__ void produce_weights(bool claims, const u8* w13, cons
     const int k_blocks = tile.second ? K_BLOCKS_2 : K_BLOCKS_1, row = tile.m_tile * M_ROWS;
     const i64 block = (i64)tile.expert * ((tile.second ? HIDDEN : 2 * INTERMEDIATE) / 128) + row / 128;
     const u8* source = (tile.second ? w2 : w13) + block * k_blocks * 16384 + row % 128 * 128;
-    if (PREFETCH && tile.second)
-      for (int kb = STAGES * SLOT_BLOCKS; kb < k_blocks; ++kb) prefetch_l2(source + (i64)kb * 16384, A_BYTES);
-    const int slots = k_blocks / SLOT_BLOCKS;
-    for (int i = 0; i < slots; ++i, ring.next(STAGES)) {
+    if (hold_back && tile.second) {
+      wait_for_count((const u32*)state + 4, first_products);
+      hold_back = false;
+    }
+    for (int kb = 0; kb < k_blocks; ++kb, ring.next(STAGES)) {
       barrier_wait(at(barriers.empty[ring.slot]), ring.parity ^ 1);
       const u32 full = at(barriers.full[ring.slot]);
-      barrier_arrive_expect(full, SLOT_BLOCKS * A_BYTES);
-#pragma unroll
-      for (int s = 0; s < SLOT_BLOCKS; ++s) {
-        const u8* from = source + (i64)(i * SLOT_BLOCKS + s) * 16384;
-        if constexpr (TILE <= 64)  // few rows: every weight is read once
-          bulk_load_once(stage_a(ring.slot) + s * A_BYTES, from, A_BYTES, full, policy);
-        else
-          bulk_load(stage_a(ring.slot) + s * A_BYTES, from, A_BYTES, full);
-      }
+      barrier_arrive_expect(full, A_BYTES);
+      if constexpr (TILE <= 64)  // few rows: every weight is read once
+        bulk_load_once(stage_a(ring.slot), source + (i64)kb * 16384, A_BYTES, full, policy);
+      else
+        bulk_load(stage_a(ring.slot), source + (i64)kb * 16384, A_BYTES, full);
       if (claims) {
-        if (i == 0) t = atomicAdd((u32*)state + 3, 1);
-        if (i == slots / 3) next = claimed_tile(t, num_entries, tiles);
-        if (i == slots * 2 / 3) announce(next, q);
+        if (kb == 0) t = atomicAdd((u32*)state + 3, 1);
+        if (kb == k_blocks / 3) next = claimed_tile(t, num_entries, tiles);
+        if (kb == k_blocks * 2 / 3) announce(next, q);
       }
     }
+    if (hold_back) atomicAdd((u32*)state + 4, 1);
   }
 }
 
@@ -258,22 +263,14 @@ __device__ __forceinline__ void produce_rows(const u8* x, const u8* h, const flo
     const Tile tile = next_tile<false>(q);
     if (tile.expert < 0) return;
     if (tile.second) {
-#if WATCHDOG
-      u32 tries = 0;
-#endif
-      while (finished < M_TILES_1 && load_acquire(ready + tile.entry) < M_TILES_1) {
-        __nanosleep(64);
-#if WATCHDOG
-        if (++tries > (1u << 22)) __trap();
-#endif
-      }
+      if (finished < M_TILES_1) wait_for_count(ready + tile.entry, M_TILES_1);
       fence_async_proxy();
     }
     const int k_blocks = tile.second ? K_BLOCKS_2 : K_BLOCKS_1, rows = round_up_8(tile.num_rows);
     const int half = CLUSTER == 1 ? rows : round_up_8(rows / 2);  // this CTA brings rows [begin, begin + count)
     const int begin = rank * half, count = rank ? rows - half : half;
     const u8* source = (tile.second ? h : x) + (i64)(tile.first_row + begin) * 128;
-    for (int kb = 0; kb < k_blocks; kb += SLOT_BLOCKS, ring.next(STAGES)) {
+    for (int kb = 0; kb < k_blocks; ++kb, ring.next(STAGES)) {
       barrier_wait(at(barriers.empty[ring.slot]), ring.parity ^ 1);
       const u32 full = at(barriers.full[ring.slot]);
 #if FP8
@@ -283,9 +280,9 @@ __device__ __forceinline__ void produce_rows(const u8* x, const u8* h, const flo
       if (tile.second)
         bulk_load(stage_scales(ring.slot) + TILE * 4, scales + capacity + tile.first_row, rows * 4, full);
 #else
-      barrier_arrive_expect(full, SLOT_BLOCKS * rows * 128);
+      barrier_arrive_expect(full, rows * 128);
 #endif
-      if (kb == k_blocks - SLOT_BLOCKS) {
+      if (kb == k_blocks - 1) {
         finished = 0;
         if (barrier_try_wait(at(barriers.queue_full[q.slot]), q.parity)) {
           const Tile& next = queue[q.slot];
@@ -294,8 +291,7 @@ __device__ __forceinline__ void produce_rows(const u8* x, const u8* h, const flo
       }
       const u8* from = source + kb * capacity * 128;
       if constexpr (CLUSTER == 1)
-        for (int s = 0; s < SLOT_BLOCKS; ++s)
-          bulk_load(stage_b(ring.slot) + s * B_BYTES, from + s * capacity * 128, rows * 128, full);
+        bulk_load(stage_b(ring.slot), from, rows * 128, full);
       else if (count > 0)
         bulk_load_both(stage_b(ring.slot) + begin * 128, from, count * 128, full);
     }

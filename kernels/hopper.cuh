@@ -95,11 +95,6 @@ __device__ __forceinline__ void bulk_load_once(u32 destination, const void* sour
       : "memory");
 }
 
-// Contiguous global -> the L2 alone.
-__device__ __forceinline__ void prefetch_l2(const void* source, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
-}
-
 __device__ __forceinline__ u64 evict_first_policy() {
   u64 policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

@@ -15,6 +15,7 @@ from .jit import Kernel
 
 SHARED_ROUTE_PAIRS = 2048  # from here on a cluster of CTAs is faster than one
 ONE_LAUNCH_PAIRS = 4096  # the most that route_and_pack's shared memory holds
+ONE_LAUNCH_LOCAL_PAIRS = 1024  # where more are expected to be local, two launches gather faster
 FEW_PAIRS = 512  # up to here it takes so little that the products' CTAs find room beside it
 ONE_LAUNCH_EXPERTS = 256
 FEWEST_TILES = 32  # memory that the grouped GEMM may read of the list of tiles, whatever their number
@@ -28,7 +29,7 @@ class RoutePlan:
     pair_of_row: torch.Tensor  # [capacity] int32, row * top_k + k, -1 padding
     tiles: torch.Tensor  # [max_tiles, 4] int32: expert, first_row, num_rows, 0
     ready: torch.Tensor  # [max_tiles] int32, w13 tiles finished, counted by the grouped GEMM
-    state: torch.Tensor  # [4] int32: tiles, padded rows, pairs, next tile to claim
+    state: torch.Tensor  # [5] int32: tiles, padded rows, pairs; the grouped GEMM counts: claims, w13 tiles under way
     capacity: int
     top_k: int
 
@@ -75,7 +76,7 @@ def _unrouted(ids: torch.Tensor, num_local_experts: int, tile: int, expert_map: 
     pairs = num_rows * top_k
     capacity = (pairs + 7 * min(num_local_experts, pairs) + 7) // 8 * 8
     max_tiles = max(FEWEST_TILES, pairs // tile + min(num_local_experts, pairs))
-    parts = (4 * max_tiles, 4, capacity, num_local_experts, max_tiles)
+    parts = (4 * max_tiles, 5, capacity, num_local_experts, max_tiles)
     tiles, state, pair_of_row, counts, ready = torch.empty(sum(parts), dtype=torch.int32, device=ids.device).split(
         parts
     )
@@ -142,8 +143,12 @@ def route_and_pack(
     return plan, packed, scales
 
 
-def takes_one_launch(num_pairs: int, num_local_experts: int) -> bool:
-    return num_pairs <= ONE_LAUNCH_PAIRS and num_local_experts <= ONE_LAUNCH_EXPERTS
+def takes_one_launch(num_pairs: int, expected_pairs: float, num_local_experts: int) -> bool:
+    return (
+        num_pairs <= ONE_LAUNCH_PAIRS
+        and expected_pairs <= ONE_LAUNCH_LOCAL_PAIRS
+        and num_local_experts <= ONE_LAUNCH_EXPERTS
+    )
 
 
 def _unpacked(rows: torch.Tensor, plan: RoutePlan, fp8: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

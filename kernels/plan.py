@@ -17,7 +17,6 @@ class GemmPlan:
     m_rows: int  # outputs of a tile: 32, 64 or 128
     tile: int  # most rows of one expert in a tile
     stages: int  # slots of the ring
-    slot_blocks: int = 1  # bf16: k-blocks of a slot
     cluster: int = 1  # CTAs that share the rows of a tile
     rows_wide: bool = False  # fp8: rows are the tensor cores' wide operand instead of the weights
     form: WeightForm
@@ -39,7 +38,7 @@ class GemmPlan:
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: the ring, the row scales, the chunks of output."""
-        stage = self.slot_blocks * (self.m_rows + self.tile) * 128 + (self.tile * 8 if self.form == "fp8" else 0)
+        stage = self.m_rows * 128 + self.tile * 128 + (self.tile * 8 if self.form == "fp8" else 0)
         beyond = max(0, 64 - self.m_rows) * 128  # wgmma reads 64 rows whatever the tile holds
         return self.stages * stage + beyond + ((3 if self.num_threads == 512 else 2) * 64 * 272 if self.staged else 0)
 
@@ -54,8 +53,6 @@ class GemmPlan:
         """
         if self.rows_wide and min(hidden_size, intermediate_size) // 128 <= self.stages:
             return False
-        if hidden_size // 64 % self.slot_blocks or intermediate_size // 64 % self.slot_blocks:
-            return False
         grain = self.m_rows * self.cluster
         return hidden_size % grain == 0 and 2 * intermediate_size % grain == 0
 
@@ -69,13 +66,11 @@ class GemmPlan:
             "CLUSTER": self.cluster,
             "FP8": int(self.form == "fp8"),
             "ROWS_WIDE": int(self.rows_wide),
-            "SLOT_BLOCKS": self.slot_blocks,
         }
 
 
-FEWEST_PAIRS = 4  # up to here wide tiles are still faster: fewer, longer streams
-FEW_PAIRS = 16  # up to here narrow tiles reach more multiprocessors
-NARROW = GemmPlan(m_rows=64, tile=16, stages=20, form="bf16")
+FEW_PAIRS = 16  # up to here narrow tiles reach more multiprocessors, and all of w2's k-blocks of a tile fit the ring
+NARROW = GemmPlan(m_rows=64, tile=8, stages=24, form="bf16")
 # (most expected rows per expert, plan), ascending
 PLANS: dict[WeightForm, tuple[tuple[float, GemmPlan], ...]] = {
     "bf16": (
@@ -99,7 +94,7 @@ def choose_plan(
 ) -> GemmPlan:
     """The plan for about `expected_pairs` (row, expert) pairs over `num_local_experts` experts, or where it does not
     fit these sizes the next narrower one that does."""
-    if form == "bf16" and FEWEST_PAIRS < expected_pairs <= FEW_PAIRS:
+    if form == "bf16" and expected_pairs <= FEW_PAIRS:
         return NARROW
     rows = expected_pairs / num_local_experts
     wanted = next(i for i, (limit, _) in enumerate(PLANS[form]) if rows <= limit)
