@@ -2,7 +2,7 @@
 
 A layer is eleven launches: q, k, v product; norms, rotary embedding and KV write; attention; output product; residual
 sum and norm; gate product; top-k; the experts' three (`step.rows`: route, pack, both products in one); weighted sum,
-residual sum and the next layer's norm. Nothing syncs and nothing is allocated outside torch's allocator, so a forward
+residual sum and the next layer's norm. For few tokens it is nine: the gate is one, route and pack are one. Nothing syncs and nothing is allocated outside torch's allocator, so a forward
 may stand in a CUDA graph. Rounding is the plain model's: bf16 between operations, float32 inside them.
 
 Rows from `num_valid` on are padding: they are routed nowhere and written nowhere; what they compute means nothing.
@@ -20,6 +20,8 @@ from ...errors import ConfigError
 from ...kernels.add_norm import add_rms_norm
 from ...kernels.combine_norm import combine_add_rms_norm
 from ...kernels.embed_norm import embed_rms_norm
+from ...kernels.gate_linear import gate_linear
+from ...kernels.gate_linear import takes as takes_gate
 from ...kernels.gate_topk import gate_topk
 from ...kernels.qk_norm_rope import qk_norm_rope
 from ...kernels.silu_mul import silu_mul
@@ -27,6 +29,8 @@ from ...model_config import ModelConfig
 from .products import InvariantProducts, PlainProducts, Products
 from .rope import inverse_frequencies
 from .weights import AttentionWeights, LayerWeights, load_attention_weights
+
+_FUSED_GATE_TOKENS = 32  # above, two launches that fill the GPU are faster than one that does not
 
 KVPages = Sequence[tuple[torch.Tensor, torch.Tensor]]  # per layer K, V [num_blocks, block_size, num_kv_heads, head_dim]
 
@@ -72,6 +76,8 @@ class DeviceModel:
             raise ConfigError("dtype", str(weights.embed.dtype), "bfloat16: the GPU engine's kernels take no other")
         self.config, self.weights, self.block_size = config, weights, block_size
         self.device, self.products = weights.embed.device, products or PlainProducts()
+        fused = isinstance(self.products, PlainProducts) and _has_fused_gate(config, self.device)
+        self._most_gate_tokens = _FUSED_GATE_TOKENS if fused else 0
         self.cos_sin = rotary_table(config, max_model_len).to(self.device)  # [max_model_len, head_dim] float32
 
     @classmethod
@@ -179,21 +185,30 @@ class DeviceModel:
             y = product(hidden, layer.w2)[:num_tokens]
             add_rms_norm(y, residual, after, config.rms_norm_eps, out=out[:num_tokens])
             return out
-        topk_ids, topk_weights = gate_topk(
-            product(x, layer.gate)[:num_tokens],
-            config.top_k,
-            renormalize=config.norm_topk_prob,
-            num_valid=batch.num_valid,
-        )
+        topk_ids, topk_weights = self._route(layer.gate, x, batch)
         rows = step.rows(layer_id, x[:num_tokens], topk_ids)  # [T, top_k, hidden]
         combine_add_rms_norm(
             rows, topk_weights, residual, after, config.rms_norm_eps, ids=topk_ids, out=out[:num_tokens]
         )
         return out
 
+    def _route(self, gate: torch.Tensor, x: torch.Tensor, batch: DeviceBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """topk_ids int32, topk_weights float32, [T, top_k]; -1 for padding."""
+        top_k, num_tokens = self.config.top_k, batch.token_ids.shape[0]
+        renormalize = self.config.norm_topk_prob
+        if num_tokens <= self._most_gate_tokens:
+            rows = None if batch.num_valid is None else batch.slot_mapping
+            return gate_linear(x, gate, top_k, renormalize=renormalize, rows=rows)
+        logits = self.products(x, gate)[:num_tokens]
+        return gate_topk(logits, top_k, renormalize=renormalize, num_valid=batch.num_valid)
+
     def _room(self, num_tokens: int, width: int) -> torch.Tensor:
         """[padded(T), width] for what a product reads; rows from T on hold whatever was in memory."""
         return torch.empty(self.products.padded(num_tokens), width, dtype=torch.bfloat16, device=self.device)
+
+
+def _has_fused_gate(config: ModelConfig, device: torch.device) -> bool:
+    return device.type == "cuda" and takes_gate(config.num_experts, config.hidden_size, config.top_k, device)
 
 
 def _one_of_each_shape(weights: AttentionWeights) -> list[torch.Tensor]:
