@@ -2,8 +2,9 @@
 
 A layer is eleven launches: q, k, v product; norms, rotary embedding and KV write; attention; output product; residual
 sum and norm; gate product; top-k; the experts' three (`step.rows`: route, pack, both products in one); weighted sum,
-residual sum and the next layer's norm. For few tokens it is nine: the gate is one, route and pack are one. Nothing syncs and nothing is allocated outside torch's allocator, so a forward
-may stand in a CUDA graph. Rounding is the plain model's: bf16 between operations, float32 inside them.
+residual sum and the next layer's norm. For few tokens it is nine: the gate is one, route and pack are one. Nothing
+syncs and nothing is allocated outside torch's allocator, so a forward may stand in a CUDA graph. Rounding is the plain
+model's: bf16 between operations, float32 inside them.
 
 Rows from `num_valid` on are padding: they are routed nowhere and written nowhere; what they compute means nothing.
 In batch-invariant mode products have more rows than tokens (`products.py`): kernels write the first T of them, and
