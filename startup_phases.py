@@ -1,8 +1,8 @@
 """Where the seconds of a process's start go: named phases, one after the other, for its log and its report.
 
-Why a record and not log lines: the same figures are read by people (`expertmesh serve` prints them while a process loads), by
-`bench/step.py` and by tests. Phases of one name add up, so a loop over layers is one phase; the time between them is
-nobody's and shows as the difference to `total_s`."""
+Why a record and not log lines: the same figures are read by people (`expertmesh serve` prints them while processes
+load), by `bench/step.py` and by tests. Phases of one name add up, so a loop over layers is one phase; the time between
+them is nobody's and shows as the difference to `total_s`."""
 
 import logging
 import threading
