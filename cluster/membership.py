@@ -259,7 +259,7 @@ class Membership:
         if not isinstance(event, Join | PlacementRequested | Tick):
             if self.states.get(event.member_id, State.DEAD) is State.DEAD:
                 return [] if isinstance(event, Lost | Leave | Committed) else [Rejoin(event.member_id)]
-            self._silent.discard(event.member_id)
+            self._answered(event.member_id, now)
         commands = self._take(event, now)
         return commands + self._advance(now)
 
@@ -391,6 +391,13 @@ class Membership:
         if trouble.silent_id in self._silent - self._witnesses:
             self._accused.add(trouble.silent_id)
             self._silent_until = min(self._silent_until, now + self._accused_timeout_s)
+
+    def _answered(self, member_id: str, now: float) -> None:
+        """A sign of life. Once all but the accused have given one, late as it may be, those have a moment more."""
+        if member_id in self._silent:
+            self._silent.discard(member_id)
+            if self._silent and self._silent <= self._accused and self._silent_until == self._probe_ends:
+                self._silent_until = min(self._probe_ends, now + self._accused_timeout_s)
 
     def _is_known_number(self, number: int) -> bool:
         """Of the epoch in force or of the one that some are entering; older news may be about a former connection."""

@@ -560,8 +560,15 @@ def test_who_missed_the_deadline_is_not_waited_for_when_all_others_answer():
     assert trace.core.states["e2"] is not State.DEAD
     trace.say(Alive("a1"), at=20.3)
     trace.say(Alive("e1"), at=20.4)
+    assert trace.core.next_deadline() == pytest.approx(20.65)  # a moment more than the slowest other needed
     trace.say(Alive("e2"), at=20.5)
     agree(trace, 4, ["a1", "e1", "e2"], leader="a1")
+    trace.say(Trouble("a1", 4, "rank 2 sent nothing for 3.0 s", "", "e2"), at=30.0)
+    trace.say(Alive("a1"), at=30.1)
+    trace.say(Tick(), at=30.25)
+    trace.say(Alive("e1"), at=30.6)  # slow, and there
+    trace.say(Tick(), at=30.85)
+    agree(trace, 5, ["a1", "e1"], leader="a1")
     trace.finish()
 
 
