@@ -131,6 +131,7 @@ async def strike_whole(world: ChaosWorld, draw: random.Random, count: int) -> li
         await asyncio.sleep(draw.uniform(1.0, 2.0))
         reports.append(await asyncio.to_thread(by_name[name].strike, world, draw))
         say(f"{'whole' if whole else 'NOT WHOLE'}: {reports[-1]}")
+        await asyncio.sleep(2.0)  # until everybody knows
         if not whole:
             reports.pop()
     return reports

@@ -179,20 +179,25 @@ def per_second(load: Load) -> tuple[list[tuple[float, float]], list[tuple[float,
 
 
 def switches(load: Load, seen: Watch) -> list[dict[str, float]]:
-    """For each change of the epoch: the longest wait of any stream around it, and that in steps of the time before."""
-    found = []
-    for at, _ in seen.epochs[1:]:
-        near, before = [], []
-        for came in load.tokens:
-            for a, b in itertools.pairwise(came):
-                if at - 1.0 < b < at + 0.5:
-                    near.append(b - a)
-                elif at - 3.0 < b < at - 1.0:
-                    before.append(b - a)
-        if near and before:
-            step = statistics.median(before)
-            found.append({"at_s": round(at, 1), "longest_s": round(max(near), 4), "steps": round(max(near) / step, 2)})
-    return found
+    """For each change of the epoch: the longest wait of any stream around it, and that in steps of that time."""
+    return [found for at, _ in seen.epochs[1:] if (found := longest_wait(load, at)) is not None]
+
+
+def no_switches(load: Load, seen: Watch) -> list[dict[str, float]]:
+    """The same where no epoch changed and the load did not: what a wait of this host is like by itself."""
+    changes = [at for at, _ in seen.epochs[1:]]
+    changes += itertools.accumulate(seconds for _, seconds in PHASES)
+    quiet = [at for at in range(4, int(changes[-1]), 3) if all(abs(at - change) > 3.0 for change in changes)]
+    return [found for at in quiet if (found := longest_wait(load, at)) is not None]
+
+
+def longest_wait(load: Load, at: float) -> dict[str, float] | None:
+    pairs = [pair for came in load.tokens for pair in itertools.pairwise(came) if at - 2.0 < pair[1] < at + 2.0]
+    near = [b - a for a, b in pairs if at - 1.0 < b < at + 0.5]
+    if not near:
+        return None
+    step = statistics.median(b - a for a, b in pairs)
+    return {"at_s": round(at, 1), "longest_s": round(max(near), 4), "steps": round(max(near) / step, 2)}
 
 
 def starts(seen: Watch) -> list[dict[str, Any]]:
@@ -262,7 +267,7 @@ def main() -> int:
     with started(arguments.row_us, arguments.model) as cluster:
         load, seen = asyncio.run(measure(cluster))
     counts, p99 = per_second(load)
-    changes, added = switches(load, seen), starts(seen)
+    changes, quiet, added = switches(load, seen), no_switches(load, seen), starts(seen)
     most = max(n for _, n in seen.shards)
     figures = {
         "model": arguments.model.name,
@@ -275,6 +280,12 @@ def main() -> int:
         "starts_s": added,
         "switches": changes,
         "longest_stall_steps": max((c["steps"] for c in changes), default=None),
+        "longest_wait_steps_without_a_switch": {
+            "median": statistics.median(q["steps"] for q in quiet),
+            "most": max(q["steps"] for q in quiet),
+        }
+        if quiet
+        else None,
     }
     name = "demo model" if arguments.model == DEMO_MODEL else arguments.model.name
     chart = Chart(
