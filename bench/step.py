@@ -236,19 +236,18 @@ def _spied(runner: Any, seen: list[torch.Tensor]) -> Iterator[None]:
         yield
         runner.model.routing_hook = None  # type: ignore[attr-defined]
         return
-    from ..cluster.attention import device_model
+    model = runner.model
+    route = model.route
 
-    gate = device_model.gate_topk
-
-    def spy(logits: torch.Tensor, *arguments: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, weights = gate(logits, *arguments, **named)
+    def spy(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, weights = route(*arguments)
         if not torch.cuda.is_current_stream_capturing() and ids.shape[0] <= 1024:
             seen.append(ids.clone())
         return ids, weights
 
-    device_model.gate_topk = spy  # type: ignore[assignment]
+    model.route = spy
     yield
-    device_model.gate_topk = gate  # type: ignore[assignment]
+    model.route = route
 
 
 def _runs_graphs(runner: Any) -> bool:

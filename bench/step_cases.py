@@ -43,6 +43,11 @@ _TINY = {
 CASES: dict[str, dict[str, Any]] = {
     "tiny": _TINY,
     "30b": _30B,
+    "30b-128k": _30B
+    | {
+        "max_position_embeddings": 131072,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    },
     "30b-fp8": _30B | {"quantization_config": _FP8},
     "30b-int4": _30B | {"quantization_config": _INT4},
     "235b-fp8": _235B | {"quantization_config": _FP8},

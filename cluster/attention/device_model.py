@@ -186,14 +186,14 @@ class DeviceModel:
             y = product(hidden, layer.w2)[:num_tokens]
             add_rms_norm(y, residual, after, config.rms_norm_eps, out=out[:num_tokens])
             return out
-        topk_ids, topk_weights = self._route(layer.gate, x, batch)
+        topk_ids, topk_weights = self.route(layer.gate, x, batch)
         rows = step.rows(layer_id, x[:num_tokens], topk_ids)  # [T, top_k, hidden]
         combine_add_rms_norm(
             rows, topk_weights, residual, after, config.rms_norm_eps, ids=topk_ids, out=out[:num_tokens]
         )
         return out
 
-    def _route(self, gate: torch.Tensor, x: torch.Tensor, batch: DeviceBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(self, gate: torch.Tensor, x: torch.Tensor, batch: DeviceBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """topk_ids int32, topk_weights float32, [T, top_k]; -1 for padding."""
         top_k, num_tokens = self.config.top_k, batch.token_ids.shape[0]
         renormalize = self.config.norm_topk_prob
