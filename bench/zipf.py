@@ -6,7 +6,7 @@ row, on no core), since on a host with few cores the shards would only take turn
 same load again. The gain is the ratio of the expert tier's time in a step, as the attention replica waits for it (what
 the load model predicts), and of tokens a second (which the rest of a step dilutes).
 
-    python -P -m expertmesh.bench.zipf [--row-us 1000] [--streams 32]
+    python -P -m expertmesh.bench.zipf [--row-us 2000] [--streams 32]
 
 Exits 1 where a stream fails, says other tokens, or less than 90 % of the predicted gain is measured."""
 
@@ -134,7 +134,7 @@ async def measure(cluster: Cluster, streams: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--row-us", type=float, default=1000.0, help="cost model: time of a row, 0 = none")
+    parser.add_argument("--row-us", type=float, default=2000.0, help="cost model: time of a row, 0 = none")
     parser.add_argument("--streams", type=int, default=32)
     arguments = parser.parse_args()
     if arguments.row_us:

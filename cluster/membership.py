@@ -203,7 +203,7 @@ class Membership:
         prepare_timeout_s: float = 300.0,  # loading experts included
         commit_timeout_s: float = 60.0,
         probe_timeout_s: float = 2.0,  # after a trouble: who is silent for so long is left out
-        accused_timeout_s: float = 0.25,  # the same for who has missed the exchange's deadline, if all others answer
+        accused_timeout_s: float = 0.15,  # the same for who has missed the exchange's deadline, if all others answer
         watch_interval_s: float = 10.0,  # the same while a transition waits, where all are busy loading
         rejoin_timeout_s: float = 10.0,  # after a restart of the Conductor
         retry_s: float = 1.0,
