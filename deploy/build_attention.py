@@ -22,6 +22,7 @@ from pathlib import Path
 
 from ..errors import KernelError
 from ..kernels.paged_attention import (
+    FIXES,
     FLASHINFER,
     HEAD_SIZES,
     KEY_FILE,
@@ -57,11 +58,12 @@ def build(archs: list[str], out: Path, *, flashinfer: Path | None = None, jobs: 
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory(dir=out) as made:
         data = headers(flashinfer, Path(scratch))
+        fixed = fix(data / "include", Path(scratch) / "fixed")
         shadow = Path(scratch) / "shadow"
         (shadow / _NOT_NEEDED).parent.mkdir(parents=True)
         (shadow / _NOT_NEEDED).touch()
         commands = [
-            command(nvcc, kernel, head_dim, arch, includes=[shadow, *include_folders(data)], out=Path(made))
+            command(nvcc, kernel, head_dim, arch, includes=[shadow, fixed, *cutlass_folders(data)], out=Path(made))
             for arch in archs
             for kernel, head_dim in wanted(arch)
         ]
@@ -114,8 +116,19 @@ def headers(flashinfer: Path | None, scratch: Path) -> Path:
     return folder / "data"
 
 
-def include_folders(data: Path) -> list[Path]:
-    return [data / "include", data / "cutlass/include", data / "cutlass/tools/util/include"]
+def fix(include: Path, out: Path) -> Path:
+    """A copy of FlashInfer's own headers with `FIXES`."""
+    shutil.copytree(include, out)
+    for name, removed in FIXES:
+        text = (out / name).read_text()
+        if text.count(removed) != 1:
+            raise KernelError(f"{include / name} is not the header that FIXES was written for")
+        (out / name).write_text(text.replace(removed, ""))
+    return out
+
+
+def cutlass_folders(data: Path) -> list[Path]:
+    return [data / "cutlass/include", data / "cutlass/tools/util/include"]
 
 
 def _version(folder: Path) -> bool:

@@ -267,6 +267,17 @@ def test_build_commands():
     assert line[-1] == "/y/paged_attention_64_sm_89.so"
 
 
+def test_headers_are_fixed_or_refused(tmp_path):
+    (name, removed), *_ = paged_attention.FIXES
+    header = tmp_path / "include" / name
+    header.parent.mkdir(parents=True)
+    header.write_text(f"before\n{removed}after\n")
+    assert (build_attention.fix(tmp_path / "include", tmp_path / "a") / name).read_text() == "before\nafter\n"
+    header.write_text("another version\n")
+    with pytest.raises(KernelError, match="is not the header"):
+        build_attention.fix(tmp_path / "include", tmp_path / "b")
+
+
 def test_headers_of_another_version_are_refused(tmp_path):
     (tmp_path / "flashinfer" / "data").mkdir(parents=True)
     with pytest.raises(KernelError, match="is not flashinfer-python"):
