@@ -122,9 +122,13 @@ async def strike(world: ChaosWorld, draw: random.Random, faults: Sequence[Fault]
     return reports
 
 
-async def strike_whole(world: ChaosWorld, draw: random.Random, count: int) -> list[FaultReport]:
-    """`count` faults of shards, each when every expert has its two copies."""
+async def strike_whole(world: ChaosWorld, draw: random.Random, count: int) -> tuple[list[FaultReport], int]:
+    """`count` faults of shards, each when every expert has its two copies; and how many members were given up that
+    nobody had struck."""
     reports: list[FaultReport] = []
+    num_stopped = 0
+    await asyncio.to_thread(world.wait_whole)  # who was stopped before is back
+    before = await asyncio.to_thread(world.num_returned)
     by_name = {fault.name: fault for fault in FAULTS}
     for name, _ in zip(itertools.cycle(MEASURED), range(count)):
         whole = await asyncio.to_thread(world.wait_whole)
@@ -132,9 +136,11 @@ async def strike_whole(world: ChaosWorld, draw: random.Random, count: int) -> li
         reports.append(await asyncio.to_thread(by_name[name].strike, world, draw))
         say(f"{'whole' if whole else 'NOT WHOLE'}: {reports[-1]}")
         await asyncio.sleep(2.0)  # until everybody knows
+        num_stopped += name == "shard-stop"
         if not whole:
             reports.pop()
-    return reports
+    await asyncio.to_thread(world.wait_whole)
+    return reports, max(0, await asyncio.to_thread(world.num_returned) - before - num_stopped)
 
 
 async def run(arguments: argparse.Namespace, world: ChaosWorld) -> dict[str, Any]:
@@ -157,7 +163,7 @@ async def run(arguments: argparse.Namespace, world: ChaosWorld) -> dict[str, Any
         ends_at = time.monotonic() + 60.0 * arguments.minutes
         outcomes: list[tuple[int, Outcome]] = []
 
-        async def both_parts() -> tuple[list[FaultReport], list[FaultReport]]:
+        async def both_parts() -> tuple[list[FaultReport], tuple[list[FaultReport], int]]:
             mixed = await strike(world, draw, faults, ends_at)
             return mixed, await strike_whole(world, draw, arguments.measured)
 
@@ -169,7 +175,7 @@ async def run(arguments: argparse.Namespace, world: ChaosWorld) -> dict[str, Any
                 outcomes.append((index, await run_stream(client, wanted[index])))
 
         await asyncio.gather(*(worker() for _ in range(CONCURRENCY)))
-        reports, measured = await striking
+        reports, (measured, num_false) = await striking
     broken = [(i, o) for i, o in outcomes if o.error]
     other = [(i, o) for i, o in outcomes if not o.error and o.token_ids != truth[i].token_ids]
     for index, outcome in broken[:5] + other[:5]:
@@ -181,6 +187,7 @@ async def run(arguments: argparse.Namespace, world: ChaosWorld) -> dict[str, Any
         "tokens": sum(len(o.token_ids) for _, o in outcomes),
         "faults": {f.name: sum(r.fault == f.name for r in reports) for f in faults},
         "pauses": pauses(reports, [o for _, o in outcomes]),
+        "given_up_without_a_fault": num_false,
         "pauses_where_a_copy_lives": pauses(measured, [o for _, o in outcomes]),
     }
 
@@ -213,6 +220,8 @@ def verdict(figures: dict[str, Any], streams: int) -> list[str]:
         wrong.append(f"{figures['streams'] - figures['complete']} streams did not complete")
     if figures["identical"] < figures["complete"]:
         wrong.append(f"{figures['complete'] - figures['identical']} streams said other tokens")
+    if figures["given_up_without_a_fault"]:
+        wrong.append(f"{figures['given_up_without_a_fault']} members were given up that nobody had struck")
     if figures["left"]:
         wrong.append(f"left over: {figures['left']}")
     return wrong

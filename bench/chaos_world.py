@@ -118,6 +118,11 @@ class ChaosWorld:
             time.sleep(0.25)
         return False
 
+    def num_returned(self) -> int:
+        """Members that were given up and lived, since the Conductor's start."""
+        state = self.state()
+        return state.num_returned if state is not None else 0
+
     def _unsettled(self) -> list[str]:
         state = self.state()
         if state is None or not state.ready:
