@@ -23,9 +23,10 @@ PACKAGE = "expertmesh_attention"  # holds the libraries and KEY_FILE
 KEY_FILE = "key.txt"
 FLASHINFER = "0.6.8.post1"  # the headers' version
 SOURCES = ("paged_attention.cu", "paged_prefill.cu", "paged_attention_call.cuh")
-# (header, text to remove). At the end of a query tile the 256 threads of FlashInfer's FA3 kernel both arrive at and wait
-# on one barrier of 256, so four fast warps complete it by themselves and read rows of the result that slow ones have not
-# written. Without the arrival the wait alone is right. Found with compute-sanitizer, which slows warps unevenly.
+# (header, text to remove). At the end of a query tile 256 threads of FlashInfer's FA3 kernel arrive at and then wait
+# on one barrier of 256 (BAR.ARV 1, 256, then BAR.SYNC 1, 256), so four fast warps complete it by themselves and read
+# rows of the result that slow ones have not written yet. The wait alone is right; without the arrival the machine code
+# is the same but for names of registers. Seen under compute-sanitizer, which slows warps unevenly: 8 to 12 wrong rows.
 FIXES = (
     (
         "flashinfer/attention/hopper/epilogue.cuh",
