@@ -6,6 +6,7 @@ message a step; Serve's handles are never used."""
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from ..checkpoint import Checkpoint, LoadProgress, ProgressCallback
 from ..config import ClusterConfig
 from ..errors import ExpertMeshError, Unavailable
 from ..experts.copies import CopyServer
+from ..experts.mlp import LocalExpertMLP
 from ..experts.scrub import Scrubber
 from ..experts.worker import (
     LEAVE_S,
@@ -25,6 +27,7 @@ from ..experts.worker import (
     expert_bytes_of_rank,
     faults_of,
     guard_gauges,
+    in_first_epoch,
     is_batch_invariant,
     load_experts,
     node_name,
@@ -63,10 +66,12 @@ from .attention.engine import Engine, StepStats
 from .attention.grammar import GrammarCompiler
 from .attention.load import load_runner
 from .attention.runner import StepRunner
+from .attention.warm_up import WarmUp
 from .autoscale import attention_pressure
 from .request_spans import RequestSpans
 
 DRAIN_S = 20.0  # requests at hand finish; with LEAVE_S below Serve's graceful_shutdown_timeout_s
+_log = logging.getLogger(__name__)
 
 
 class AttentionReplica:
@@ -85,6 +90,8 @@ class AttentionReplica:
         self._scrubber: Scrubber | None = None
         self._copies: CopyServer | None = None  # of one that owns experts
         self._row_reporter: asyncio.Task[None] | None = None  # of one that owns experts
+        self._warming: asyncio.Task[None] | None = None
+        self._is_warm = False  # gateways dial from then on
         settle_on_cpu()
         self._reporter = asyncio.create_task(report_forever(conductor, self._status))
         try:
@@ -131,11 +138,12 @@ class AttentionReplica:
         )
         self._steps = StepTelemetry(self._telemetry)
         spans = RequestSpans(self._telemetry, self._link.publish) if self._telemetry.tracing else None
+        warm_up = WarmUp(spans.publish if spans else self._link.publish)
         engine = Engine(
             runner,
             self._mesh,
             scheduler=config.scheduler,
-            publish=spans.publish if spans else self._link.publish,
+            publish=warm_up.publish,
             max_model_len=max_model_len,
             attention_parity=checkpoint.config.attention_parity_tokens,
             enable_prefix_cache=config.cache.enable_prefix_cache,
@@ -153,8 +161,36 @@ class AttentionReplica:
         await self._link.start(spans.around(engine) if spans else engine)
         freeze_heap()
         self._agent.start()
+        if compute_device(config).type == "cuda":
+            self._warming = asyncio.create_task(self._warm(warm_up, engine, experts, config, max_model_len))
+        else:
+            self._is_warm = True
         self._phases.log(self.member_id)
         return engine
+
+    async def _warm(
+        self,
+        warm_up: WarmUp,
+        engine: Engine,
+        experts: LocalExpertMLP | None,  # of a colocated rank
+        config: ClusterConfig,
+        max_model_len: int,
+    ) -> None:
+        """Once the first epoch is in force: what first steps compile and choose, no client waits for."""
+        await in_first_epoch(self._mesh)
+        try:
+            if experts is not None:
+                with self._phases.phase("kernels"):
+                    await asyncio.to_thread(experts.compile_ahead)
+            with self._phases.phase("first tokens"):
+                await asyncio.to_thread(warm_up.run, engine, config.scheduler, max_model_len=max_model_len)
+        except Exception:  # a step will meet it too, and say it to whom it concerns
+            _log.exception("%s was not warmed up: its first requests will be slow", self.member_id)
+        finally:
+            self._is_warm = True
+        self._phases.log(self.member_id)
+        with contextlib.suppress(Unavailable):
+            await self._conductor.report(self._status())
 
     def check_health(self) -> None:
         if self._engine is not None and self._engine.failure is not None:
@@ -180,6 +216,8 @@ class AttentionReplica:
         self._reporter.cancel()
         if self._row_reporter is not None:
             self._row_reporter.cancel()
+        if self._warming is not None:
+            self._warming.cancel()
         if self._engine is None:
             return
         self._link.drain()
@@ -219,7 +257,7 @@ class AttentionReplica:
         return replace(
             process,
             state=state_of(epoch is not None, self._draining),
-            address=self._link.address,
+            address=self._link.address if self._is_warm else "",
             epoch=epoch.number if epoch else 0,
             num_running=load.num_running,
             num_waiting=load.num_waiting,

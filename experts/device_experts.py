@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint import Checkpoint, ProgressMeter
+from ..kernels.compile_ahead import compile_ahead, kernels_of
 from ..kernels.expert_layer import ExpertLayer
 from ..kernels.expert_pool import ExpertPool
+from ..kernels.jit import architecture
 from .quantized_weights import are_quantized, load_quantized_layer
 from .weights import expert_bytes_on_disk, load_stack
 
@@ -98,6 +100,13 @@ class DeviceExperts:
         meaning. No host sync; capturable after one call with the same R."""
         layer = self._used[layer_id].pool.layer
         return layer.rows(rows, slot_ids, expert_map=self._maps[layer_id], expected_pairs=expected_pairs)
+
+    def compile_ahead(self) -> None:
+        """Every plan of the products, so that no step waits for NVRTC. From any thread, once experts are in use."""
+        layer = next((placed.pool.layer for placed in self._used.values()), None)
+        if layer is not None:
+            index = self.device.index if self.device.index is not None else torch.cuda.current_device()
+            compile_ahead(kernels_of(layer, self.checkpoint.config.top_k), architecture(index))
 
     def _place(
         self,

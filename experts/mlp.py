@@ -78,13 +78,18 @@ class LocalExpertMLP:
 
     @property
     def capturable(self) -> bool:
-        """`forward` with slot ids on the device neither syncs nor changes its launches: it may stand in a CUDA graph."""
+        """`forward` with slot ids on the device neither syncs nor changes its launches: a CUDA graph may hold it."""
         return self._on_device is not None
 
     @property
     def graph_version(self) -> int:
         """Changes when CUDA graphs captured with `forward` in them hold no longer."""
         return 0 if self._on_device is None else self._on_device.graph_version
+
+    def compile_ahead(self) -> None:
+        """Whatever a step may need of the kernels, once experts are in use. Blocks; from any thread, beside steps."""
+        if self._on_device is not None:
+            self._on_device.compile_ahead()
 
     def set_placement(self, placement: Placement, ep_rank: int) -> None:
         if placement.version in self._resident:

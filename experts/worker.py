@@ -64,6 +64,7 @@ from .mlp import LocalExpertMLP
 from .scrub import Scrubber, WeightFault
 from .weights import expert_bytes_on_disk, expert_shapes, least_shards
 
+LOOK_S = 0.05  # between looks at whether the first epoch is in force
 LEAVE_S = 25.0  # in good order: an epoch without this member; below Serve's graceful_shutdown_timeout_s
 _log = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ class ExpertShard:
         self._reporters = [
             asyncio.create_task(report_forever(conductor, self._status)),
             asyncio.create_task(report_rows_forever(conductor, self._load.rows)),
+            asyncio.create_task(self._compile_ahead()),
         ]
 
     async def _build(self, config: ClusterConfig, make_agent: MakeAgent) -> "StepServer":
@@ -150,6 +152,15 @@ class ExpertShard:
         server.start()
         self._agent.start()
         return server
+
+    async def _compile_ahead(self) -> None:
+        """Beside the first steps: those that need another plan of the product do not wait for it."""
+        await in_first_epoch(self._mesh)
+        try:
+            with self._phases.phase("kernels"):
+                await asyncio.to_thread(self._experts.compile_ahead)
+        except KernelError as error:  # the step that needs it will meet it too
+            _log.warning("%s: a kernel does not compile: %s", self.member_id, error)
 
     def check_health(self) -> None:
         if self._server is not None and self._server.failure is not None:
@@ -308,6 +319,12 @@ def load_experts(
         batch_invariant=is_batch_invariant(config), linear_shapes=shapes, batched_shapes=shapes, device=device
     )
     return LocalExpertMLP(checkpoint, numerics, dtype=dtype, device=device, progress=progress, phases=phases)
+
+
+async def in_first_epoch(mesh: ClusterMesh) -> None:
+    """Returns when the first epoch is in force here: experts are resident and in use."""
+    while mesh.epoch is None:  # noqa: ASYNC110  (looked at at the start alone)
+        await asyncio.sleep(LOOK_S)
 
 
 def start_copies(config: ClusterConfig, checkpoint: Checkpoint, experts: LocalExpertMLP) -> CopyServer:

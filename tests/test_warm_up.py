@@ -1,0 +1,109 @@
+"""Before a replica serves: its own requests run the whole path, cost no client anything, and leave nothing behind."""
+
+import threading
+
+import pytest
+
+from expertmesh.bench.fake_engine import FakeEngine
+from expertmesh.bench.local_engine import LocalEngine
+from expertmesh.cluster.attention import warm_up
+from expertmesh.cluster.attention.warm_up import WarmUp, lengths
+from expertmesh.config import CacheConfig, SchedulerConfig
+from expertmesh.errors import KVCacheExhausted
+from expertmesh.kernels import compile_ahead, jit
+from expertmesh.kernels.grouped_gemm import gemm_kernel
+from expertmesh.kernels.grouped_gemm_mma import choose_mma_plan, mma_kernel
+from expertmesh.kernels.plan import choose_plan
+from expertmesh.request import EngineRequest, RequestOutput, SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("batched", "prefill", "length", "expected"),
+    [(16384, 16384, 4096, [16, 256, 1024, 2048]), (2048, 1024, 40960, [16, 256, 1024]), (512, 400, 64, [16, 61])],
+)
+def test_prompts_fit_a_step_and_the_longest_fills_it(batched: int, prefill: int, length: int, expected: list[int]):
+    scheduler = SchedulerConfig(max_num_batched_tokens=batched, max_prefill_tokens_per_step=prefill)
+    assert lengths(scheduler, length) == expected
+
+
+def test_an_engine_answers_itself_and_nobody_else_hears_of_it(tiny_checkpoint):
+    heard: list[RequestOutput] = []
+    local = LocalEngine(tiny_checkpoint, cache=CacheConfig(kv_memory_bytes=4 << 20))
+    warm = WarmUp(heard.extend)
+    local.engine._publish = warm.publish
+    with local:
+        seconds = warm.run(local.engine, SchedulerConfig(max_num_batched_tokens=64), max_model_len=100)
+        assert seconds > 0
+        assert heard == []
+        assert local.books_balance
+        local.engine.submit(
+            EngineRequest(request_id="client", prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=4))
+        )
+        assert local.engine.wait_until_idle(60)
+    assert [i for output in heard for i in output.token_ids] != []
+    assert {output.request_id for output in heard} == {"client"}
+
+
+def test_clients_are_served_beside_it_and_a_silent_engine_ends_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(warm_up, "TIMEOUT_S", 0.2)
+    heard: list[str] = []
+    warm = WarmUp(lambda outputs: heard.extend(output.request_id for output in outputs))
+    engine = FakeEngine(warm.publish, lambda _request: [7] * 10)
+    engine.vocab_size = 100
+    try:
+        engine.allow(0)
+        engine.submit(EngineRequest(request_id="client", prompt_ids=(1,), sampling=SamplingParams(max_tokens=8)))
+        running = threading.Thread(target=warm.run, args=(engine, SchedulerConfig()), kwargs={"max_model_len": 512})
+        running.start()
+        running.join(10)
+        assert not running.is_alive()
+        assert engine.aborted == ["warm-up-16"]
+        assert [len(request.prompt_ids) for request in engine.submitted] == [1, 16], "no longer prompt after a failure"
+        engine.allow(-1)
+        assert engine.wait_idle()
+    finally:
+        engine.stop()
+    assert heard == ["client"] * 8
+
+
+def test_a_refused_warm_up_is_said_and_does_not_stop_the_start(caplog: pytest.LogCaptureFixture):
+    warm = WarmUp(lambda _outputs: None)
+    engine = FakeEngine(warm.publish, lambda _request: [7] * 10)
+    engine.vocab_size, engine.refuse = 100, KVCacheExhausted("full")
+    try:
+        warm.run(engine, SchedulerConfig(), max_model_len=512)
+    finally:
+        engine.stop()
+    assert "no warm-up with a prompt of 16 tokens: full" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp8"])
+def test_whatever_plan_a_step_chooses_was_compiled_ahead(form: str, tmp_path):
+    hidden, width, num_experts = 2048, 768, 128
+    kernels = compile_ahead.wgmma_kernels(form, hidden, width)
+    chosen = {
+        id(gemm_kernel(choose_plan(form, pairs, num_experts, hidden, width), hidden, width))
+        for pairs in (1, 8, 64, 1024, 4096, 6000, 10_000, 131_072)
+    }
+    assert chosen <= {id(kernel) for kernel in kernels}
+
+
+def test_the_other_path_knows_its_plans_too():
+    sizes = (128, 4096, 1536)
+    kernels = compile_ahead.mma_kernels("int4", *sizes, top_k=8, has_zeros=False, scales_bf16=False, capability=(9, 0))
+    for pairs in (1, 8, 100, 256, 1024, 4096, 131_072):
+        plan = choose_mma_plan("int4", pairs, *sizes, has_zeros=False, capability=(9, 0))
+        assert mma_kernel(plan, *sizes[1:], 8, False) in kernels
+    assert len(kernels) == len(set(map(id, kernels))) <= 6
+
+
+def test_compiling_ahead_leaves_nothing_to_compile(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    kernels = compile_ahead.wgmma_kernels("bf16", 256, 128)
+    jit._compile.cache_clear()
+    monkeypatch.setattr(jit, "_cache_directory", tmp_path)
+    compile_ahead.compile_ahead(kernels, "sm_90a")
+    assert len(list(tmp_path.glob("*.cubin"))) == len(kernels) >= 2
+    before = jit._compile.cache_info().misses
+    for kernel in kernels:
+        jit.compile_only(kernel.file, "sm_90a", kernel.defines)
+    assert jit._compile.cache_info().misses == before
