@@ -119,7 +119,7 @@ def cases(model: Model, num_tokens: int) -> Iterator[Case]:
     if num_tokens <= 512:
         yield from _product_cases(model, num_tokens)
     if num_tokens <= 8:
-        yield _layer_case(model, num_tokens)
+        yield from _layer_cases(model, num_tokens)
     if num_tokens <= 256 and model is MODELS["30b"]:
         yield from _sampling_cases(num_tokens)
 
@@ -235,6 +235,11 @@ def _product_cases(model: Model, num_tokens: int) -> Iterator[Case]:
             _over(F.linear, x, weights),
             "BLAS",
         )
+        yield Case(
+            f"thin_linear {name}, one CTA an SM",
+            2.0 * num_outputs * k,
+            _over(functools.partial(thin_linear, ctas_per_sm=1), x, weights),
+        )
         weights.cache_clear()
     gates = _weights(NUM_EXPERTS, model.hidden)
     x = _noise(num_tokens, model.hidden)
@@ -255,7 +260,7 @@ def _over(product: Callable[..., torch.Tensor], x: torch.Tensor, weights: Any) -
     return lambda n: lambda: product(x, weights(n))
 
 
-def _layer_case(model: Model, num_tokens: int) -> Case:
+def _layer_cases(model: Model, num_tokens: int) -> Iterator[Case]:
     """add_norm, qkv, qk_norm_rope, (attention), o, add_norm, gate, each layer with its own weights."""
     heads, weight = _Heads(model, num_tokens), _noise(model.hidden)
     q_size = model.heads * HEAD_DIM
@@ -266,10 +271,10 @@ def _layer_case(model: Model, num_tokens: int) -> Case:
         shapes = ((model.qkv, model.hidden), (model.hidden, q_size), (NUM_EXPERTS, model.hidden))
         return tuple(_noise(*shape, scale=0.02) for shape in shapes)
 
-    def layer(n: int, thin: bool) -> None:
+    def layer(n: int, product: Callable[..., torch.Tensor]) -> None:
         qkv_weight, o_weight, gate = weights(n)
         normed = add_rms_norm(x, residual, weight, EPS)
-        qkv = thin_linear(normed, qkv_weight) if thin else F.linear(normed, qkv_weight)
+        qkv = product(normed, qkv_weight)
         _, *caches = heads.inputs(n)
         q = qk_norm_rope(
             qkv,
@@ -282,15 +287,20 @@ def _layer_case(model: Model, num_tokens: int) -> Case:
             num_heads=model.heads,
             num_kv_heads=model.kv_heads,
         ).view(num_tokens, q_size)
-        o = thin_linear(q, o_weight) if thin and takes(model.hidden, q_size) else F.linear(q, o_weight)
-        normed = add_rms_norm(o, residual, weight, EPS)
-        if thin:
-            gate_linear(normed, gate, TOP_K)
-        else:
+        normed = add_rms_norm(product(q, o_weight), residual, weight, EPS)
+        if product is F.linear:
             gate_topk(F.linear(normed, gate), TOP_K)
+        else:
+            gate_linear(normed, gate, TOP_K)
 
     num_bytes = 2.0 * model.hidden * (model.qkv + q_size + NUM_EXPERTS)
-    return Case("layer", num_bytes, lambda n: lambda: layer(n, True), lambda n: lambda: layer(n, False), "BLAS")
+    one_cta = functools.partial(thin_linear, ctas_per_sm=1)
+    yield Case("layer", num_bytes, _bind(layer, thin_linear), _bind(layer, F.linear), "BLAS")
+    yield Case("layer, one CTA an SM", num_bytes, _bind(layer, one_cta))
+
+
+def _bind(layer: Callable[..., None], product: Callable[..., torch.Tensor]) -> Callable[[int], Call]:
+    return lambda n: lambda: layer(n, product)
 
 
 def _sampling_cases(num_rows: int) -> Iterator[Case]:
@@ -308,9 +318,7 @@ def _sampling_cases(num_rows: int) -> Iterator[Case]:
         yield Case(
             f"sample, {name}",
             2.0 * num_rows * VOCAB,
-            lambda n, state=state, last_token=last_token: (
-                lambda: sample_rows(logits(n), VOCAB, slots, state, last_token)
-            ),
+            _sampling(logits, slots, state, last_token),
             _arg_max(logits) if name == "greedy" else None,
         )
 

@@ -11,9 +11,11 @@ import torch
 
 from .checks import require, require_sizes
 from .jit import Kernel
-from .thin_linear import MAX_K, warps_for
+from .thin_linear import MAX_ROWS, capacity_for, shared_bytes_for, warps_for
 
 BF16 = torch.bfloat16
+MAX_K = 4096  # both teams hold x, and half of their weights in registers
+FEW_TOKENS = 64  # above, a product and gate_topk are as fast
 
 
 def gate_linear(
@@ -22,13 +24,13 @@ def gate_linear(
     top_k: int,
     *,
     renormalize: bool = True,
-    rows: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
+    num_valid: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [T, H] bf16, gate [E, H] bf16 -> topk_ids int32, topk_weights float32, [T, top_k], as gate_topk(x @ gate^T).
 
-    Tokens whose `rows` [T] int64 are negative (a slot mapping's padding) are routed nowhere: ids -1. `counts` [E] int32
-    is added to. A token with NaN or infinite logits is routed nowhere, with NaN weights."""
+    `counts` [E] int32 is added to. A token with NaN or infinite logits is routed nowhere (-1, NaN weights), nor are
+    those from `num_valid` [1] int32 on, a number on the device: the padding of a captured step."""
     num_tokens, hidden = x.shape
     num_experts = gate.shape[0]
     require_sizes(
@@ -38,19 +40,21 @@ def gate_linear(
     )
     require("x", x, BF16, (None, None))
     require("gate", gate, BF16, (None, hidden))
-    if rows is not None:
-        require("rows", rows, torch.int64, (num_tokens,))
+    if num_valid is not None:
+        require("num_valid", num_valid, torch.int32, (1,))
     if counts is not None:
         require("counts", counts, torch.int32, (num_experts,))
     ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=x.device)
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=x.device)
     if num_tokens:
-        num_ctas = ctas_for(num_experts)
-        gate_linear_kernel(hidden, num_experts, top_k, renormalize).launch(
-            (num_ctas * -(-num_tokens // 8),),
-            32 * warps_for(hidden),
-            (x, np.int32(num_tokens), gate, rows, ids, weights, counts),
+        num_ctas, capacity = ctas_for(num_experts), capacity_for(min(num_tokens, MAX_ROWS))
+        teams = teams_for(num_experts)
+        gate_linear_kernel(hidden, num_experts, top_k, renormalize, capacity).launch(
+            (num_ctas * -(-num_tokens // MAX_ROWS),),
+            32 * warps_for(hidden) * teams,
+            (x, np.int32(num_tokens), gate, num_valid, ids, weights, counts),
             device=x.device,
+            shared_bytes=teams * shared_bytes_for(hidden, capacity),
         )
     return ids, weights
 
@@ -66,13 +70,20 @@ def ctas_for(num_experts: int) -> int:
     return next(n for n in (8, 4, 2, 1) if num_experts % (8 * n) == 0)
 
 
+def teams_for(num_experts: int) -> int:
+    """Groups of 8 experts that a CTA works on at a time."""
+    return 2 if num_experts // 8 // ctas_for(num_experts) > 1 else 1
+
+
 @functools.cache
-def gate_linear_kernel(hidden: int, num_experts: int, top_k: int, renormalize: bool) -> Kernel:
+def gate_linear_kernel(hidden: int, num_experts: int, top_k: int, renormalize: bool, capacity: int) -> Kernel:
     defines = {
         "K": hidden,
         "WARPS": warps_for(hidden),
+        "ROWS": capacity,
         "NUM_EXPERTS": num_experts,
         "CTAS": ctas_for(num_experts),
+        "TEAMS": teams_for(num_experts),
         "TOP_K": top_k,
         "RENORMALIZE": int(renormalize),
     }
