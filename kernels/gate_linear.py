@@ -11,11 +11,10 @@ import torch
 
 from .checks import require, require_sizes
 from .jit import Kernel
-from .thin_linear import MAX_ROWS, capacity_for, shared_bytes_for, warps_for
+from .thin_linear import MAX_K, warps_for
 
 BF16 = torch.bfloat16
-MAX_K = 4096  # both teams hold x, and half of their weights in registers
-FEW_TOKENS = 64  # above, a product and gate_topk are as fast
+MANY_TOKENS = 128  # from here on a product and gate_topk are as fast
 
 
 def gate_linear(
@@ -47,14 +46,12 @@ def gate_linear(
     ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=x.device)
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=x.device)
     if num_tokens:
-        num_ctas, capacity = ctas_for(num_experts), capacity_for(min(num_tokens, MAX_ROWS))
-        teams = teams_for(num_experts)
-        gate_linear_kernel(hidden, num_experts, top_k, renormalize, capacity).launch(
-            (num_ctas * -(-num_tokens // MAX_ROWS),),
-            32 * warps_for(hidden) * teams,
+        num_ctas = ctas_for(num_experts)
+        gate_linear_kernel(hidden, num_experts, top_k, renormalize).launch(
+            (num_ctas * -(-num_tokens // 8),),
+            32 * warps_for(hidden),
             (x, np.int32(num_tokens), gate, num_valid, ids, weights, counts),
             device=x.device,
-            shared_bytes=teams * shared_bytes_for(hidden, capacity),
         )
     return ids, weights
 
@@ -70,20 +67,13 @@ def ctas_for(num_experts: int) -> int:
     return next(n for n in (8, 4, 2, 1) if num_experts % (8 * n) == 0)
 
 
-def teams_for(num_experts: int) -> int:
-    """Groups of 8 experts that a CTA works on at a time."""
-    return 2 if num_experts // 8 // ctas_for(num_experts) > 1 else 1
-
-
 @functools.cache
-def gate_linear_kernel(hidden: int, num_experts: int, top_k: int, renormalize: bool, capacity: int) -> Kernel:
+def gate_linear_kernel(hidden: int, num_experts: int, top_k: int, renormalize: bool) -> Kernel:
     defines = {
         "K": hidden,
         "WARPS": warps_for(hidden),
-        "ROWS": capacity,
         "NUM_EXPERTS": num_experts,
         "CTAS": ctas_for(num_experts),
-        "TEAMS": teams_for(num_experts),
         "TOP_K": top_k,
         "RENORMALIZE": int(renormalize),
     }

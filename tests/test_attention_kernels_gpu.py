@@ -153,7 +153,7 @@ def run_heads(function, given):
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
-@pytest.mark.parametrize("num_tokens", TOKENS)
+@pytest.mark.parametrize("num_tokens", [*TOKENS, 600])
 def test_qk_norm_rope_equals_plain_torch(num_tokens, heads, kv_heads, head_dim):
     given = head_inputs(num_tokens, heads, kv_heads, head_dim)
     q, k, v = run_heads(qk_norm_rope, given)
@@ -166,11 +166,11 @@ def test_qk_norm_rope_equals_plain_torch(num_tokens, heads, kv_heads, head_dim):
 
 
 def test_heads_of_a_token_do_not_depend_on_other_tokens():
-    given = head_inputs(300, 32, 4, 128)
+    given = head_inputs(600, 32, 4, 128)
     whole = run_heads(qk_norm_rope, given)
     given["qkv"][100] = NAN
     spoilt = run_heads(qk_norm_rope, given)
-    others = [t for t in range(300) if t != 100]
+    others = [t for t in range(600) if t != 100]
     assert torch.equal(spoilt[0][others], whole[0][others])
     few = dict(given)
     for name in ("qkv", "positions", "slot_mapping"):
@@ -186,7 +186,7 @@ def test_heads_of_a_token_do_not_depend_on_other_tokens():
 # ------------------------------------------------------------------------------------------------------ thin products
 @pytest.mark.parametrize(
     ("num_outputs", "k"),
-    [(5120, 2048), (2048, 4096), (4096, 8192), (8, 64), (1000, 96), (264, 2560), (2112, 128), (151936, 2048)],
+    [(5120, 2048), (2048, 4096), (8, 64), (1000, 96), (264, 2560), (2112, 128), (151936, 2048)],
 )
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 7, 8])
 def test_thin_linear_equals_the_product(num_rows, num_outputs, k):
