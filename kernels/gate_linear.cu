@@ -15,7 +15,7 @@ constexpr int GROUPS = NUM_EXPERTS / 8 / CTAS, TOKENS_EACH = 8 / CTAS;
 static_assert(NUM_EXPERTS % (8 * CTAS) == 0 && 8 % CTAS == 0, "gate_linear.cu: NUM_EXPERTS or CTAS");
 
 extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(WARPS * 32)
-    gate_linear(const u16* x, int num_tokens, const u16* gate, const int* num_valid, int* topk_ids, float* topk_weights,
+    gate_linear(const u16* x, int num_tokens, const u16* gate, const i64* rows, int* topk_ids, float* topk_weights,
                 int* counts) {
   allow_next_kernel();
   __shared__ float parts[GROUPS][WARPS][64];
@@ -24,7 +24,6 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(WARPS 
   ThinGemm gemm;
   gemm.start(gate, rank * GROUPS);
   wait_for_previous_kernel();
-  const int num_routed = num_valid ? min(*num_valid, num_tokens) : num_tokens;
   gemm.load_rows(x + (i64)first * K, min(8, num_tokens - first));
 #pragma unroll
   for (int i = 0; i < GROUPS; ++i)
@@ -49,7 +48,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(WARPS 
       logit[i] = i * 32 + lane < NUM_EXPERTS ? logits[mine][i * 32 + lane] : __int_as_float(0xff800000);
     int id;
     softmax_topk(logit, id, weight);
-    if (token >= num_routed) id = -1;  // padding of a captured step
+    if (rows && rows[token] < 0) id = -1;
     if (lane >= TOP_K) continue;
     topk_ids[token * TOP_K + lane] = id;
     topk_weights[token * TOP_K + lane] = weight;

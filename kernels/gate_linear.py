@@ -14,7 +14,6 @@ from .jit import Kernel
 from .thin_linear import MAX_K, warps_for
 
 BF16 = torch.bfloat16
-MANY_TOKENS = 128  # from here on a product and gate_topk are as fast
 
 
 def gate_linear(
@@ -23,13 +22,13 @@ def gate_linear(
     top_k: int,
     *,
     renormalize: bool = True,
+    rows: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
-    num_valid: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [T, H] bf16, gate [E, H] bf16 -> topk_ids int32, topk_weights float32, [T, top_k], as gate_topk(x @ gate^T).
 
-    `counts` [E] int32 is added to. A token with NaN or infinite logits is routed nowhere (-1, NaN weights), nor are
-    those from `num_valid` [1] int32 on, a number on the device: the padding of a captured step."""
+    Tokens whose `rows` [T] int64 are negative (a slot mapping's padding) are routed nowhere: ids -1. `counts` [E] int32
+    is added to. A token with NaN or infinite logits is routed nowhere, with NaN weights."""
     num_tokens, hidden = x.shape
     num_experts = gate.shape[0]
     require_sizes(
@@ -39,8 +38,8 @@ def gate_linear(
     )
     require("x", x, BF16, (None, None))
     require("gate", gate, BF16, (None, hidden))
-    if num_valid is not None:
-        require("num_valid", num_valid, torch.int32, (1,))
+    if rows is not None:
+        require("rows", rows, torch.int64, (num_tokens,))
     if counts is not None:
         require("counts", counts, torch.int32, (num_experts,))
     ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=x.device)
@@ -50,7 +49,7 @@ def gate_linear(
         gate_linear_kernel(hidden, num_experts, top_k, renormalize).launch(
             (num_ctas * -(-num_tokens // 8),),
             32 * warps_for(hidden),
-            (x, np.int32(num_tokens), gate, num_valid, ids, weights, counts),
+            (x, np.int32(num_tokens), gate, rows, ids, weights, counts),
             device=x.device,
         )
     return ids, weights

@@ -236,10 +236,11 @@ def test_gate_linear_ties_padding_counts_and_nan():
     x[7] = NAN
     x[8, 3] = float("inf")
     counts = torch.zeros(128, dtype=torch.int32, device=DEVICE)
-    num_valid = torch.tensor([37], dtype=torch.int32, device=DEVICE)
-    ids, weights = gate_linear(x, gate, 8, num_valid=num_valid, counts=counts)
+    rows = torch.arange(40, device=DEVICE)
+    rows[[5, 39]] = -1
+    ids, weights = gate_linear(x, gate, 8, rows=rows, counts=counts)
     whole_ids, whole_weights = gate_linear(noise(40, 2048), gate, 8)
-    nowhere = [7, 8, 37, 38, 39]
+    nowhere = [5, 7, 8, 39]
     assert bool((ids[nowhere] == -1).all())
     assert bool(weights[[7, 8]].isnan().all())
     others = [i for i in range(40) if i not in nowhere]
