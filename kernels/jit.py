@@ -5,8 +5,7 @@ Why NVRTC by its low-level binding: it compiles for any architecture without a G
 test of every kernel (errors, spills, stack use) and the first half of a launch. No CUDA header is included anywhere,
 so neither nvcc nor a toolkit is needed. Cubins are kept in memory and on disk under a key of everything that shapes
 them. Launches go through cuLaunchKernelEx, so that a kernel may start its prologue while the one before it still runs
-(programmatic dependent launch), inside CUDA graphs too; tensors, sized numpy scalars and raw bytes are passed by
-value."""
+(programmatic dependent launch), inside CUDA graphs too (`launch.py`)."""
 
 import ctypes
 import functools
@@ -21,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..errors import KernelError
 from . import wgmma
+from .launch import check, driver, launch
 
 SUPPORTED_ARCHS = ("sm_80", "sm_89", "sm_90a", "sm_100a")  # what the CPU checks compile for
 _DIRECTORY = Path(__file__).parent
@@ -165,13 +164,17 @@ class Kernel:
         value."""
         index = device.index if device.index is not None else torch.cuda.current_device()
         function = self._functions.get(index) or self._load(index, shared_bytes)
-        stream = torch.cuda.current_stream(index).cuda_stream
-        overlap = overlap and _has_overlap(index)
-        if torch.cuda.current_device() == index:
-            _launch(function, grid, block, shared_bytes, stream, arguments, overlap, self.name)
+        options: dict[str, Any] = {
+            "stream": torch._C._cuda_getCurrentRawStream(index),
+            "shared_bytes": shared_bytes,
+            "overlap": overlap and _has_overlap(index),
+            "name": self.name,
+        }
+        if torch._C._cuda_getDevice() == index:
+            launch(function, grid, block, arguments, **options)
             return
         with torch.cuda.device(index):
-            _launch(function, grid, block, shared_bytes, stream, arguments, overlap, self.name)
+            launch(function, grid, block, arguments, **options)
 
     def _load(self, index: int, shared_bytes: int) -> int:
         compiled = compile_only(self.file, architecture(index), {**self.defines, **_debug_defines})
@@ -182,9 +185,7 @@ class Kernel:
             module.load(compiled.cubin)
             function = int(module.get_function(self.name).ptr)
             if shared_bytes > 48 << 10:
-                _check(
-                    _driver().cuFuncSetAttribute(ctypes.c_void_p(function), 8, ctypes.c_int(shared_bytes)), self.name
-                )
+                check(driver().cuFuncSetAttribute(ctypes.c_void_p(function), 8, ctypes.c_int(shared_bytes)), self.name)
             self._modules.append(module)
             self._functions[index] = function
         return function
@@ -264,69 +265,3 @@ def _nvrtc() -> Any:
             f"NVRTC is not usable ({error}); install expertmesh[gpu] on a GPU host, expertmesh[kernel-checks] elsewhere"
         ) from error
     return nvrtc
-
-
-# ------------------------------------------------------------------------------------------------------------- driver
-class _Attribute(ctypes.Structure):
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_char * 64)]
-
-
-class _Config(ctypes.Structure):
-    _fields_ = [
-        *[(n, ctypes.c_uint) for n in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared_bytes")],
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("num_attributes", ctypes.c_uint),
-    ]
-
-
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6
-_serialization = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=b"\x01")
-
-
-@functools.cache
-def _driver() -> Any:
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise KernelError(f"no NVIDIA driver on this host ({error}); use the torch path (kernels='torch')") from error
-
-
-def _check(code: int, name: str) -> None:
-    if code:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(code, ctypes.byref(text))
-        raise KernelError(f"kernel {name}: driver error {code}: {(text.value or b'unknown').decode()}")
-
-
-def _launch(
-    function: int,
-    grid: tuple[int, ...],
-    block: int,
-    shared_bytes: int,
-    stream: int,
-    arguments: Sequence[Any],
-    overlap: bool,
-    name: str,
-) -> None:
-    values = [_by_value(a) for a in arguments]  # kept alive until the call returns
-    pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
-    x, y, z = (*grid, 1, 1)[:3]
-    config = _Config(x, y, z, block, 1, 1, shared_bytes, stream, ctypes.pointer(_serialization), 1 if overlap else 0)
-    _check(_driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), pointers, None), name)
-
-
-def _by_value(argument: Any) -> Any:
-    """A ctypes object holding the argument: pointer (tensor, address, None is null), a sized numpy scalar, or raw
-    bytes."""
-    if argument is None:
-        return ctypes.c_void_p(0)
-    if isinstance(argument, torch.Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, int):
-        return ctypes.c_void_p(argument)
-    if isinstance(argument, np.generic):
-        return (ctypes.c_char * argument.nbytes).from_buffer_copy(argument.tobytes())
-    if isinstance(argument, bytes):
-        return (ctypes.c_char * len(argument)).from_buffer_copy(argument)
-    raise TypeError(f"kernel argument of type {type(argument).__name__}: pass a tensor, a sized numpy scalar or bytes")
