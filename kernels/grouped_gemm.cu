@@ -34,9 +34,6 @@
 #define ROWS_WIDE 0
 #endif
 
-#ifndef HOLD_WAVES  // w2's weights hold back where w13 has at most so many tiles for each CTA
-#define HOLD_WAVES 1
-#endif
 constexpr int BLOCK_K = FP8 ? 128 : 64;  // columns in 128 bytes
 constexpr int K_BLOCKS_1 = HIDDEN / BLOCK_K, K_BLOCKS_2 = INTERMEDIATE / BLOCK_K;
 constexpr int M_TILES_1 = 2 * INTERMEDIATE / M_ROWS, M_TILES_2 = HIDDEN / M_ROWS;
@@ -199,25 +196,11 @@ __device__ __forceinline__ void announce(const Tile& tile, Ring& q) {
   q.next(QUEUE);
 }
 
-// What other CTAs count up in global memory; what they wrote before is visible.
-__device__ __forceinline__ void wait_for_count(const u32* counter, u32 wanted) {
-  for (u32 tries = 0; load_acquire(counter) < wanted; ++tries) {
-    __nanosleep(64);
-#if WATCHDOG
-    if (tries > (1u << 22)) __trap();
-#endif
-  }
-}
-
 // One thread: claims tiles, or hears of them, and streams weights. The next tile is claimed and announced while this
 // one's weights are on their way: the answers of two reads of memory would else be waited for at every tile.
-// Where all tiles of w13 run at once, everything waits for their weights: those of w2, which other CTAs could already
-// stream, hold back until w13's are all under way (state[4] counts them), so as not to share the memory's bandwidth.
 __device__ __forceinline__ void produce_weights(bool claims, const u8* w13, const u8* w2, const int4* tiles, int* state,
                                                 Tile next, u32 num_entries) {
   const u64 policy = evict_first_policy();
-  const u32 first_products = num_entries * M_TILES_1;
-  bool hold_back = CLUSTER == 1 && TILE <= 64 && first_products <= HOLD_WAVES * gridDim.x;
   Ring ring, q;
   u32 t = 0;
   if (claims) announce(next, q);
@@ -231,10 +214,6 @@ __device__ __forceinline__ void produce_weights(bool claims, const u8* w13, cons
     const int k_blocks = tile.second ? K_BLOCKS_2 : K_BLOCKS_1, row = tile.m_tile * M_ROWS;
     const i64 block = (i64)tile.expert * ((tile.second ? HIDDEN : 2 * INTERMEDIATE) / 128) + row / 128;
     const u8* source = (tile.second ? w2 : w13) + block * k_blocks * 16384 + row % 128 * 128;
-    if (hold_back && tile.second) {
-      wait_for_count((const u32*)state + 4, first_products);
-      hold_back = false;
-    }
     for (int kb = 0; kb < k_blocks; ++kb, ring.next(STAGES)) {
       barrier_wait(at(barriers.empty[ring.slot]), ring.parity ^ 1);
       const u32 full = at(barriers.full[ring.slot]);
@@ -249,7 +228,6 @@ __device__ __forceinline__ void produce_weights(bool claims, const u8* w13, cons
         if (kb == k_blocks * 2 / 3) announce(next, q);
       }
     }
-    if (hold_back) atomicAdd((u32*)state + 4, 1);
   }
 }
 
@@ -263,7 +241,15 @@ __device__ __forceinline__ void produce_rows(const u8* x, const u8* h, const flo
     const Tile tile = next_tile<false>(q);
     if (tile.expert < 0) return;
     if (tile.second) {
-      if (finished < M_TILES_1) wait_for_count(ready + tile.entry, M_TILES_1);
+#if WATCHDOG
+      u32 tries = 0;
+#endif
+      while (finished < M_TILES_1 && load_acquire(ready + tile.entry) < M_TILES_1) {
+        __nanosleep(64);
+#if WATCHDOG
+        if (++tries > (1u << 22)) __trap();
+#endif
+      }
       fence_async_proxy();
     }
     const int k_blocks = tile.second ? K_BLOCKS_2 : K_BLOCKS_1, rows = round_up_8(tile.num_rows);

@@ -84,48 +84,10 @@ struct ScaledSum {
     }
   }
 
-  static constexpr int OTHER = GROUPS - 1, STEP = 3 - GROUPS;  // of two products: the other's part; their k-blocks
-
-  // Two products whose instructions alternate: the parts of a k-block, or two k-blocks.
-  __device__ __forceinline__ void issue_two(float (&product)[2][N / 2]) {
-    u64 a[2], b[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (i == 0 || GROUPS == 1) barrier_wait(at(barriers.full[issued.slot]), issued.parity);
-      a[i] = operand_descriptor(stage_a(issued.slot) + group * 8192) + 4 * OTHER * i;
-      b[i] = operand_descriptor(stage_b(issued.slot)) + 4 * OTHER * i;
-      if (i == 1 || GROUPS == 1) issued.next(STAGES);
-    }
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < 4 / GROUPS; ++k)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) Wgmma<N>::e4m3(product[i], a[i] + 2 * k, b[i] + 2 * k, k);
-    wgmma_commit();
-  }
-
-  __device__ __forceinline__ void add_two(float (&product)[2][N / 2], int kb) {
-    add<0>(product[0], kb);
-    add<OTHER>(product[1], kb + STEP - 1);
-  }
-
-  // Few rows: a product is short but for its chain of waits, so four are in flight.
-  __device__ __forceinline__ void run_side_by_side() {
-    float even[2][N / 2], odd[2][N / 2];
-    for (int kb = 0; kb < K_BLOCKS; kb += 2 * STEP) {
-      issue_two(even);
-      issue_two(odd);
-      wgmma_wait<1>();
-      add_two(even, kb);
-      wgmma_wait<0>();
-      add_two(odd, kb + STEP);
-    }
-  }
-
   // GROUPS 2: the parts of a k-block alternate; GROUPS 1: k-blocks do.
   __device__ __forceinline__ void run() {
+    constexpr int OTHER = GROUPS - 1, STEP = 3 - GROUPS;  // part of `odd`; k-blocks in a turn
     static_assert(K_BLOCKS % STEP == 0, "whole turns");
-    if constexpr (N <= 32 && K_BLOCKS % (2 * STEP) == 0 && STAGES >= 2 * STEP) return run_side_by_side();
     float even[N / 2], odd[N / 2];
     for (int kb = 0; kb < K_BLOCKS; kb += STEP) {  // ptxas serialises products that are in flight around a loop
       issue<0>(even);

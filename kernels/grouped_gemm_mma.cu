@@ -42,10 +42,6 @@
 #define CTAS 1
 #endif
 
-#ifndef HOLD_WAVES  // w2's weights hold back where w13 has at most so many tiles for each CTA
-#define HOLD_WAVES 1
-#endif
-
 constexpr int BF16 = 0, W8A16 = 1, INT4 = 2;
 constexpr int UNIT_K = FORM == BF16 ? 64 : 128;  // columns of a unit: a group, a block, or 128 bytes
 constexpr int VECTORS = FORM == INT4 ? 2 : 4;    // of 16 bytes, a lane's part of 16 outputs x a unit
@@ -112,14 +108,12 @@ __device__ __forceinline__ Tile announce(Ring& q, u32 t, u32 num_entries, const 
   return tile;
 }
 
-// One warp: claims tiles and streams weights. Where all tiles of w13 run at once, the weights of w2 hold back until
-// those of w13 are all under way (state[4] counts them): everything waits for w13.
+// One warp: claims tiles and streams weights.
 __device__ __forceinline__ void produce_weights(const u8* w13, const u8* w2, const int4* tiles, int max_tiles,
                                                 int* state, int lane) {
   u32 t = blockIdx.x;  // the first claim is the CTA's own index, and its rows are read before it is known to exist
   const int4 first_rows = __ldg(tiles + min(t / M_TILES_1, max_tiles - 1));
-  const u32 num_entries = __ldg(state), first_products = num_entries * M_TILES_1;
-  bool hold_back = first_products <= HOLD_WAVES * gridDim.x;
+  const u32 num_entries = __ldg(state);
   Ring ring, q;
   while (true) {
     const Tile tile = announce(q, t, num_entries, tiles, first_rows, lane);
@@ -128,11 +122,6 @@ __device__ __forceinline__ void produce_weights(const u8* w13, const u8* w2, con
     const int units = units_of(tile);
     const i64 height = tile.second ? HIDDEN / 64 : 2 * INTERMEDIATE / 64;
     const u8* source = (tile.second ? w2 : w13) + (tile.expert * height + tile.m_tile * PANELS) * units * UNIT_BYTES;
-    if (hold_back && tile.second) {
-      u32 tries = 0;
-      while (load_acquire((const u32*)state + 4) < first_products) give_up_after(tries, 32);
-      hold_back = false;
-    }
     for (int u = 0; u < units; u += PARTS, ring.next(STAGES)) {
       const u32 bytes = min(PARTS, units - u) * UNIT_BYTES;
       barrier_wait(empty[ring.slot], ring.parity ^ 1);
@@ -143,7 +132,6 @@ __device__ __forceinline__ void produce_weights(const u8* w13, const u8* w2, con
                                    source + ((i64)p * units + u) * UNIT_BYTES, bytes, full[ring.slot], lane);
       copies_arrive(full[ring.slot]);
     }
-    if (hold_back && lane == 0) atomicAdd((u32*)state + 4, 1);
     t = __shfl_sync(0xffffffffu, t, 0);
   }
 }

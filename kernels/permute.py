@@ -29,7 +29,7 @@ class RoutePlan:
     pair_of_row: torch.Tensor  # [capacity] int32, row * top_k + k, -1 padding
     tiles: torch.Tensor  # [max_tiles, 4] int32: expert, first_row, num_rows, 0
     ready: torch.Tensor  # [max_tiles] int32, w13 tiles finished, counted by the grouped GEMM
-    state: torch.Tensor  # [5] int32: tiles, padded rows, pairs; the grouped GEMM counts: claims, w13 tiles under way
+    state: torch.Tensor  # [4] int32: tiles, padded rows, pairs, next tile to claim
     capacity: int
     top_k: int
 
@@ -76,7 +76,7 @@ def _unrouted(ids: torch.Tensor, num_local_experts: int, tile: int, expert_map: 
     pairs = num_rows * top_k
     capacity = (pairs + 7 * min(num_local_experts, pairs) + 7) // 8 * 8
     max_tiles = max(FEWEST_TILES, pairs // tile + min(num_local_experts, pairs))
-    parts = (4 * max_tiles, 5, capacity, num_local_experts, max_tiles)
+    parts = (4 * max_tiles, 4, capacity, num_local_experts, max_tiles)
     tiles, state, pair_of_row, counts, ready = torch.empty(sum(parts), dtype=torch.int32, device=ids.device).split(
         parts
     )

@@ -43,14 +43,11 @@ __device__ __forceinline__ Places place_experts(int count, int tile) {
   return {(int)(start >> 32), (int)(u32)start, num_tiles, (int)(total >> 32), (int)(u32)total, total_pairs};
 }
 
-// What one CTA writes of it. state[0] tiles, [1] padded rows, [2] pairs; the grouped GEMM counts up from 0 [3] the next
-// tile to claim and [4] the tiles of w13 whose weights are under way
+// What one CTA writes of it. state[0] tiles, [1] padded rows, [2] pairs, [3] next tile to claim (the grouped GEMM
+// counts it up from 0)
 __device__ __forceinline__ void write_places(const Places& places, int count, int granule, int* counts, int4* tiles,
                                              u32* ready, int* state) {
-  if (threadIdx.x == 0) {
-    *(int4*)state = make_int4(places.total_tiles, places.total_rows, places.total_pairs, 0);
-    state[4] = 0;
-  }
+  if (threadIdx.x == 0) *(int4*)state = make_int4(places.total_tiles, places.total_rows, places.total_pairs, 0);
   if (threadIdx.x >= NUM_EXPERTS) return;
   counts[threadIdx.x] = count;
   const int n = places.num_tiles, step = n ? ((count + n - 1) / n + granule - 1) / granule * granule : 0;

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from expertmesh.errors import KernelError
 from expertmesh.kernels import jit, pack, reference
 from expertmesh.kernels.expert_layer import ExpertLayer
+from expertmesh.kernels.permute import takes_one_launch
 from expertmesh.kernels.plan import PLANS, SHARED_BYTES_LIMIT, GemmPlan, all_plans, choose_plan
 
 
@@ -124,6 +125,14 @@ def test_plans_fit_shared_memory_and_widen_with_the_rows():
         assert all(p.shared_bytes + p.static_shared_bytes <= SHARED_BYTES_LIMIT for p in all_plans(form))
         tiles = [choose_plan(form, pairs, 16, 4096, 1536).tile for pairs in (8, 64, 512, 1024, 4096, 65536)]
         assert tiles == sorted(tiles)
+
+
+def test_one_launch_routes_and_gathers_only_what_its_memory_holds_and_gains_by():
+    assert takes_one_launch(8, 1.0, 16)
+    assert takes_one_launch(4096, 512.0, 16)  # an eighth of 512 tokens' pairs
+    assert not takes_one_launch(4096, 4096.0, 128)  # all of them: more rows than its few warps gather quickly
+    assert not takes_one_launch(4104, 512.0, 16)
+    assert not takes_one_launch(8, 1.0, 300)
 
 
 @pytest.mark.parametrize("form", PLANS)
