@@ -124,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     load.add_argument("--open-thinking", action="store_true", help="prompts end in an open think block (dummy weights)")
     load.add_argument("--turns", type=int, default=4)
     load.add_argument("--vocab", type=int, default=150_000, help="random prompt ids are below it")
-    load.add_argument("--seed", type=int, default=0)
+    load.add_argument("--seed", type=int, help="default: another one each time, so that no prompt is in a prefix cache")
     load.add_argument("--clients", type=int, default=4, help="client processes")
     load.add_argument("--warm-up", type=int, default=2, metavar="N", help="streams before the first run; 0 = none")
     made.add_argument("--slo-ttft-ms", type=float, default=500.0)
@@ -138,6 +138,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    if arguments.seed is None:
+        arguments.seed = time.time_ns() % (1 << 31)
     rows, drawn, faults = [], [], []
     with ExitStack() as stack:
         target = target_of(arguments, stack)
@@ -151,7 +153,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             drawn += lines
             faults += wrong_here
     report: dict[str, Any] = {"bench": "serve", "device": target.device, "shape": target.shape, "rows": rows}
-    report |= {"clients": arguments.clients, "ready_s": round(target.ready_s, 1), "phases": target.phases}
+    report |= {
+        "clients": arguments.clients,
+        "seed": arguments.seed,
+        "ready_s": round(target.ready_s, 1),
+        "phases": target.phases,
+    }
     report |= {"slo_ttft_ms": arguments.slo_ttft_ms, "slo_tpot_ms": arguments.slo_tpot_ms, "faults": len(faults)}
     if arguments.svg:
         title = f"expertmesh, {target.shape}, {target.device}"

@@ -136,8 +136,10 @@ def figures(records: Sequence[Record], begun_s: float, objective: Objective) -> 
 
 def decode_rate(records: Sequence[Record]) -> float | None:
     """Tokens a second from when the last stream has its first token until the first stream ends; the streams that had
-    one by then are those that run. None where that is no time at all."""
+    one by then are those that run. None where that is no time at all, and for an open loop."""
     first = [r for r in records if not r.turn]
+    if len({r.due_s for r in first}) > 1:
+        return None
     begin_s, end_s = max(r.arrivals[0][0] for r in first), min(r.arrivals[-1][0] for r in first)
     if end_s <= begin_s:
         return None

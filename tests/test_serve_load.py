@@ -95,6 +95,8 @@ def test_decode_rate_counts_only_while_all_streams_run():
     together = [record(i, 0.0, [1.0 + i, 2.0, 3.0, 4.0]) for i in range(2)]
     assert decode_rate(together) == pytest.approx(2.0), "from 2.0 (the last first token) to 4.0: two streams a second"
     assert decode_rate([record(0, 0.0, [1.0, 2.0]), record(1, 0.0, [3.0, 4.0])]) is None, "never both"
+    later = record(1, 0.5, [2.0, 3.0, 4.0, 5.0])
+    assert decode_rate([together[0], later]) is None, "an open loop has no such time"
 
 
 def test_what_must_not_be_is_named():
