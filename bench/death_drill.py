@@ -16,7 +16,7 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from time import perf_counter, sleep
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -48,12 +48,16 @@ class Drill:
             scheduler=SchedulerConfig(max_num_seqs=2 * arguments.streams, max_num_batched_tokens=512),
             kv_memory_bytes=arguments.kv_mib << 20,
             batch_invariant=arguments.invariant,
+            isolated=not arguments.all_visible,
         )
         raw = CASES[arguments.case]
         self.num_layers = arguments.layers or raw["num_hidden_layers"]
         self.num_experts, self.vocab_size = raw["num_experts"], raw["vocab_size"]
         self.num_runs = 0
         self.wrong: list[str] = []
+
+    def gpu(self, rank: int) -> int:
+        return 0 if self.arguments.share_gpu else rank
 
     def requests(self, who: int) -> list[EngineRequest]:
         """The same prompts in every run."""
@@ -86,7 +90,7 @@ class Drill:
         with MemberWorld(self.options, num_attention=2, num_expert=2, place=place) as world:
             started = perf_counter()
             for rank in range(2):
-                world.start(f"rank{rank}", "colocated", rank)
+                world.start(f"rank{rank}", "colocated", self.gpu(rank))
             world.wait_for_epoch(["rank0", "rank1"])
             times["ready_s"] = perf_counter() - started
             self._warm(world, ["rank0", "rank1"])
@@ -99,7 +103,7 @@ class Drill:
             number = world.wait_for_epoch(["rank0"])
             times["epoch_of_one_s"] = perf_counter() - killed
             world.move([s for s in theirs if not s.end], "rank0")
-            world.start("rank2", "colocated", 1)
+            world.start("rank2", "colocated", self.gpu(1))
             world.wait([*mine, *theirs])
             times |= _pauses("survivor", mine, killed) | _pauses("moved", theirs, killed)
             times["epoch"] = number
@@ -130,7 +134,7 @@ class Drill:
         times: dict[str, Any] = {}
         with MemberWorld(self.options, num_attention=1, num_expert=1, place=place) as world:
             world.start("attention", "attention", 0)
-            world.start("shard", "expert", 1)
+            world.start("shard", "expert", self.gpu(1))
             world.wait_for_epoch(["attention", "shard"])
             self._warm(world, ["attention"])
             (truth,) = self._truth(world, ["attention"])
@@ -138,9 +142,7 @@ class Drill:
             self._in_the_middle(world, streams)
             times["captures, replays before"] = world.ask("attention", "captures")
             killed = world.kill("shard")
-            if self.arguments.device == "cuda" and self.arguments.share_gpu:
-                sleep(0.5)  # the dead process's memory is given back
-            world.start("shard2", "expert", 1)
+            world.start("shard2", "expert", self.gpu(1))
             number = world.wait_for_epoch(["attention", "shard2"])
             times["epoch_with_replacement_s"], times["epoch"] = perf_counter() - killed, number
             world.wait(streams)
@@ -186,11 +188,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--streams", type=int, default=8, help="of each attention rank")
     parser.add_argument("--tokens", type=int, default=384)
-    parser.add_argument("--deadline", type=float, default=10.0, help="exchange.timeout_base_s")
+    parser.add_argument("--deadline", type=float, default=30.0, help="exchange.timeout_base_s")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--invariant", action="store_true", help="batch-invariant mode")
     parser.add_argument("--share-gpu", action="store_true", help="all members on one GPU")
+    parser.add_argument("--all-visible", action="store_true", help="each process sees all GPUs")
     parser.add_argument("--kv-mib", type=int, default=2048)
     parser.add_argument("--only", choices=["a", "b"])
     parser.add_argument("--json")

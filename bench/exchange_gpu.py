@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 128, 1024])
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--all-visible", action="store_true", help="each process sees both GPUs")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     if torch.cuda.device_count() < 2:
@@ -51,7 +52,8 @@ def main() -> None:
     pipes, processes = [], []
     for rank in range(2):
         ours, theirs = context.Pipe()
-        settings = (rank, theirs, arguments.hidden, arguments.tokens, arguments.tune, store.port)
+        isolated = not arguments.all_visible
+        settings = (rank, theirs, arguments.hidden, arguments.tokens, arguments.tune, isolated, store.port)
         processes.append(context.Process(target=_run, args=settings, daemon=True))
         processes[-1].start()
         theirs.close()
@@ -77,22 +79,27 @@ def _slower(first: list[Row], second: list[Row]) -> list[Row]:
     ]
 
 
-def _run(rank: int, connection: Connection, hidden: int, tokens: list[int], tune: bool, port: int) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)  # as a process of a cluster sees it
-    torch.cuda.set_device(0)
+def _run(
+    rank: int, connection: Connection, hidden: int, tokens: list[int], tune: bool, isolated: bool, port: int
+) -> None:
+    if isolated:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)  # as a process of a cluster sees it
+    device = torch.device("cuda", 0 if isolated else rank)
+    torch.cuda.set_device(device)
     torch.cuda.set_stream(torch.cuda.Stream())
     try:
-        rows = list(_Rank(rank, hidden, port).measure(tokens, tune))
+        rows = list(_Rank(rank, hidden, port, device).measure(tokens, tune))
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # the other one waits on a device: the parent ends both
     connection.send(rows)
     connection.recv()
+    os._exit(0)  # a communicator's end would wait for the other's
 
 
 class _Rank:
-    def __init__(self, rank: int, hidden: int, port: int) -> None:
-        self.rank, self.device = rank, torch.device("cuda", 0)
+    def __init__(self, rank: int, hidden: int, port: int, device: torch.device) -> None:
+        self.rank, self.device = rank, device
         self.shape = RowShape(hidden_size=hidden, top_k=TOP_K, dtype=torch.bfloat16, device=self.device)
         members = tuple(Member(member_id=str(i), attention=True, expert=True) for i in range(2))
         self.epoch = Epoch(
@@ -152,11 +159,11 @@ class _Rank:
 
         result: Row = {"backend": name, "tokens": num_tokens, "note": note or ("eagerly, exact" if eagerly else "")}
         y = both()
-        expert = ids.long() // (NUM_EXPERTS // 2)
-        wanted = rows.view(2, num_tokens, TOP_K, -1)[self.rank]  # an owner answers this rank with its own rows
-        mine = expert == self.rank
-        assert torch.equal(y[mine], wanted[mine]), "own rows came back wrong"
         if not eagerly:
+            expert = ids.long() // (NUM_EXPERTS // 2)
+            wanted = rows.view(2, num_tokens, TOP_K, -1)[self.rank]  # of what this rank answers, its own part
+            mine = expert == self.rank
+            assert torch.equal(y[mine], wanted[mine]), "own rows came back wrong"
             result["dispatch"] = timer(dispatch)
             result["answer"] = timer(lambda: exchange.combine(rows))
         result["both"] = timer(both)

@@ -52,6 +52,7 @@ class WorldOptions:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     kv_memory_bytes: int = 4 << 30
     batch_invariant: bool = False
+    isolated: bool = True  # each process sees its own GPU alone, as Ray has it
     max_model_len: int = 4096
 
 
@@ -266,7 +267,9 @@ class _PipeConductor:
 
 def _member(connection: Connection, name: str, role: str, gpu: int, options: WorldOptions) -> None:
     if options.device == "cuda":
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        if options.isolated:
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        torch.cuda.set_device(0 if options.isolated else gpu)
     else:
         torch.set_num_threads(1)
     lock = threading.Lock()
@@ -289,7 +292,9 @@ class _Member:
         self, name: str, role: str, options: WorldOptions, folder: Path, send: Callable[[tuple[str, Any]], None]
     ) -> None:
         self._send, self._options = send, options
-        self._device = device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
+        self._device = device = torch.device("cpu")
+        if options.device == "cuda":
+            self._device = device = torch.device("cuda", torch.cuda.current_device())
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         checkpoint = open_case(options.case, folder, num_layers=options.num_layers)
         config = checkpoint.config
@@ -308,6 +313,8 @@ class _Member:
             on_trouble=lambda epoch, error: self.agent.on_trouble(epoch, error),
         )
         self.agent = MemberAgent(self.mesh, self._conductor)
+        block_bytes = CacheConfig().block_size * config.kv_bytes_per_token(dtype.itemsize)
+        cache = CacheConfig(enable_prefix_cache=False, num_blocks=options.kv_memory_bytes // block_bytes)
         self.engine: LocalEngine | None = None
         if role == "expert":
             StepServer(self.mesh, Telemetry()).start()
@@ -315,7 +322,7 @@ class _Member:
             self.engine = _SendingEngine(
                 send,
                 checkpoint,
-                cache=CacheConfig(enable_prefix_cache=False, kv_memory_bytes=options.kv_memory_bytes),
+                cache=cache,
                 scheduler=options.scheduler,
                 batch_invariant=options.batch_invariant or device.type == "cpu",
                 mesh=self.mesh,

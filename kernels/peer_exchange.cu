@@ -118,7 +118,6 @@ __device__ bool wait_for(const Mesh& mesh, const u32* counter, u32 wanted, int l
     if (!deadline) deadline = now + own->timeout_ns;
     const u32 poison = load_relaxed(&own->poison);
     if (!poison && now < deadline) continue;
-    if ((int)(load_acquire(counter) - wanted) >= 0) break;  // poison of one who is through and leaves
     const u64 reason = poison ? POISONED : LATE, missing = poison ? poison - 1 : rank;
     atomicCAS(&own->error, NONE, (u64)layer << 32 | (u64)wait << 24 | reason << 16 | missing);
     if (!poison) {

@@ -102,10 +102,11 @@ class Poison:
         self._stream = torch.cuda.Stream(device)
         self._lock = threading.Lock()
 
-    def write(self, value: int) -> None:
+    def write(self, value: int, *, skip: int = -1) -> None:
+        """To all but the rank `skip`, which is known to be gone."""
         with self._lock, torch.cuda.device(self._device):
             self._word[0] = value
-            for address in self._addresses:
+            for address in [a for rank, a in enumerate(self._addresses) if rank != skip]:
                 _runtime().memcpyAsync(address, self._word.data_ptr(), 4, _HOST_TO_DEVICE, self._stream.cuda_stream)
 
 

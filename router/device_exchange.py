@@ -24,6 +24,7 @@ from .guard import BadRow
 from .placement import Placement
 
 _serials = itertools.count(1)
+SLOW_STEPS = 16  # of an exchange, in which a rank may still compile kernels while others wait for its rows
 
 
 @dataclass(frozen=True, slots=True)

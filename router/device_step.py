@@ -4,7 +4,7 @@ Turns are enqueued, eagerly or while a CUDA graph is being captured, and nothing
 known when the device is done (`finish`). So a step has two ends. *Launched*: all its turns are in the stream; the
 leader may name the next one, which queues up behind it. *Finished*: the exchange's verdict was good, the engine may
 commit. What was launched after a step that failed fails too, since the exchange is spent; after a bad row the engine
-runs the same batch again."""
+runs the same batch again, and what ran ahead of that is void too."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
@@ -68,6 +68,7 @@ class DeviceStep:
         self._layers = placement.moe_layers
         self._next_turn = 0
         self._launched = self._done = False
+        self._num_failures = self._guard.num_replays  # before this step
         self._graph_key = self._key()
         if not self._layers:
             self._launch()
@@ -184,6 +185,8 @@ class DeviceStep:
             self._conclude(error)
             raise
         self._conclude(None)
+        if self._num_failures != self._guard.num_replays:
+            return  # launched behind a step that turned out void: so is this one, whatever its rows are
         if bad and not self._guard.accepts_non_finite:
             raise self._guard.failed(bad, step_id=self.header.step_id, epoch=self.header.epoch)
         self._guard.passed()

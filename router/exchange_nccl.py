@@ -19,7 +19,7 @@ import torch
 from torch.distributed import AllToAllOptions, ProcessGroup
 
 from ..errors import ExchangeTimeout, PeerLost
-from .device_exchange import DeviceExchange, Verdict, copies_table, owners_and_slots
+from .device_exchange import SLOW_STEPS, DeviceExchange, Verdict, copies_table, owners_and_slots
 from .epoch import Epoch, StepHeader
 from .exchange import RowShape
 from .guard import BadRow, Direction, Fault
@@ -43,11 +43,13 @@ class NcclExchange(DeviceExchange):
         exact_above: int,
         timeout_base_s: float,
         timeout_per_row_s: float,
+        slow_start_s: float = 0.0,  # least deadline of the first steps
     ) -> None:
         super().__init__()
         self.capacity, self._exact_above = capacity, exact_above
         self._group, self._epoch, self._rank, self._shape = group, epoch.number, rank, shape
         self._timeout_base_s, self._timeout_per_row_s = timeout_base_s, timeout_per_row_s
+        self._slow_start_s, self._num_begun = slow_start_s, 0
         self._members, self._owners, self._sources = len(epoch.members), epoch.expert_ranks, epoch.attention_ranks
         self._ep_rank = self._owners.index(rank) if rank in self._owners else -1
         self._row_bytes = shape.hidden_size * shape.dtype.itemsize
@@ -76,6 +78,8 @@ class NcclExchange(DeviceExchange):
             raise self._gone()
         self._in_step = True
         self._deadline_s = self._timeout_base_s + self._timeout_per_row_s * sum(header.num_tokens)
+        if self._num_begun < SLOW_STEPS:
+            self._num_begun, self._deadline_s = self._num_begun + 1, max(self._deadline_s, self._slow_start_s)
         self._sick_rows.zero_()
         self._sick_pairs.zero_()
 
@@ -209,7 +213,12 @@ class NcclExchange(DeviceExchange):
 
     def _all_to_all(self, out: torch.Tensor, data: torch.Tensor, receive: list[int], send: list[int]) -> None:
         if any(receive) or any(send):
-            self._group.alltoall_base(out, data, receive, send, AllToAllOptions()).wait()
+            try:
+                self._group.alltoall_base(out, data, receive, send, AllToAllOptions()).wait()
+            except RuntimeError as error:  # DistError and all its kinds: what the library says at once
+                self.abort()
+                reason = str(error).splitlines()[0][:160]
+                raise PeerLost(f"the communicator broke: {reason}", **self._place()) from error
 
     def _spread(self, came: torch.Tensor, empty: float | int) -> torch.Tensor:
         """[named sources * stride, ...] -> [all sources * stride, ...]: a source that is not named sent nothing."""

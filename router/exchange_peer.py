@@ -32,7 +32,7 @@ from ..kernels.peer_exchange import (
     mesh_argument,
 )
 from ..kernels.peer_memory import PeerMemory, Poison
-from .device_exchange import DeviceExchange, Verdict, copies_table
+from .device_exchange import SLOW_STEPS, DeviceExchange, Verdict, copies_table
 from .epoch import Epoch, StepHeader
 from .exchange import RowShape
 from .group import meet_peers
@@ -56,11 +56,13 @@ class PeerExchange(DeviceExchange):
         timeout_base_s: float,
         timeout_per_row_s: float,
         early_next: bool,
+        slow_start_s: float = 0.0,  # least deadline of the first steps
     ) -> None:
         super().__init__()
         self.capacity = memory.layout.capacity
         self._epoch, self._rank, self._shape, self._memory = epoch.number, rank, shape, memory
         self._timeout_base_s, self._timeout_per_row_s = timeout_base_s, timeout_per_row_s
+        self._slow_start_s, self._num_begun = slow_start_s, 0
         self._owners, self._sources = epoch.expert_ranks, epoch.attention_ranks
         self._source_index = {r: i for i, r in enumerate(self._sources)}
         owner = self._owners.index(rank) if rank in self._owners else -1
@@ -121,6 +123,8 @@ class PeerExchange(DeviceExchange):
             raise self._error(PeerLost, "the exchange was given up", self._missing, -1)
         named = sum(1 << self._source_index[rank] for rank in header.sources)
         self._deadline_s = self._timeout_base_s + self._timeout_per_row_s * sum(header.num_tokens)
+        if self._num_begun < SLOW_STEPS:
+            self._num_begun, self._deadline_s = self._num_begun + 1, max(self._deadline_s, self._slow_start_s)
         self._kernels.begin(named, self._deadline_s, self._rank + attempt)
 
     def dispatch(
@@ -179,7 +183,7 @@ class PeerExchange(DeviceExchange):
     def _give_up(self, missing: int) -> None:
         if not self._aborted:
             self._aborted = True
-            self._poison.write(1 + missing)
+            self._poison.write(1 + missing, skip=self._missing)
             self._memory.release(self._last, self)
 
     def _check(self, x: torch.Tensor, topk_ids: torch.Tensor | None, stride: int) -> None:
@@ -263,6 +267,7 @@ def build_peer(
     timeout_base_s: float,
     timeout_per_row_s: float,
     epoch_timeout_s: float,
+    slow_start_s: float = 0.0,
 ) -> PeerExchange:
     """Allocate, publish, and map the others' buffers. Blocks; EpochError when one does not come in time."""
     layouts = peer_layouts(epoch, shape, capacity)
@@ -284,4 +289,5 @@ def build_peer(
         timeout_base_s=timeout_base_s,
         timeout_per_row_s=timeout_per_row_s,
         early_next=len(set(gpus)) == len(gpus),
+        slow_start_s=slow_start_s,
     )

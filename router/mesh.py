@@ -17,6 +17,7 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch.distributed import ProcessGroup
 
 from ..config import ClusterConfig, ExchangeConfig
@@ -107,7 +108,8 @@ class ClusterMesh:
         self._timer = Timer(lambda: self._lead(GraceOver()))
         self._epochs: dict[int, _Prepared] = {}
         self._preparing: Epoch | None = None  # the newest that was asked for, prepared or not
-        self._current: _Prepared | None = None  # entered
+        self._current: _Prepared | None = None  # entered ...
+        self._entered_at = 0  # ... with this step
         self._committed: _Prepared | None = None  # the newest that may be entered
         self._leader_id = ""  # to whom bids go
         self._bid: tuple[int, int, str] | None = None  # not answered yet
@@ -121,6 +123,7 @@ class ClusterMesh:
         self._replaced: Exchange | DeviceExchange | None = None
         self._replaced_steps = 0
         self._load_lock = threading.Lock()
+        self._reading: torch.cuda.Stream | None = None
         self._load = np.zeros((0, 0), dtype=np.int64)
         self._channels: dict[str, Channel] = {}
         self._server: ControlServer | None = None
@@ -179,6 +182,7 @@ class ClusterMesh:
             self._last_step_id = header.step_id  # lower in an epoch whose leader slept through the last one's steps
             if prepared is not self._current:
                 self._switch(prepared)
+                self._entered_at = header.step_id
             self._replaced_steps += 1
             if self._replaced_steps > _STEPS_TO_LEAVE:
                 self._abort_replaced()
@@ -240,9 +244,18 @@ class ClusterMesh:
         if current is not None and isinstance(current.exchange, DeviceExchange):
             counted = current.exchange.rows_per_slot()
             if counted is not None:
-                rows = counted.cpu().numpy().view(np.uint32).astype(np.int64)
-                return current.epoch.placement_version, rows
+                return current.epoch.placement_version, self._read_rows(counted)
         return (current.epoch.placement_version if current else 0), self._load.copy()
+
+    def _read_rows(self, counted: torch.Tensor) -> npt.NDArray[np.int64]:
+        """On a stream of its own: the engine's may wait for peers."""
+        if not counted.is_cuda:
+            return counted.numpy().view(np.uint32).astype(np.int64)
+        with self._load_lock:
+            if self._reading is None:
+                self._reading = torch.cuda.Stream(counted.device)
+            with torch.cuda.stream(self._reading):
+                return counted.cpu().numpy().view(np.uint32).astype(np.int64)
 
     def peers(self) -> tuple[Member, ...]:
         """The other members of all epochs that are known here, the newest first."""
@@ -310,6 +323,8 @@ class ClusterMesh:
             self._leader_id = leader_id
             if self._current is None:
                 self._switch(prepared)  # the first: no step runs that it could cut
+                if self._shape.device.type == "cuda":
+                    torch.cuda.current_stream(self._shape.device).synchronize()  # not the engine's
         if leader_id == self.member.member_id:
             self._lead(event)
         self._place_bid()
@@ -431,7 +446,12 @@ class ClusterMesh:
         elif kind is Kind.BID:
             self._lead(decode_bid(member_id, payload))
         else:
-            self._lead(decode_done(member_id, payload))
+            done = decode_done(member_id, payload)
+            current = self._current
+            on_device = current is not None and isinstance(current.exchange, DeviceExchange)
+            if done.failed and current is not None and on_device and done.step_id >= self._entered_at:
+                current.exchange.abort()  # NCCL does not tell a rank that another one gave up
+            self._lead(done)
 
     def _deliver(self, header: StepHeader) -> None:
         with self._lock:
@@ -511,13 +531,30 @@ class ClusterMesh:
                 return GlooExchange(self._build_group(epoch, rank), epoch, rank, shape, **deadlines)
             case "peer":
                 timeout_s = options.epoch_timeout_s
-                return build_peer(epoch, rank, shape, capacity=capacity, epoch_timeout_s=timeout_s, **deadlines)
+                return build_peer(
+                    epoch,
+                    rank,
+                    shape,
+                    capacity=capacity,
+                    epoch_timeout_s=timeout_s,
+                    slow_start_s=timeout_s,
+                    **deadlines,
+                )
             case _:
                 group = build_nccl(
                     epoch, rank, shape.device, channels=options.nccl_channels, timeout_s=options.epoch_timeout_s
                 )
                 exact = options.nccl_exact_above
-                return NcclExchange(group, epoch, rank, shape, capacity=capacity, exact_above=exact, **deadlines)
+                return NcclExchange(
+                    group,
+                    epoch,
+                    rank,
+                    shape,
+                    capacity=capacity,
+                    exact_above=exact,
+                    slow_start_s=options.epoch_timeout_s,
+                    **deadlines,
+                )
 
     def _build_group(self, epoch: Epoch, rank: int) -> ProcessGroup:
         """The wire; fault injection puts another one here (`bench/bit_flips.py`)."""

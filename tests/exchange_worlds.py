@@ -73,9 +73,12 @@ def device_of(rank: int, num_gpus: int) -> torch.device:
     """A process of a cluster sees its own GPU alone."""
     if not num_gpus:
         return torch.device("cpu")
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(rank % num_gpus)
-    torch.cuda.set_device(0)
-    return torch.device("cuda", 0)
+    if "ALL_GPUS_VISIBLE" in os.environ:
+        device = torch.device("cuda", rank % num_gpus)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"], device = str(rank % num_gpus), torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    return device
 
 
 def conform_device(

@@ -13,14 +13,18 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from exchange_worlds import device_of
 
 from expertmesh.bench.flipping_wire import Flip, FlippingMesh
 from expertmesh.cluster.member_agent import MemberAgent
 from expertmesh.config import ExchangeConfig
 from expertmesh.errors import ExpertMeshError, GuardError, Unavailable
+from expertmesh.router.device_exchange import DeviceExchange, LocalDeviceExchange
 from expertmesh.router.device_step import DeviceStep
 from expertmesh.router.epoch import Epoch, Member, StepHeader
 from expertmesh.router.exchange import RowShape
+from expertmesh.router.exchange_nccl import NcclExchange
+from expertmesh.router.group import abort_gloo
 from expertmesh.router.guard import BadRow
 from expertmesh.router.mesh import ClusterMesh, MeshOptions
 from expertmesh.router.placement import Placement, uniform
@@ -110,9 +114,10 @@ def toy_model(step: Any, batch_id: int, num_tokens: int, device: torch.device = 
         weights = torch.rand(num_tokens, TOP_K, generator=generator)
         x = x + step.moe(layer_id, x, ids.to(device), weights.to(device))
     if isinstance(step, DeviceStep):
-        event = torch.cuda.Event()
-        event.record()
-        step.wait(event)
+        if device != CPU:
+            event = torch.cuda.Event()
+            event.record()
+            step.wait(event)
         step.finish()
     return x.cpu()
 
@@ -130,6 +135,11 @@ def placement(ep_size: int, version: int) -> Placement:
         row = torch.cat([torch.arange(NUM_EXPERTS), copies])
         table[layer_id] = row[torch.randperm(len(row), generator=generator)].to(torch.int32)
     return Placement(version, NUM_EXPERTS, ep_size, table)
+
+
+def experts_on(device: torch.device, mesh_type: type[ClusterMesh]) -> TinyExperts:
+    on_host = device == CPU and mesh_type is not DeviceStepsOverGloo
+    return TinyExperts() if on_host else DeviceTinyExperts(device)
 
 
 class MemberProcess:
@@ -159,7 +169,7 @@ class MemberProcess:
         self.mesh = mesh_type(
             f"{name}{rank}#0",
             attention=role in "ab",
-            experts=None if role == "a" else TinyExperts() if device == CPU else DeviceTinyExperts(device),
+            experts=None if role == "a" else experts_on(device, mesh_type),
             shape=replace(SHAPE, device=device),
             options=MeshOptions(cluster_token=TOKEN, exchange=exchange, buckets=(1, 2, 4) if device != CPU else ()),
             on_trouble=lambda epoch, error: self.troubles.append(type(error).__name__),
@@ -253,11 +263,44 @@ def member_process(rank: int, connection: Connection, roles: str, exchange: Exch
     MemberProcess(rank, connection, roles, exchange).run()
 
 
+class GlooInPlace:
+    """What the exchange asks of NCCL's communicator."""
+
+    def __init__(self, group: Any) -> None:
+        self.alltoall_base, self.group = group.alltoall_base, group
+
+    def abort(self) -> None:
+        abort_gloo(self.group)
+
+
+class DeviceStepsOverGloo(ClusterMesh):
+    """Device steps without a device: the NCCL exchange's two forms over gloo, in turns of at most 4 tokens. Every rank
+    must take part in every step: gloo has no grouped sends between some."""
+
+    def _build_exchange(self, epoch: Epoch, rank: int) -> DeviceExchange:
+        if len(epoch.members) == 1:
+            return LocalDeviceExchange(CPU)
+        options = self._options.exchange
+        return NcclExchange(
+            GlooInPlace(self._build_group(epoch, rank)),  # type: ignore[arg-type]
+            epoch,
+            rank,
+            self._shape,
+            capacity=4,
+            exact_above=2,
+            timeout_base_s=options.timeout_base_s,
+            timeout_per_row_s=0.0,
+        )
+
+
+def device_process(rank: int, connection: Connection, roles: str, exchange: ExchangeConfig) -> None:
+    """A member with device steps on the CPU."""
+    MemberProcess(rank, connection, roles, exchange, mesh_type=DeviceStepsOverGloo).run()
+
+
 def gpu_process(rank: int, connection: Connection, roles: str, exchange: ExchangeConfig, num_gpus: int) -> None:
     """A member whose rows live on a GPU, the only one that it sees."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(rank % num_gpus)
-    device = torch.device("cuda", 0)
-    torch.cuda.set_device(device)
+    device = device_of(rank, num_gpus)
     MemberProcess(rank, connection, roles, exchange, device=device).run()
 
 

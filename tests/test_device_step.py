@@ -5,10 +5,11 @@ import mesh_worlds
 import pytest
 import torch
 
-from expertmesh.errors import EpochError
-from expertmesh.router.device_exchange import LocalDeviceExchange
+from expertmesh.errors import EpochError, GuardError
+from expertmesh.router.device_exchange import LocalDeviceExchange, Verdict
 from expertmesh.router.device_step import DeviceStep
 from expertmesh.router.epoch import Epoch, StepHeader
+from expertmesh.router.guard import BadRow, Direction, Fault, Guard
 from expertmesh.router.mesh import LocalMesh
 
 CPU = torch.device("cpu")
@@ -31,9 +32,7 @@ def run(mesh_type, placement, batch_id, num_tokens):
     mesh.start(headers.append)
     mesh.bid(num_tokens, 0)
     step = mesh.enter(headers.pop())
-    out = mesh_worlds.toy_model(step, batch_id, num_tokens)
-    if isinstance(step, DeviceStep):
-        step.finish()
+    out = mesh_worlds.toy_model(step, batch_id, num_tokens)  # finishes a device step
     mesh.close()
     return out
 
@@ -47,7 +46,7 @@ def test_a_device_step_gives_what_the_host_step_gives(version):
         assert run(DeviceMesh, placement, num_tokens, num_tokens).allclose(want, rtol=1e-6, atol=1e-6)
 
 
-def make_step(launched, done, num_tokens=2):
+def make_step(launched, done, num_tokens=2, guard=None):
     exchange = LocalDeviceExchange(CPU)
     placement = mesh_worlds.placement(1, 1)
     exchange.use_placement(placement)
@@ -63,17 +62,32 @@ def make_step(launched, done, num_tokens=2):
         shape=mesh_worlds.SHAPE,
         on_launched=lambda: launched.append(1),
         on_done=done.append,
+        guard=guard,
     )
 
 
 def test_launched_comes_with_the_last_turn_and_done_with_finish():
     launched, done = [], []
     step = make_step(launched, done)
-    mesh_worlds.toy_model(step, 1, 4)  # padded to the bucket
+    for layer_id in mesh_worlds.LAYERS:  # 4 rows: padded to the bucket
+        step.rows(layer_id, torch.randn(4, mesh_worlds.HIDDEN), torch.zeros(4, 4, dtype=torch.int32))
     assert (launched, done) == ([1], [])
     step.finish()
     step.finish()
     assert (launched, done) == ([1], [None])
+
+
+def test_what_ran_ahead_of_a_step_with_bad_rows_is_not_judged():
+    """Its rows follow from the bad ones: one incident is one replay."""
+    guard, bad = Guard(), BadRow(fault=Fault.NOT_FINITE, direction=Direction.RETURN, source=0, ep_rank=0, layer_id=1)
+    first, second = (make_step([], [], guard=guard) for _ in range(2))
+    for step in (first, second):
+        step._exchange.verdict = lambda: Verdict((bad,))
+        step.replayed()
+    with pytest.raises(GuardError):
+        first.finish()
+    second.finish()
+    assert (guard.attempt, guard.num_replays) == (1, 1)
 
 
 def test_a_replayed_graph_stands_for_all_turns():
