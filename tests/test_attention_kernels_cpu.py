@@ -117,11 +117,9 @@ def heads(num_heads, num_kv_heads, head_dim, per_group):
     [
         ("add_norm.cu", {"HIDDEN": 2048, "THREADS": 256}),
         ("add_norm.cu", {"HIDDEN": 12288, "THREADS": 1024}),
-        ("qk_norm_rope.cu", heads(32, 4, 128, 1)),
         ("qk_norm_rope.cu", heads(64, 4, 128, 4)),
         ("qk_norm_rope.cu", heads(16, 2, 64, 4)),
         ("combine_norm.cu", {"HIDDEN": 2048, "THREADS": 256, "TOP_K": 8}),
-        ("combine_norm.cu", {"HIDDEN": 4096, "THREADS": 512, "TOP_K": 8}),
         ("combine_norm.cu", {"HIDDEN": 6144, "THREADS": 768, "TOP_K": 3}),
         ("silu_mul.cu", {}),
         ("embed_norm.cu", {"HIDDEN": 2048, "THREADS": 256}),
