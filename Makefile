@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: chaos bench-elastic bench-zipf demo test test-gpu sanitize-gpu lint format parity bench bench-serve memory prefix preemption bit-flips epochs idle eval-demo \
-  served-equals-offline contract conversation-cost gateway-kills redis-faults fuzz slow-readers proto setup clean ray-up-test wheel
+  death-drill served-equals-offline contract conversation-cost gateway-kills redis-faults fuzz slow-readers proto setup clean ray-up-test wheel
 
 setup: $(VENV)/.runtime
 
@@ -52,6 +52,10 @@ wheel: $(VENV)/.runtime
 # On a GPU host with torch, CuPy and pytest of its own: no set-up, the checkout is used in place.
 test-gpu: | .link/expertmesh
 	PYTHONPATH=.link python3 -P -m pytest -m gpu tests/*_gpu.py
+
+# On a host with two GPUs: a process is killed in a captured step; streams go on, no token is another one. DRILL="--only a"
+death-drill: | .link/expertmesh
+	PYTHONPATH=.link python3 -P -m expertmesh.bench.death_drill $(DRILL)
 
 # The ugly shapes under compute-sanitizer; every tensor an allocation of its own, so that a read past its end shows.
 sanitize-gpu: | .link/expertmesh
