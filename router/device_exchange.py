@@ -114,6 +114,10 @@ class DeviceExchange(ABC):
         captured."""
         return self.serial
 
+    def is_over(self, event: torch.cuda.Event) -> bool:
+        """`wait` would return, or raise, at once."""
+        return bool(event.query())
+
     def wait(self, event: torch.cuda.Event) -> None:
         """Until the device has reached `event`; raises ExchangeError where it cannot."""
         event.synchronize()

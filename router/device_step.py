@@ -165,6 +165,10 @@ class DeviceStep:
 
     # -- ends
 
+    def is_over(self, event: torch.cuda.Event) -> bool:
+        """`wait` for this event behind the step would return, or raise, at once."""
+        return self._exchange.is_over(event)
+
     def wait(self, event: torch.cuda.Event) -> None:
         """Until the device has reached `event`, recorded behind this step; raises ExchangeError where it never will."""
         try:

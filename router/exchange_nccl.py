@@ -66,6 +66,7 @@ class NcclExchange(DeviceExchange):
         self._lock = threading.Lock()
         self._header: StepHeader | None = None
         self._deadline_s, self._attempt, self._in_step = 0.0, 0, False
+        self._due = 0.0  # when the newest step is late, by the host's clock
         self._last: torch.cuda.Event | None = None
         self._aborted, self._missing = False, -1
 
@@ -80,6 +81,7 @@ class NcclExchange(DeviceExchange):
         self._deadline_s = self._timeout_base_s + self._timeout_per_row_s * sum(header.num_tokens)
         if self._num_begun < SLOW_STEPS:
             self._num_begun, self._deadline_s = self._num_begun + 1, max(self._deadline_s, self._slow_start_s)
+        self._due = time.monotonic() + self._deadline_s
         self._sick_rows.zero_()
         self._sick_pairs.zero_()
 
@@ -115,6 +117,7 @@ class NcclExchange(DeviceExchange):
 
     def end(self) -> None:
         assert self._header is not None
+        self._due = time.monotonic() + self._deadline_s
         self._finishing.append((self._header, self._sick_rows.any() | self._sick_pairs.any()))
         if self._shape.device.type == "cuda":
             self._last = torch.cuda.Event()
@@ -135,10 +138,12 @@ class NcclExchange(DeviceExchange):
     def hold(self, graph: torch.cuda.CUDAGraph) -> None:
         self._graphs.append(graph)
 
+    def is_over(self, event: torch.cuda.Event) -> bool:
+        return self._aborted or bool(event.query()) or time.monotonic() > self._due
+
     def wait(self, event: torch.cuda.Event) -> None:
-        deadline = time.monotonic() + self._deadline_s
         while not event.query():
-            if self._aborted or time.monotonic() > deadline:
+            if self._aborted or time.monotonic() > self._due:
                 late = not self._aborted
                 self.abort()
                 self._settle(event)

@@ -430,7 +430,7 @@ class _DeviceFlight:
 
     @property
     def is_over(self) -> bool:
-        return self._fetched.arrived.query()
+        return self._step.is_over(self._fetched.arrived)
 
     def collect(self) -> StepResult | None:
         try:
