@@ -118,17 +118,20 @@ class NcclExchange(DeviceExchange):
     def end(self) -> None:
         assert self._header is not None
         self._due = time.monotonic() + self._deadline_s
-        self._finishing.append((self._header, self._sick_rows.any() | self._sick_pairs.any()))
-        if self._shape.device.type == "cuda":
+        found = self._look_for_sick()
+        if found.is_cuda:  # read when the step is over, while the next one may run
+            host = torch.empty(found.shape, dtype=found.dtype).pin_memory()
+            found = host.copy_(found, non_blocking=True)
             self._last = torch.cuda.Event()
             self._last.record()
+        self._finishing.append((self._header, found))
 
     def verdict(self) -> Verdict:
-        self._header, is_sick = self._finishing.popleft()
+        self._header, found = self._finishing.popleft()
         self._in_step = bool(self._finishing)
         if self._aborted:
             raise self._gone()
-        return Verdict(self._bad_rows()) if bool(is_sick) else Verdict()
+        return Verdict(self._bad_rows(found.tolist()))
 
     def graph_key(self, header: StepHeader) -> Hashable | None:
         if not 0 < header.bucket <= self._exact_above:
@@ -318,18 +321,21 @@ class NcclExchange(DeviceExchange):
 
     # -- verdict
 
-    def _bad_rows(self) -> tuple[BadRow, ...]:
-        """The first layer in which something is not finite: what owners made of finite rows, else own rows."""
-        sick_rows, sick_pairs = self._sick_rows.cpu(), self._sick_pairs.cpu()
-        first = int((sick_rows.any(1) | sick_pairs.flatten(1).any(1)).nonzero()[0])
-        made = sick_pairs[first] & ~sick_rows[first][:, None]
-        found = []
-        for token, k in made.nonzero().tolist():
-            ep_rank = int(self._bad_owner[first, token, k])
-            found.append(self._bad_row(Direction.RETURN, ep_rank, first, token))
-        for token in sick_rows[first].nonzero().flatten().tolist():
-            found.append(self._bad_row(Direction.DISPATCH, 0, first, token))
-        return tuple(dict.fromkeys(found))
+    def _look_for_sick(self) -> torch.Tensor:
+        """[5] int64: is any pair sick, the first, its owner; is any row sick, the first. By layer, then token."""
+        pairs, rows = self._sick_pairs.flatten(), self._sick_rows.flatten()
+        first_pair, first_row = pairs.to(torch.uint8).argmax(), rows.to(torch.uint8).argmax()
+        owner = self._bad_owner.flatten()[first_pair].long()
+        return torch.stack([pairs.any().long(), first_pair, owner, rows.any().long(), first_row])
+
+    def _bad_rows(self, found: Sequence[int]) -> tuple[BadRow, ...]:
+        """What is not finite first: what an owner made of a row that was finite, else an own row."""
+        has_pair, pair, owner, has_row, row = found
+        place = divmod(pair // self._shape.top_k, self.capacity)  # layer, token
+        origin = divmod(row, self.capacity)
+        if has_pair and (not has_row or place < origin):
+            return (self._bad_row(Direction.RETURN, owner, *place),)
+        return (self._bad_row(Direction.DISPATCH, 0, *origin),) if has_row else ()
 
     def _bad_row(self, direction: Direction, ep_rank: int, layer_id: int, row: int) -> BadRow:
         return BadRow(
