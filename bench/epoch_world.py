@@ -417,6 +417,9 @@ def finish_prepare(world: World, name: str, record: int) -> None:
     if node.committed >= 0 and epoch.number <= number_of(node.committed):
         report(world, name, PrepareFailed(name, epoch.number, "not after the one in force"))
         return
+    if any(number_of(r) > epoch.number for r in (*node.prepared, *node.preparing)):
+        report(world, name, PrepareFailed(name, epoch.number, "a newer epoch was asked for meanwhile"))
+        return
     kept = {r for r in node.prepared if r in (node.committed, node.current)}
     change(world, name, prepared=frozenset(kept | {record}), highest=max(node.highest, epoch.number))
     report(world, name, Prepared(name, epoch.number))

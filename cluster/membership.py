@@ -8,8 +8,8 @@ is not. One transition at a time; what comes meanwhile is answered by the next o
 the epoch in force, which answers when its last step is over, so that two leaders never name steps at once. A broken
 epoch (Trouble) is probed before it is replaced: whoever does not answer is left out. A trouble that names the member
 whose connection closed needs no probe: a live one that is given up joins again. State is soft: after a restart the
-members join again with their epoch, and the highest number is adopted. Idea: two-phase commit; Raft's terms as fence;
-torchft's quorum."""
+members join again with their epoch, the newest is adopted, and numbers go on far behind the highest. Idea: two-phase
+commit; Raft's terms as fence; torchft's quorum."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from ..router.placement import Placement, uniform
 
 _MAX_FAILURES = 3  # preparations in a row that a newcomer may fail; relapses that are answered at once
 _RELAPSE_S = 1.0
+_FENCE = 1000  # numbers left out after a restart: a late answer to a former epoch never looks like one to a new one
 
 
 class State(Enum):
@@ -306,7 +307,8 @@ class Membership:
 
     def _join(self, event: Join, now: float) -> None:
         member_id = event.member.member_id
-        self._highest = max(self._highest, event.highest_number)
+        if event.highest_number > self._highest:  # of a former Conductor, whose last numbers nobody may have told yet
+            self._highest = event.highest_number + _FENCE
         adopted = event.epoch
         self._failures.pop(member_id, None)
         if adopted and (self.epoch is None or adopted.number > self.epoch.number) and not self._transition:
@@ -493,7 +495,10 @@ class Membership:
             before = {m.member_id for m in self.epoch.members} if self.epoch else set()
             new = {m.member_id for m in transition.epoch.members}
             self.epoch, self._broken, self._in_force_at = transition.epoch, False, now
-            others = sorted((before | new) - {first})
+            # Who was in the epoch before, was given up and has joined again waits for the next one: it is not let go.
+            returned = {m for m in before - new - {first} if self.states.get(m) in (State.JOINING, State.READY)}
+            self.states |= dict.fromkeys(sorted(returned), State.JOINING)
+            others = sorted((before | new) - {first} - returned)
             commands = self._tell_commit(transition, [m for m in others if self._is_alive(m)])
             return commands + (self._trouble_in_new(transition, now) if transition.early_trouble else [])
         self._transition = None
@@ -519,7 +524,8 @@ class Membership:
         if self.epoch is None:
             return None
         leader = self.epoch.members[self.epoch.leader_rank].member_id
-        return leader if self.states.get(leader, State.DEAD) is not State.DEAD else None
+        # One that has joined again leads that epoch no more, or has never begun to.
+        return leader if self.states.get(leader) in (State.READY, State.DRAINING) else None
 
     def _begin(self, now: float) -> list[Command]:
         """Form the next epoch if the present one is not what it should be."""

@@ -300,11 +300,14 @@ class ClusterMesh:
         else:
             exchange = self._build_exchange(epoch, rank)
         with self._lock:
-            if not self._closed:
+            overtaken = self._preparing is not None and self._preparing.number > epoch.number
+            if not self._closed and not overtaken:
                 self._epochs[epoch.number] = _Prepared(epoch, rank, exchange)
                 return
-        exchange.abort()
-        raise EpochError("this member has left")
+            used = any(exchange is p.exchange for p in self._epochs.values())
+        if not used:
+            exchange.abort()
+        raise EpochError("a newer epoch was asked for meanwhile" if overtaken else "this member has left")
 
     def commit(self, number: int) -> None:
         """All members are prepared. The leader of the epoch before (told first) stops and returns when its step is

@@ -297,7 +297,39 @@ def test_a_restarted_conductor_adopts_the_highest_epoch():
     trace.say(Join(member("e2"), epoch, 1))
     assert trace.core.ready
     trace.say(Join(member("e3")), at=20.0)
-    agree(trace, 3, ["a1", "e1", "e2", "e3"], leader="a1")
+    agree(trace, 1003, ["a1", "e1", "e2", "e3"], leader="a1")
+    trace.finish()
+
+
+def test_a_late_answer_to_a_former_conductor_is_none_to_the_new_one():
+    """It had asked for an epoch that nobody had told of when the new one numbers its first."""
+    trace = Trace("late_answer", core())
+    start(trace, ["a1", "e1", "e2"])
+    epoch = trace.core.epoch
+    trace.core = core(first_key=101)
+    trace.lines.append("       (restart; epoch 2 was being prepared)")
+    trace.say(Join(member("a1"), epoch, 1), at=0.0)
+    trace.say(Join(member("e1"), epoch, 1))
+    trace.say(Tick(), at=10.0)
+    assert trace.core._transition.epoch.number == 1002
+    trace.say(Prepared("a1", 2))
+    trace.say(Prepared("e1", 2))
+    assert trace.core._transition.waiting == {"a1", "e1"}
+    agree(trace, 1002, ["a1", "e1"], leader="a1")
+    trace.finish()
+
+
+def test_who_was_given_up_and_joined_again_is_not_let_go_with_the_epoch_that_left_it_out():
+    trace = Trace("returned", core())
+    start(trace, ["a1", "e1", "e2"])
+    trace.say(Trouble("a1", 1, "control channel of 'e2' closed", "e2"), at=5.0)  # a false alarm
+    trace.say(Join(member("e2"), trace.core.epoch, 1), at=5.1)
+    trace.say(Prepared("a1", 2), at=5.2)
+    trace.say(Prepared("e1", 2))
+    trace.say(Committed("a1", 2))
+    told = trace.say(Committed("e1", 2))
+    assert [type(c) for c in told if c.member_id == "e2"] == [Prepare]
+    agree(trace, 3, ["a1", "e1", "e2"], leader="a1")
     trace.finish()
 
 
@@ -311,7 +343,7 @@ def test_a_restart_inside_a_commit_brings_all_into_one_epoch():
     trace.say(Join(member("e1"), first, 2), at=6.0)
     trace.say(Join(member("a1"), second, 2))
     trace.say(Join(member("e2"), first, 2))
-    agree(trace, 3, ["a1", "e1", "e2"], leader="a1")
+    agree(trace, 1003, ["a1", "e1", "e2"], leader="a1")
     trace.finish()
 
 
@@ -471,9 +503,9 @@ async def test_agents_follow_the_conductor_through_its_restart_and_leave():
     await wire.until(lambda c: c.ready)
     assert wire.host.core.epoch.number == 2
     agents["a1"].on_trouble(2, EpochError("broken"))
-    await wire.until(lambda c: c.ready and c.epoch.number == 3)
+    await wire.until(lambda c: c.ready and c.epoch.number == 1003)
     assert await asyncio.to_thread(agents["e2"].drain, 20.0)
-    await wire.until(lambda c: c.ready and c.epoch.number == 4)
+    await wire.until(lambda c: c.ready and c.epoch.number == 1004)
     assert meshes["e2"].log[-1] == ("retire",)
     assert {m.member_id for m in meshes["a1"].epoch.members} == {"a1", "e1"}
     late = MemberAgent(SmallMesh("e3"), wire)
@@ -483,7 +515,7 @@ async def test_agents_follow_the_conductor_through_its_restart_and_leave():
     await wire.until(lambda c: c.ready and "e1" not in c.states)
     assert agents["e1"].retired
     wire.host.take(Lost("e3"))  # a false alarm: it joins again
-    await wire.until(lambda c: c.ready and c.states["e3"] is State.READY and c.epoch.number > 6)
+    await wire.until(lambda c: c.ready and c.states["e3"] is State.READY and c.epoch.number > 1006)
     assert {m.member_id for m in meshes["a1"].epoch.members} == {"a1", "e3"}
     for agent in (*agents.values(), late):
         await asyncio.to_thread(agent.stop)
@@ -538,7 +570,7 @@ async def test_numbers_of_a_former_conductor_acknowledge_nothing():
     await host.tell(Alive("a1"))
     for name in ("a1", "e1", "e2"):
         commands = (await host.next_commands(name, 0, 0.0))[1]
-        assert [c.epoch.number for c in commands if isinstance(c, Prepare)] == [2]
+        assert [c.epoch.number for c in commands if isinstance(c, Prepare)] == [1002]
     host.close()
 
 
