@@ -94,8 +94,12 @@ class Laptop:
         return waited_s
 
     def explanation(self) -> str:
-        script = "tail -n 30 ~/expertmesh/*.log /tmp/ray/session_latest/logs/monitor.log 2>&1 || true"
-        return self.hosts.run(HEAD, f"bash -c '{script}'")
+        logs = "/tmp/ray/session_latest/logs"
+        head = f"tail -n 30 ~/expertmesh/*.log {logs}/monitor.log 2>&1 || true"
+        others = f"tail -n 12 {logs}/serve/replica_*.log {logs}/worker-*.err 2>&1 || true"
+        told = [self.answers(f"expertmesh status --address {HEAD}:50051 --token {TOKEN}")]
+        told += [self.hosts.run(host, f"bash -c '{others}'")[-4000:] for host in WORKERS]
+        return "\n".join([*told, self.hosts.run(HEAD, f"bash -c '{head}'")])
 
     @staticmethod
     def _write(path: Path, content: dict[str, Any]) -> None:
