@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 128, 1024])
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--early-next", action="store_true", help="peer: let the next kernel come while one waits")
     parser.add_argument("--all-visible", action="store_true", help="each process sees both GPUs")
     parser.add_argument("--json")
     arguments = parser.parse_args()
@@ -53,7 +54,8 @@ def main() -> None:
     for rank in range(2):
         ours, theirs = context.Pipe()
         isolated = not arguments.all_visible
-        settings = (rank, theirs, arguments.hidden, arguments.tokens, arguments.tune, isolated, store.port)
+        early = arguments.early_next
+        settings = (rank, theirs, arguments.hidden, arguments.tokens, arguments.tune, early, isolated, store.port)
         processes.append(context.Process(target=_run, args=settings, daemon=True))
         processes[-1].start()
         theirs.close()
@@ -80,7 +82,14 @@ def _slower(first: list[Row], second: list[Row]) -> list[Row]:
 
 
 def _run(
-    rank: int, connection: Connection, hidden: int, tokens: list[int], tune: bool, isolated: bool, port: int
+    rank: int,
+    connection: Connection,
+    hidden: int,
+    tokens: list[int],
+    tune: bool,
+    early_next: bool,
+    isolated: bool,
+    port: int,
 ) -> None:
     if isolated:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)  # as a process of a cluster sees it
@@ -88,7 +97,7 @@ def _run(
     torch.cuda.set_device(device)
     torch.cuda.set_stream(torch.cuda.Stream())
     try:
-        rows = list(_Rank(rank, hidden, port, device).measure(tokens, tune))
+        rows = list(_Rank(rank, hidden, port, device).measure(tokens, tune, early_next))
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # the other one waits on a device: the parent ends both
@@ -112,10 +121,18 @@ class _Rank:
         )
         self.step_id = 0
 
-    def measure(self, tokens: list[int], tune: bool) -> Any:
-        deadlines = {"timeout_base_s": 20.0, "timeout_per_row_s": 0.0}
+    def measure(self, tokens: list[int], tune: bool, early_next: bool) -> Any:
+        deadlines: dict[str, Any] = {"timeout_base_s": 20.0, "timeout_per_row_s": 0.0}
         capacity = max(tokens)
-        peer = build_peer(self.epoch, self.rank, self.shape, capacity=capacity, epoch_timeout_s=30.0, **deadlines)
+        peer = build_peer(
+            self.epoch,
+            self.rank,
+            self.shape,
+            capacity=capacity,
+            epoch_timeout_s=30.0,
+            early_next=early_next,
+            **deadlines,
+        )
         peer.use_placement(self.epoch.placement)
         for num_tokens in tokens:
             yield self.one("peer", "", peer, num_tokens)

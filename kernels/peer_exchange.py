@@ -178,13 +178,18 @@ class PeerKernels:
 
 
 def load_peer_kernels(
-    num_sources: int, num_owners: int, hidden: int, top_k: int, dtype: torch.dtype, device: torch.device
+    num_sources: int,
+    num_owners: int,
+    hidden: int,
+    top_k: int,
+    dtype: torch.dtype,
+    early_next: bool,
+    device: torch.device,
 ) -> None:
-    """Compile and load all that a membership may need, before anybody waits for it."""
+    """Compile and load what a membership needs, before anybody waits for it."""
     for name in ("begin", "dispatch", "answer"):
-        for early_next in (False, True):
-            sizes = (hidden, top_k, num_sources, num_owners, dtype == torch.float32, early_next)
-            peer_kernel(name, *sizes).load(device)
+        sizes = (hidden, top_k, num_sources, num_owners, dtype == torch.float32, early_next)
+        peer_kernel(name, *sizes).load(device)
 
 
 def set_max_blocks(**blocks: int) -> None:

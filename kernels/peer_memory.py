@@ -19,7 +19,7 @@ from ..errors import KernelError
 from .peer_exchange import PeerBuffer, initial_control
 
 _log = logging.getLogger(__name__)
-_CARD = struct.Struct("<QQ64s")  # bytes of the buffer, a number that tells GPUs apart, handle
+_CARD = struct.Struct("<Q64s")  # bytes of the buffer, handle
 _LINGER_S = 5.0
 _HOST_TO_DEVICE = 1  # cudaMemcpyKind
 
@@ -48,13 +48,13 @@ class PeerMemory:
         """What other ranks need to map this buffer."""
         with torch.cuda.device(self.device):
             handle = _runtime().ipcGetMemHandle(self.base)
-        return _CARD.pack(self.layout.num_bytes, gpu_number(self.device), bytes(handle))
+        return _CARD.pack(self.layout.num_bytes, bytes(handle))
 
-    def open(self, card: bytes, layout: PeerBuffer) -> tuple[int, int]:
-        """(address here of another rank's buffer, number of its GPU). KernelError where it cannot be."""
+    def open(self, card: bytes, layout: PeerBuffer) -> int:
+        """The address here of another rank's buffer. KernelError where it cannot be mapped."""
         if len(card) != _CARD.size:
             raise KernelError(f"a peer's buffer is described by {len(card)} bytes, {_CARD.size} expected")
-        num_bytes, gpu, handle = _CARD.unpack(card)
+        num_bytes, handle = _CARD.unpack(card)
         if num_bytes != layout.num_bytes:
             raise KernelError(
                 f"a peer's buffer has {num_bytes} bytes, {layout.num_bytes} expected: exchange.max_tokens_per_turn and "
@@ -69,7 +69,7 @@ class PeerMemory:
                 "of its own? Else set exchange.backend=nccl"
             ) from error
         self._opened.append(address)
-        return address, gpu
+        return address
 
     def release(self, last: torch.cuda.Event | None, user: object = None) -> None:
         """Close and free in the background, when the device has passed `last`. `user` lives until then."""
@@ -114,12 +114,6 @@ def gpu_name(device: torch.device) -> str:
     """ "HOST/GPU": the running kernel's id and the card's, the same in every process and container of the host."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return f"{file.read().strip()}/{torch.cuda.get_device_properties(device).uuid}"
-
-
-def gpu_number(device: torch.device) -> int:
-    """Tells the GPUs of a host apart, whatever a process can see of them."""
-    uuid = torch.cuda.get_device_properties(device).uuid
-    return int(str(uuid).replace("-", ""), 16) >> 64
 
 
 class _AtAddress:

@@ -16,6 +16,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -39,6 +40,7 @@ class ServeGraphs:
 
     def __init__(self) -> None:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}  # None = was run eagerly once
+        self._pool: Any = None  # of memory; no two of them run at the same time
 
     def run(
         self, key: Hashable | None, take_turns: Callable[[], None], device: torch.device
@@ -52,17 +54,18 @@ class ServeGraphs:
             return None
         graph, new = self._graphs[key], None
         if graph is None:
-            graph = new = self._graphs[key] = _capture(take_turns, device)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = new = self._graphs[key] = _capture(take_turns, device, self._pool)
         graph.replay()
         return new
 
 
-def _capture(work: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
+def _capture(work: Callable[[], None], device: torch.device, pool: Any) -> torch.cuda.CUDAGraph:
     """Without torch.cuda.graph's collection of garbage: peers wait meanwhile."""
     graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(device), torch.cuda.current_stream(device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             work()
         finally:

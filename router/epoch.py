@@ -25,7 +25,7 @@ class Member:
     control_port: int = 0  # where its control channel listens (see control.py)
     store_port: int = 0  # where its rendezvous store listens, used in epochs that it leads (see group.py)
     copies_port: int = 0  # where it gives copies of its experts (see experts/copies.py)
-    gpu: str = ""  # "HOST/GPU" where its rows live on a GPU (see group.choose_backend)
+    gpu: str = ""  # "HOST/GPU" where its rows live on a GPU (see backends.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -268,26 +268,27 @@ def build_peer(
     timeout_per_row_s: float,
     epoch_timeout_s: float,
     slow_start_s: float = 0.0,
+    early_next: bool = False,
 ) -> PeerExchange:
-    """Allocate, publish, and map the others' buffers. Blocks; EpochError when one does not come in time."""
+    """Allocate, publish, and map the others' buffers. Blocks; EpochError when one does not come in time. `early_next`
+    only where every member has a GPU of its own (`peer_exchange.cu`); off until it is measured there."""
     layouts = peer_layouts(epoch, shape, capacity)
     num_sources, num_owners = len(epoch.attention_ranks), len(epoch.expert_ranks)
-    load_peer_kernels(num_sources, num_owners, shape.hidden_size, shape.top_k, shape.dtype, shape.device)
+    load_peer_kernels(num_sources, num_owners, shape.hidden_size, shape.top_k, shape.dtype, early_next, shape.device)
     memory = PeerMemory(layouts[rank], shape.device)
     try:
-        met = meet_peers(epoch, rank, memory, layouts, timeout_s=epoch_timeout_s)
+        addresses = meet_peers(epoch, rank, memory, layouts, timeout_s=epoch_timeout_s)
     except BaseException:
         memory.release(None)
         raise
-    gpus = [gpu for _, gpu in met]
     return PeerExchange(
         epoch,
         rank,
         shape,
         memory,
-        [address for address, _ in met],
+        addresses,
         timeout_base_s=timeout_base_s,
         timeout_per_row_s=timeout_per_row_s,
-        early_next=len(set(gpus)) == len(gpus),
+        early_next=early_next,
         slow_start_s=slow_start_s,
     )

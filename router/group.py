@@ -20,7 +20,7 @@ from torch.distributed import AllToAllOptions, PrefixStore, ProcessGroup, Proces
 
 from ..errors import EpochError, KernelError
 from ..kernels.peer_exchange import PeerBuffer
-from ..kernels.peer_memory import PeerMemory, gpu_number
+from ..kernels.peer_memory import PeerMemory
 from .epoch import Epoch
 
 _IDLE_TIMEOUT = timedelta(hours=24)
@@ -110,28 +110,10 @@ def set_nccl_environment(channels: int) -> None:
         os.environ.setdefault(name, value)
 
 
-def choose_backend(epoch: Epoch, configured: str) -> str:
-    """Which exchange this membership uses: a function of the record and the configuration, so the same everywhere."""
-    if len(epoch.members) == 1:
-        return "local"
-    gpus = {member.gpu for member in epoch.members}
-    if "" in gpus and len(gpus) > 1:
-        raise EpochError(f"epoch {epoch.number} has members on CPUs and on GPUs: give all the same `device`")
-    if configured in ("gloo", "nccl", "peer"):
-        if (configured == "gloo") != ("" in gpus):
-            raise EpochError(
-                f"exchange.backend={configured} with members on {'CPUs' if '' in gpus else 'GPUs'}; use auto"
-            )
-        return configured
-    if "" in gpus:
-        return "gloo"
-    return "peer" if len({gpu.split("/")[0] for gpu in gpus}) == 1 else "nccl"
-
-
 def meet_peers(
     epoch: Epoch, rank: int, memory: PeerMemory, layouts: Sequence[PeerBuffer], *, timeout_s: float
-) -> list[tuple[int, int]]:
-    """(address here, number of its GPU) of every rank's buffer. Blocks; EpochError when one does not come in time."""
+) -> list[int]:
+    """The address here of every rank's buffer. Blocks; EpochError when one does not come in time."""
     timeout = timedelta(seconds=timeout_s)
     try:
         store: Store = TCPStore(
@@ -145,9 +127,8 @@ def meet_peers(
             f"epoch {epoch.number}: the buffers of {len(epoch.members)} members did not meet within {timeout_s:.0f} s: "
             f"{error}"
         ) from error
-    own = memory.base, gpu_number(memory.device)
     try:
-        return [own if peer == rank else memory.open(card, layouts[peer]) for peer, card in enumerate(cards)]
+        return [memory.base if peer == rank else memory.open(card, layouts[peer]) for peer, card in enumerate(cards)]
     except KernelError as error:
         raise EpochError(f"epoch {epoch.number}: {error}") from error
 

@@ -23,16 +23,14 @@ from torch.distributed import ProcessGroup
 from ..config import ClusterConfig, ExchangeConfig
 from ..errors import EpochError, ExpertMeshError, ReplicaLost
 from ..kernels.peer_memory import gpu_name
+from .backends import build_exchange
 from .contracts import LocalExperts
 from .control import Channel, ControlServer, Kind, connect, decode_bid, decode_done, encode_bid, encode_done
 from .device_exchange import DeviceExchange, LocalDeviceExchange
 from .device_step import DeviceExperts, DeviceStep
 from .epoch import Epoch, Member, StepHeader
 from .exchange import Exchange, LocalExchange, RowShape
-from .exchange_gloo import GlooExchange
-from .exchange_nccl import NcclExchange
-from .exchange_peer import build_peer
-from .group import RendezvousStore, build_gloo, build_nccl, choose_backend, use_batch_scheduling
+from .group import RendezvousStore, build_gloo, use_batch_scheduling
 from .guard import Guard, OnSuspect
 from .leader import BidPlaced, EpochInstalled, GraceOver, IssueHeader, Leader, LeaderEvent, StepDone
 from .placement import Placement
@@ -524,40 +522,9 @@ class ClusterMesh:
             replaced.abort()
 
     def _build_exchange(self, epoch: Epoch, rank: int) -> Exchange | DeviceExchange:
-        options, shape = self._options.exchange, self._shape
-        deadlines = {"timeout_base_s": options.timeout_base_s, "timeout_per_row_s": options.timeout_per_row_s}
-        capacity = max(options.max_tokens_per_turn, *self._options.buckets, 0)
-        match choose_backend(epoch, options.backend):
-            case "local":
-                return LocalDeviceExchange(shape.device) if shape.device.type == "cuda" else LocalExchange()
-            case "gloo":
-                return GlooExchange(self._build_group(epoch, rank), epoch, rank, shape, **deadlines)
-            case "peer":
-                timeout_s = options.epoch_timeout_s
-                return build_peer(
-                    epoch,
-                    rank,
-                    shape,
-                    capacity=capacity,
-                    epoch_timeout_s=timeout_s,
-                    slow_start_s=timeout_s,
-                    **deadlines,
-                )
-            case _:
-                group = build_nccl(
-                    epoch, rank, shape.device, channels=options.nccl_channels, timeout_s=options.epoch_timeout_s
-                )
-                exact = options.nccl_exact_above
-                return NcclExchange(
-                    group,
-                    epoch,
-                    rank,
-                    shape,
-                    capacity=capacity,
-                    exact_above=exact,
-                    slow_start_s=options.epoch_timeout_s,
-                    **deadlines,
-                )
+        options = self._options
+        least = max(options.buckets, default=0)
+        return build_exchange(epoch, rank, self._shape, options.exchange, least, lambda: self._build_group(epoch, rank))
 
     def _build_group(self, epoch: Epoch, rank: int) -> ProcessGroup:
         """The wire; fault injection puts another one here (`bench/bit_flips.py`)."""

@@ -15,6 +15,7 @@ from exchange_conformance import LAYOUTS, TOP_K, check_device, make_epoch
 from expertmesh.errors import EpochError, KernelError
 from expertmesh.kernels import jit, peer_exchange
 from expertmesh.router import group
+from expertmesh.router.backends import choose_backend
 from expertmesh.router.device_exchange import copies_table, owners_and_slots
 from expertmesh.router.device_step import DeviceStep
 from expertmesh.router.dispatch import plan
@@ -22,7 +23,7 @@ from expertmesh.router.epoch import StepHeader
 from expertmesh.router.exchange import RowShape
 from expertmesh.router.exchange_nccl import NcclExchange
 from expertmesh.router.exchange_peer import peer_layouts
-from expertmesh.router.group import RendezvousStore, choose_backend
+from expertmesh.router.group import RendezvousStore
 from expertmesh.router.guard import Direction
 
 CPU = torch.device("cpu")
@@ -194,22 +195,20 @@ class FakeMemory:
     def open(self, card, layout):
         if layout is None:
             raise KernelError("a peer's buffer has 1 bytes, 2 expected")
-        return 100 * self.rank + card[-1], card[-1]
+        return 100 * self.rank + card[-1]
 
 
-def test_peers_meet_by_opaque_bytes_in_the_epochs_store(monkeypatch):
-    monkeypatch.setattr(group, "gpu_number", lambda device: 7)
+def test_peers_meet_by_opaque_bytes_in_the_epochs_store():
     store = RendezvousStore("127.0.0.1")
     epoch = make_epoch("4 colocated", rendezvous_key="meet", store_host="127.0.0.1", store_port=store.port)
     met = exchange_emulated.run_ranks(
         4, lambda rank: group.meet_peers(epoch, rank, FakeMemory(rank), ["layout"] * 4, timeout_s=20.0), CPU
     )
     for rank in range(4):
-        assert met[rank] == [(1000 + rank, 7) if p == rank else (100 * rank + p, p) for p in range(4)]
+        assert met[rank] == [1000 + rank if p == rank else 100 * rank + p for p in range(4)]
 
 
-def test_a_peer_that_does_not_come_or_fit_fails_the_preparation(monkeypatch):
-    monkeypatch.setattr(group, "gpu_number", lambda device: 7)
+def test_a_peer_that_does_not_come_or_fit_fails_the_preparation():
     store = RendezvousStore("127.0.0.1")
     epoch = make_epoch("2 colocated", rendezvous_key="absent", store_host="127.0.0.1", store_port=store.port)
     with pytest.raises(EpochError, match="buffers of 2 members did not meet within 0 s"):

@@ -181,8 +181,7 @@ def test_a_missing_peer_ends_a_replayed_step_at_the_deadline_and_is_named():
         world.exchanges[1].verdict()
 
 
-@pytest.mark.parametrize("early_next", [False, True])
-def test_a_death_that_is_known_ends_the_wait_at_once(early_next):
+def test_a_death_that_is_known_ends_the_wait_at_once():
     world = GraphWorld(timeout_s=20.0)
     world.draw(1)
     world.step(ranks=(0,))
