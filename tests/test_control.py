@@ -190,6 +190,43 @@ def test_a_step_that_fails_after_its_epoch_was_replaced_does_not_break_the_next(
     assert issued.header.epoch == 2
 
 
+def test_a_step_that_fails_after_it_was_launched_ends_the_epoch_though_another_was_named():
+    """On a GPU a step is done when it is in the stream; that it failed is known when the next one is named already."""
+    leader = Leader(max_prefill_tokens=100)
+    leader.step(EpochInstalled(epoch(["a1", "e1", "e2"])), 0.0)
+    leader.step(BidPlaced("a1", 1, 0, 0), 1.0)
+    leader.step(StepDone("a1", 1), 2.0)
+    (second,) = leader.step(BidPlaced("a1", 1, 0, 1), 3.0)
+    leader.step(StepDone("a1", 2), 4.0)
+    leader.step(StepDone("a1", 1, failed=True), 5.0)
+    assert leader.step(BidPlaced("a1", 1, 0, 2), 6.0) == []
+    (third,) = leader.step(EpochInstalled(epoch(["a1", "e1"], number=2), 2), 7.0)
+    assert (second.header.epoch, third.header.epoch) == (1, 2)
+    leader.step(StepDone("a1", 2, failed=True), 8.0)  # of the epoch before: this one is whole
+    leader.step(StepDone("a1", 3), 9.0)
+    (fourth,) = leader.step(BidPlaced("a1", 1, 0, 3), 10.0)
+    assert fourth.header.epoch == 2
+
+
+def test_the_header_names_the_smallest_bucket_that_holds_its_largest_source():
+    leader = Leader(max_prefill_tokens=100, buckets=(8, 1, 4))
+    leader.step(EpochInstalled(epoch(["a1", "a2", "e1"])), 0.0)
+    named = []
+    for step_id, (first, second) in enumerate([(1, 0), (2, 4), (5, 1), (9, 1)]):
+        commands = leader.step(BidPlaced("a2", second, 0, step_id), 1.0) if second else []
+        commands += leader.step(BidPlaced("a1", first, 0, step_id), 1.0)
+        commands += leader.step(GraceOver(), 1e3 * (step_id + 1))
+        for command in commands:
+            if isinstance(command, IssueHeader):
+                named.append((command.header.num_tokens, command.header.bucket))
+                for who in ("a1", "a2"):
+                    leader.step(StepDone(who, command.header.step_id), 2.0)
+    assert [bucket for tokens, bucket in named if max(tokens) > 8] == [0]
+    for tokens, bucket in named:
+        assert bucket == next((size for size in (1, 4, 8) if size >= max(tokens)), 0)
+    assert {bucket for _, bucket in named} >= {0, 1}
+
+
 def test_a_new_epoch_is_named_when_the_step_in_flight_is_over():
     trace = Trace("epoch")
     trace.say(EpochInstalled(epoch(["a1", "e1", "e2"])), at=0)
