@@ -5,7 +5,7 @@
 #   there:  python3 -m tarfile -e offline_site.tar.xz /opt/site && python3 -m compileall -q -j 0 /opt/site
 #           export PYTHONPATH=/opt/site; python3 -m expertmesh.cli serve ...        # the checkout or its wheel beside it
 #
-# About 23 MiB (Ray's wheel alone has 75): of Ray stays what a served cluster opens, as a trace of one showed; debug
+# About 24 MiB (Ray's wheel alone has 75): of Ray stays what a served cluster opens, as a trace of one showed; debug
 # symbols go, and one compression window covers all binaries, which hold the same libraries. Versions are those of
 # constraints.txt. Compile to bytecode before the first start: without, Ray's agents take longer than its raylet waits.
 set -euo pipefail
