@@ -282,6 +282,8 @@ class ClusterMesh:
                     f"epoch {epoch.number} has another table under placement version {epoch.placement.version}"
                 )
             self._highest_number = max(self._highest_number, epoch.number)
+            if self._preparing is not None and epoch.number < self._preparing.number:
+                raise EpochError(f"epoch {epoch.number} after epoch {self._preparing.number} was asked for")
             self._preparing = epoch
             stale = [n for n, p in self._epochs.items() if p not in (latest, self._current)]
         for number in stale:
