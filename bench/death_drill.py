@@ -24,6 +24,7 @@ import torch
 from ..cluster.membership import uniform_place
 from ..config import ExchangeConfig, SchedulerConfig
 from ..request import EngineRequest, SamplingParams
+from ..router.mesh import ClusterMesh
 from .member_world import MemberWorld, Watched, WorldOptions
 from .step_cases import CASES
 
@@ -35,6 +36,7 @@ class Drill:
     """One layout's run."""
 
     arguments: argparse.Namespace
+    mesh_type: type[ClusterMesh] = ClusterMesh
 
     def __post_init__(self) -> None:
         arguments = self.arguments
@@ -48,6 +50,7 @@ class Drill:
             scheduler=SchedulerConfig(max_num_seqs=2 * arguments.streams, max_num_batched_tokens=512),
             kv_memory_bytes=arguments.kv_mib << 20,
             batch_invariant=arguments.invariant,
+            mesh_type=self.mesh_type,
             isolated=not arguments.all_visible,
         )
         raw = CASES[arguments.case]
@@ -182,7 +185,7 @@ def _pauses(name: str, streams: Sequence[Watched], since: float) -> dict[str, fl
     return {f"{name}_pause_s": longest, f"{name}_usual_gap_s": sorted(usual)[len(usual) // 2] if usual else 0.0}
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", default="30b")
     parser.add_argument("--layers", type=int, default=8)
@@ -197,7 +200,11 @@ def main() -> None:
     parser.add_argument("--kv-mib", type=int, default=2048)
     parser.add_argument("--only", choices=["a", "b"])
     parser.add_argument("--json")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
     drill, results = Drill(arguments), []
     for name, run in (("a", drill.colocated), ("b", drill.disaggregated)):
         if arguments.only in (None, name):

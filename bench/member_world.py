@@ -52,6 +52,7 @@ class WorldOptions:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     kv_memory_bytes: int = 4 << 30
     batch_invariant: bool = False
+    mesh_type: type[ClusterMesh] = ClusterMesh
     isolated: bool = True  # each process sees its own GPU alone, as Ray has it
     max_model_len: int = 4096
 
@@ -299,7 +300,7 @@ class _Member:
         checkpoint = open_case(options.case, folder, num_layers=options.num_layers)
         config = checkpoint.config
         self._conductor = _PipeConductor(send)
-        self.mesh = ClusterMesh(
+        self.mesh = options.mesh_type(
             f"{name}#0",
             attention=role != "expert",
             experts=LocalExpertMLP(checkpoint, dtype=dtype, device=device) if role != "attention" else None,

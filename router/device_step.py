@@ -107,8 +107,7 @@ class DeviceStep:
     def serve(self) -> None:
         """A rank without tokens, or a named source whose work has gone: it takes every turn, to the step's end."""
         self.take_turns()
-        self._wait_for_device()
-        self.finish()
+        self.settle()
 
     def take_turns(self) -> None:
         """Enqueue all turns left without rows of our own, by a captured graph where there is one; capturable itself."""
@@ -195,6 +194,14 @@ class DeviceStep:
             raise self._guard.failed(bad, step_id=self.header.step_id, epoch=self.header.epoch)
         self._guard.passed()
 
+    def settle(self) -> None:
+        """Wait for all of the step, then `finish`: for who does not run ahead."""
+        if self._shape.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            self.wait(event)
+        self.finish()
+
     def close(self) -> None:
         """A step given up halfway would leave its peers waiting: end it for them too."""
         if not self._launched and not self._done:
@@ -203,12 +210,6 @@ class DeviceStep:
 
     def _named(self, row: BadRow) -> BadRow:
         return replace(row, shard=self._shard_ids[row.ep_rank] if self._shard_ids and row.ep_rank >= 0 else "")
-
-    def _wait_for_device(self) -> None:
-        if self._shape.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
-            self.wait(event)
 
     def _conclude(self, error: BaseException | None) -> None:
         self._next_turn, self._done = len(self._layers), True

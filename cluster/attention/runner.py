@@ -17,6 +17,7 @@ from ...config import CacheConfig
 from ...errors import CheckpointError, StartupError
 from ...model_config import ModelConfig
 from ...router.contracts import StepContext
+from ...router.device_step import DeviceStep
 from ...startup_phases import StartupPhases
 from ..sizing import attention_parameters
 from .batch import ScheduledTokens, StepBatch, build
@@ -166,6 +167,8 @@ class Runner:
     def launch(self, batch: StepBatch, scheduled: Seq[ScheduledTokens], step: StepContext) -> Flight:
         started = perf_counter()
         logits = self.model.forward(batch, self.kv_pages, step)
+        if isinstance(step, DeviceStep):  # plain torch on a GPU: what went wrong is known when it is over
+            step.settle()
         computed = perf_counter()
         sampled = self.sampler.sample(logits, [item.sequence for item in scheduled if item.samples])
         step.finish()
