@@ -309,6 +309,8 @@ class Engine:
         runs_ahead = self._runner.runs_ahead and not self._needs_host and not self.scheduler.may_preempt
         if not runs_ahead or header.epoch != self._epoch:
             self._land_all()
+        elif self._launched and self._launched[0].flight.is_over:
+            self._land()  # nothing to hide behind: its tokens need not wait for a launch
         try:
             step = self._mesh.enter(header)
         except (ExchangeError, EpochError) as error:  # a broken epoch, or a header that came after its epoch was over
