@@ -181,7 +181,7 @@ def test_streams_and_epochs_outlive_the_conductor(large: Cluster, expected: list
         epoch = large.conductor.epoch()
         assert epoch is not None
         large.conductor.place(rotated(epoch.placement))
-        assert eventually(lambda: large.state().epoch == before.epoch + 1 and large.state().ready)
+        assert eventually(lambda: large.state().epoch > before.epoch and large.state().ready)
         assert token_ids(greedy(client, PROMPTS[0], MAX_TOKENS)) == expected[0][:MAX_TOKENS]
 
 
