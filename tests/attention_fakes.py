@@ -140,7 +140,7 @@ class AheadRunner(Runner):
 
 
 class _Flight:
-    """Is over at the second look."""
+    """Is over at the third look."""
 
     def __init__(self, runner: AheadRunner, request_ids: list[str]) -> None:
         self._runner, self._request_ids, self._looks = runner, request_ids, 0
@@ -151,7 +151,7 @@ class _Flight:
     @property
     def is_over(self) -> bool:
         self._looks += 1
-        return self._looks > 1
+        return self._looks > 2
 
     def collect(self):
         self._runner.num_in_flight -= 1
