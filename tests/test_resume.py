@@ -262,7 +262,7 @@ async def test_unknown_and_expired_streams_are_not_found(redis_url):
         assert [e async for e in world.generation.Generate(ask("short"))]
         async with asyncio.timeout(10):  # a millisecond after the last write, and when this gateway has forgotten it
             for name in ("nobody", "short"):
-                while (error := await refusal(world.generation.Resume(resume(name, 0)))) is None:
+                while (error := await refusal(world.generation.Resume(resume(name, 0)))) is None:  # noqa: ASYNC110
                     await asyncio.sleep(0.002)
                 assert error.code() is grpc.StatusCode.NOT_FOUND
 
