@@ -17,7 +17,7 @@ from .balancer import BalancerConfig, ReplicaView, pick, pick_with_room
 from .link import LinkClient, RequestStream
 from .waiting_room import Ticket, WaitingRoom, WaitingRoomConfig
 
-FAILOVER_WAIT_S = 30.0  # a stream in flight waits so long for a replica to come (back)
+FAILOVER_WAIT_S = 120.0  # for a replica to come (back), with its weights to load; a request's deadline ends it sooner
 MAX_FAILOVERS = 8
 
 
