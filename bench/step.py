@@ -93,7 +93,7 @@ class StepBench:
             checkpoint,
             cache=cache,
             scheduler=scheduler,
-            batch_invariant=self.device.type == "cpu",
+            batch_invariant=arguments.invariant or self.device.type == "cpu",
             device=self.device,
             max_model_len=4096,
             phases=self.phases,
@@ -270,6 +270,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--batched-tokens", type=int, default=16384)
+    parser.add_argument("--invariant", action="store_true", help="batch-invariant mode, for its cost; always on a CPU")
 
 
 @contextmanager
