@@ -55,6 +55,7 @@ class WorldOptions:
     mesh_type: type[ClusterMesh] = ClusterMesh
     isolated: bool = True  # each process sees its own GPU alone, as Ray has it
     max_model_len: int = 4096
+    enable_prefix_cache: bool = False
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Watched:
     member: str
     token_ids: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
+    num_cached_tokens: int = 0
     end: str = ""
 
 
@@ -177,6 +179,7 @@ class MemberWorld:
         if stream.member == name and not stream.end:
             stream.token_ids += output.token_ids
             stream.times_s += [now] * len(output.token_ids)
+            stream.num_cached_tokens = max(stream.num_cached_tokens, output.num_cached_tokens)
             if output.finish_reason is not FinishReason.NONE:
                 stream.end = output.error_message or output.finish_reason.name
 
@@ -315,7 +318,8 @@ class _Member:
         )
         self.agent = MemberAgent(self.mesh, self._conductor)
         block_bytes = CacheConfig().block_size * config.kv_bytes_per_token(dtype.itemsize)
-        cache = CacheConfig(enable_prefix_cache=False, num_blocks=options.kv_memory_bytes // block_bytes)
+        num_blocks = options.kv_memory_bytes // block_bytes
+        cache = CacheConfig(enable_prefix_cache=options.enable_prefix_cache, num_blocks=num_blocks)
         self.engine: LocalEngine | None = None
         if role == "expert":
             StepServer(self.mesh, Telemetry()).start()
@@ -350,6 +354,9 @@ class _Member:
             elif kind == "captures":
                 runner = getattr(self.engine, "runner", None)
                 self._send(("answer", (getattr(runner, "num_captures", 0), getattr(runner, "num_replays", 0))))
+            elif kind == "preemptions":
+                assert self.engine is not None
+                self._send(("answer", self.engine.engine.scheduler.num_preemptions))
 
     def _drain(self, timeout_s: float) -> None:
         self._send(("answer", self.agent.drain(timeout_s)))
