@@ -34,9 +34,12 @@ def noise(*shape, seed=0, scale=1.0):
 
 
 def assert_rounded_alike(got, expected):
-    """Equal up to one unit of bf16's last place, and nearly everywhere equal: a sum's order may differ, no more."""
+    """Nearly everywhere equal, elsewhere at most two units of bf16's last place apart: a sum may be in another order.
+
+    Why two: each of these rounds a value, multiplies it and rounds again. A first value of 1.0 may come out as 1.0078,
+    a unit; times 1.41 that is 1.41 units, which the second rounding may make two: 2 * 2^-7 of the result."""
     assert got.shape == expected.shape
-    torch.testing.assert_close(got.float(), expected.float(), rtol=2**-7, atol=1e-30, equal_nan=True)
+    torch.testing.assert_close(got.float(), expected.float(), rtol=2**-6, atol=1e-30, equal_nan=True)
     same = (got == expected) | (got.isnan() & expected.isnan())
     assert int((~same).sum()) <= 4 + 0.02 * got.numel()
 
@@ -186,7 +189,7 @@ def test_heads_of_a_token_do_not_depend_on_other_tokens():
 # ------------------------------------------------------------------------------------------------------ thin products
 @pytest.mark.parametrize(
     ("num_outputs", "k"),
-    [(5120, 2048), (2048, 4096), (8, 64), (1000, 96), (264, 2560), (2112, 128), (151936, 2048)],
+    [(5120, 2048), (2048, 4096), (4096, 8192), (8, 64), (1000, 96), (264, 2560), (2112, 128), (151936, 2048)],
 )
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 7, 8])
 def test_thin_linear_equals_the_product(num_rows, num_outputs, k):
