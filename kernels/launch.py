@@ -2,7 +2,8 @@
 
 Why by hand: a step without a CUDA graph is bound by what the host does for each of its hundreds of launches, not by the
 GPU. So a thread keeps one parameter block and one configuration and writes numbers into them; the driver has copied
-both when it returns. A parameter is 8 bytes at least, of which the kernel reads as many as it declares."""
+both when it returns. A parameter is 8 bytes at least, of which the kernel reads as many as it declares; a struct by
+value lies where its owner keeps it."""
 
 import ctypes
 import functools
@@ -37,13 +38,26 @@ _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _serialization = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=b"\x01")
 
 
+class Struct:
+    """A kernel's parameter that is a struct by value: its bytes as the kernel declares them, for any number of
+    launches."""
+
+    __slots__ = ("_bytes", "address")
+
+    def __init__(self, packed: bytes) -> None:
+        self._bytes = ctypes.create_string_buffer(packed, len(packed))
+        self.address = ctypes.addressof(self._bytes)
+
+
 class _Block(threading.local):
     """What one thread hands to the driver."""
 
     def __init__(self) -> None:
         self.values = (ctypes.c_uint64 * MOST_ARGUMENTS)()
         start = ctypes.addressof(self.values)
-        self.pointers = (ctypes.c_void_p * MOST_ARGUMENTS)(*range(start, start + 8 * MOST_ARGUMENTS, 8))
+        self.homes = range(start, start + 8 * MOST_ARGUMENTS, 8)
+        self.pointers = (ctypes.c_void_p * MOST_ARGUMENTS)(*self.homes)
+        self.away: list[int] = []  # arguments whose pointer led to a struct in the last launch
         self.config = Config(block_y=1, block_z=1, attributes=ctypes.pointer(_serialization))
         self.config_address = ctypes.addressof(self.config)
         self.pointers_address = ctypes.addressof(self.pointers)
@@ -63,14 +77,20 @@ def launch(
     overlap: bool,
     name: str,
 ) -> None:
-    """`arguments`: tensors (their address), addresses, None (null) and sized numpy scalars (by value)."""
+    """`arguments`: tensors (their address), addresses, None (null), sized numpy scalars and `Struct`s (by value)."""
     mine = _block
     values, config = mine.values, mine.config
+    while mine.away:
+        i = mine.away.pop()
+        mine.pointers[i] = mine.homes[i]
     for i, argument in enumerate(arguments):
         if type(argument) is torch.Tensor:
             values[i] = argument.data_ptr()
         elif argument is None:
             values[i] = 0
+        elif type(argument) is Struct:
+            mine.away.append(i)
+            mine.pointers[i] = argument.address
         else:
             values[i] = _bits(argument)
     config.grid_x = grid[0]
@@ -94,7 +114,9 @@ def _bits(argument: Any) -> int:
         return argument.data_ptr()
     if isinstance(argument, np.generic) and argument.nbytes <= 8:
         return int.from_bytes(argument.tobytes(), "little")
-    raise TypeError(f"kernel argument of type {kind.__name__}: pass a tensor, an address or a sized numpy scalar")
+    raise TypeError(
+        f"kernel argument of type {kind.__name__}: pass a tensor, an address, a sized numpy scalar or a Struct"
+    )
 
 
 @functools.cache

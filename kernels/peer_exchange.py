@@ -17,6 +17,7 @@ import torch
 
 from ..errors import KernelError
 from .jit import Kernel
+from .launch import Struct
 
 CONTROL_BYTES = 4096
 POISON_AT = 768  # u32
@@ -115,7 +116,7 @@ class PeerKernels:
             )
         if num_sources > MAX_RANKS or num_owners > MAX_RANKS:
             raise KernelError(f"peer exchange takes up to {MAX_RANKS} ranks of a role, got {num_sources}, {num_owners}")
-        self._mesh, self._device, self._owns = mesh, device, owns
+        self._mesh, self._device, self._owns = Struct(mesh), device, owns
         self._num_sources = num_sources
         self._units_per_row = -(-row_bytes // _UNIT_BYTES)
         self._top_k = top_k

@@ -9,7 +9,7 @@ import torch
 
 from expertmesh.errors import KernelError
 from expertmesh.kernels import launch as module
-from expertmesh.kernels.launch import Config, launch
+from expertmesh.kernels.launch import Config, Struct, launch
 
 
 class Driver:
@@ -17,11 +17,13 @@ class Driver:
 
     def __init__(self, num_arguments, code=0):
         self.num_arguments, self.code, self.calls = num_arguments, code, []
+        self.sizes, self.structs = {}, []  # bytes of the arguments that are structs
 
     def __call__(self, config, function, pointers, extra):
         copied = Config.from_buffer_copy(ctypes.string_at(config, ctypes.sizeof(Config)))
         addresses = (ctypes.c_void_p * self.num_arguments).from_address(pointers)
         self.calls.append((copied, function, [ctypes.string_at(a, 8) for a in addresses], extra))
+        self.structs = [ctypes.string_at(addresses[i], size) for i, size in self.sizes.items()]
         return self.code
 
 
@@ -74,6 +76,21 @@ def test_nothing_of_a_launch_stays_for_the_next(driver):
     assert read == [bytes(8)] * 9
     assert (config.grid_x, config.grid_y, config.grid_z, config.block_x) == (1, 1, 1, 32)
     assert (config.shared_bytes, config.stream, config.num_attributes) == (0, None, 0)
+
+
+def test_a_struct_is_read_whole_and_its_place_is_free_for_the_next_launch(driver):
+    packed = bytes(range(256)) * 10
+    mesh = Struct(packed)
+    driver.sizes = {0: len(packed), 2: 24}
+    for _ in range(2):  # the same object again, as an exchange does
+        launch(1, (1,), 32, [mesh, np.int32(5), Struct(packed[:24]), *[None] * 6], **OPTIONS)
+        assert driver.structs == [packed, packed[:24]]
+        assert driver.calls[-1][2][1][:4] == np.int32(5).tobytes()
+    driver.sizes = {}
+    launch(1, (1,), 32, [np.int32(7), np.int32(8), np.int32(9), *[None] * 6], **OPTIONS)
+    assert [int.from_bytes(value[:4], "little") for value in driver.calls[-1][2][:3]] == [7, 8, 9]
+    with pytest.raises(TypeError, match=r"bytes: .* or a Struct"):
+        launch(1, (1,), 32, [packed], **OPTIONS)
 
 
 def test_threads_do_not_share_their_arguments(driver):
