@@ -184,7 +184,7 @@ class Kernel:
             module = Module()
             module.load(compiled.cubin)
             function = int(module.get_function(self.name).ptr)
-            if shared_bytes > 48 << 10:
+            if shared_bytes:  # always: above 48 KiB in all, what the kernel declares itself counted, it is needed
                 check(driver().cuFuncSetAttribute(ctypes.c_void_p(function), 8, ctypes.c_int(shared_bytes)), self.name)
             self._modules.append(module)
             self._functions[index] = function
