@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     row.top_p = mine.top_p, row.min_p = mine.min_p, row.top_k = mine.top_k;
     row.uniform = uniform_of(mine.seed, mine.position);
     const bool truncated = row.top_k > 0 || row.top_p < 1.0 || row.min_p > 0.0;
-    if (!truncated || !draw_among_few(s, row, id)) id = draw_among_many(s, row, key_of_rank(top));
+    if (!truncated || !draw_among_few(s, row, id)) id = draw_among_many(s, row);
   }
   if (forced >= 0) id = forced;
   __syncthreads();  // everybody has read the state
