@@ -18,7 +18,6 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from expertmesh.cluster.attention import device_model  # noqa: E402
 from expertmesh.cluster.attention.device_runner import DeviceRunner  # noqa: E402
 
 MOE = {
@@ -76,33 +75,30 @@ def request(name, prompt, max_tokens=24, thinking=None, **sampling):
     )
 
 
-def test_logits_agree_with_transformers(folder, monkeypatch):
+def test_logits_agree_with_transformers(folder):
     """Of prompts of several lengths, in chunks, and of the decodes after them; relative norm of every row. The
     reference is sent to the experts that we chose: in bfloat16 a near tie of the gate falls the other way now and then,
     and a token that met another expert is another token (how often is bounded too)."""
     transformers = pytest.importorskip("transformers")
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().eval()
     rows, routed, flips, num_layers = [], [], [0, 0], 4
-    gate = device_model.gate_topk
-
-    def keep_ids(*args, **options):
-        ids, weights = gate(*args, **options)
-        routed.append(ids.long())
-        return ids, weights
-
-    monkeypatch.setattr(device_model, "gate_topk", keep_ids)
     for layer_id, layer in enumerate(reference.model.layers):
         if hasattr(layer.mlp, "gate"):
             layer.mlp.gate.register_forward_hook(_routed_as(routed, layer_id, num_layers, flips))
     with engine_of(folder, max_prefill_tokens_per_step=96) as engine:
-        forward = engine.runner.model.forward
+        forward, route = engine.runner.model.forward, engine.runner.model.route
+
+        def keep_ids(*args):
+            ids, weights = route(*args)
+            routed.append(ids.long())
+            return ids, weights
 
         def keep_logits(*args, **options):
             logits = forward(*args, **options)
             rows.extend(logits.float().clone())
             return logits
 
-        engine.runner.model.forward = keep_logits
+        engine.runner.model.forward, engine.runner.model.route = keep_logits, keep_ids
         for length in (1, 2, 17, 130, 700):
             rows.clear()
             routed.clear()
@@ -120,15 +116,15 @@ def test_logits_agree_with_transformers(folder, monkeypatch):
 def _routed_as(routed, layer_id, num_layers, flips):
     """A hook on the reference's gate: our experts, with the weights that it gives them."""
 
-    def replace(_module, _inputs, output):
-        logits, weights, ids = output
-        ours = torch.cat(routed[layer_id::num_layers])
+    def send(module, inputs, output):
+        logits = torch.nn.functional.linear(inputs[0].flatten(0, -2), module.weight)
+        ours, ids = torch.cat(routed[layer_id::num_layers]), output[2]
         flips[0] += int((ours.sort(-1).values != ids.sort(-1).values).any(-1).sum())
         flips[1] += len(ids)
         weights = logits.float().softmax(-1).gather(1, ours)
-        return logits, weights / weights.sum(-1, keepdim=True), ours
+        return output[0], weights / weights.sum(-1, keepdim=True), ours
 
-    return replace
+    return send
 
 
 def test_streams_are_the_same_with_and_without_graphs_and_running_ahead(folder, monkeypatch):
