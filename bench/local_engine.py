@@ -125,11 +125,6 @@ class LocalEngine:
         return streams
 
     @property
-    def num_steps(self) -> int:
-        """That published something, so far."""
-        return self._num_steps
-
-    @property
     def books_balance(self) -> bool:
         """Every block is free and nothing is queued."""
         load = self.engine.load()

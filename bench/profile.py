@@ -1,7 +1,10 @@
 """Where the microseconds of a decode step go: kernels by group, beside the floor of each group, and the gaps between.
 
-torch's profiler (CUPTI) watches a running engine's device for some whole steps; a step begins with the embedding's
-kernel, also where it is one CUDA graph. The floor of a group is the bytes that it must move, once, at the measured rate
+torch's profiler (CUPTI) watches whole runs, and a step begins with the embedding's kernel, also where it is one CUDA
+graph. All runs are in one session, begun before the first: to begin takes longer than a run of one sequence, and a
+second session of a process, or one that saw nothing, may leave CUPTI deaf. A spinning kernel before each run tells them
+apart. Watched steps are slower than others (each kernel's times are written down, and kernels that would overlap may
+begin later): compare shares, not sums. The floor of a group is the bytes that it must move, once, at the measured rate
 of reading. Launches a layer bound batch 1: each kernel costs some 2 us of latency however little it does.
 
     python -m expertmesh.bench.profile --case 30b --batches 1,32,128"""
@@ -10,17 +13,16 @@ import argparse
 import json
 import re
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
 from ..cluster.sizing import Form, Gpu, distinct_experts, expert_bytes, layer_parameters
 from ..model_config import ModelConfig
-from .local_engine import LocalEngine
 
 MARKER = "embed_rms_norm"  # once a step, first of its kernels
+SEPARATOR = "spin_kernel"  # `torch.cuda._sleep`, once before each run
 GROUPS = (  # the first pattern that is found in a kernel's name
     ("experts", r"^grouped_gemm"),
     ("attention", r"Prefill|merge_chunks|[Ff]lash|fmha|Decode"),
@@ -31,6 +33,10 @@ GROUPS = (  # the first pattern that is found in a kernel's name
     ("dense", r"linear|gemm|nvjet|cutlass|xmma|gemv|splitK|cublas"),
     ("copies", r"[Mm]em(cpy|set)"),
 )
+
+
+class ProfileError(Exception):
+    """There is nothing to take apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,7 @@ def summarise(runs: Sequence[KernelRun], *, batch: int, num_layers: int) -> Step
     ordered = sorted(runs, key=lambda run: run.start_us)
     begins = [run.start_us for run in ordered if run.name.startswith(MARKER)]
     if len(begins) < 2:
-        raise ValueError(f"{len(begins)} steps among {len(runs)} kernels: at least two must begin")
+        raise ProfileError(f"{len(begins)} steps among {len(runs)} kernels: at least two must begin")
     first, last, num_steps = begins[0], begins[-1], len(begins) - 1
     inside = [run for run in ordered if first <= run.start_us < last]
     groups: dict[str, Group] = {name: Group() for name, _ in GROUPS}
@@ -124,21 +130,55 @@ def set_floors(
         profile.groups[name].floor_us = 1e6 * num_bytes / gpu.read_bytes_per_s
 
 
-def watch_steps(engine: LocalEngine, *, batch: int, num_steps: int, num_layers: int) -> StepProfile:
-    """Of an engine that decodes `batch` sequences now and for more than `num_steps` steps to come."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-        begun = engine.num_steps
-        deadline = time.monotonic() + 20
-        while engine.num_steps < begun + num_steps and time.monotonic() < deadline:
-            time.sleep(0.001)
-        torch.cuda.synchronize()
-    runs = [
+def watch(runs: Sequence[Callable[[], None]]) -> list[list[KernelRun]]:
+    """The kernels of each of `runs`, which must have run before: nothing is compiled or captured now."""
+    activity = torch.profiler.ProfilerActivity
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profiler:  # CPU: of this thread, idle
+        for run in runs:
+            torch.cuda._sleep(10_000)
+            torch.cuda.synchronize()
+            run()
+            torch.cuda.synchronize()
+    assert profiler.profiler is not None
+    results = profiler.profiler.kineto_results
+    assert results is not None
+    found = [
         KernelRun(event.name(), event.start_ns() / 1e3, event.duration_ns() / 1e3)
-        for event in profiler.profiler.kineto_results.events()
+        for event in results.events()
         if event.device_type() == torch.autograd.DeviceType.CUDA
     ]
-    return summarise(runs, batch=batch, num_layers=num_layers)
+    return split_runs(found, len(runs))
+
+
+def split_runs(kernels: Sequence[KernelRun], num_runs: int) -> list[list[KernelRun]]:
+    """What lies between the separators."""
+    parts: list[list[KernelRun]] = []
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start_us):
+        if SEPARATOR in kernel.name:
+            parts.append([])
+        elif parts:
+            parts[-1].append(kernel)
+    if len(parts) != num_runs or not all(parts):
+        raise ProfileError(
+            f"the profiler saw {len(kernels)} kernels and copies in {len(parts)} of {num_runs} runs: another tool "
+            "(compute-sanitizer, nsys, DCGM) may hold CUPTI, or the driver may keep its counters to administrators "
+            "(NVreg_RestrictProfilingToAdminUsers); run `python -m expertmesh.bench.profile` alone in a process that "
+            "may use it"
+        )
+    return parts
+
+
+def last_steps(kernels: Sequence[KernelRun], num_steps: int) -> list[KernelRun]:
+    """Those of the run's last whole steps, without its very last ones, after which sequences have ended."""
+    ordered = sorted(kernels, key=lambda kernel: kernel.start_us)
+    begins = [i for i, kernel in enumerate(ordered) if kernel.name.startswith(MARKER)]
+    if len(begins) < num_steps + 3:
+        raise ProfileError(
+            f"{len(begins)} steps among {len(ordered)} kernels, of which {num_steps} should be taken apart; let "
+            "--output be longer"
+        )
+    return ordered[begins[-num_steps - 3] : begins[-3] + 1]
 
 
 def table(profile: StepProfile) -> list[str]:
@@ -162,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     step.add_arguments(parser)
     arguments = parser.parse_args(argv)
     with step.opened(arguments) as bench:
-        profiles = [bench.profile(batch) for batch in arguments.batches]
+        profiles = bench.profile(arguments.batches)
     for profile in profiles:
         print("\n".join(table(profile)), flush=True)
     print(json.dumps({"case": arguments.case, "device": bench.device_name, "profiles": [asdict(p) for p in profiles]}))

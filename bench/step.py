@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ from ..config import CacheConfig, SchedulerConfig
 from ..request import EngineRequest, FinishReason, SamplingParams
 from ..startup_phases import StartupPhases
 from .local_engine import LocalEngine, Stream
-from .profile import StepProfile, set_floors, table, watch_steps
+from .profile import ProfileError, StepProfile, last_steps, set_floors, summarise, table, watch
 from .step_cases import CASES, open_case
 
+PROFILED_STEPS = 8
 WARM_UP_TOKENS = 8  # a bucket runs eagerly, is captured, and is replayed
 
 
@@ -161,18 +163,19 @@ class StepBench:
             tokens_per_s=1e3 * num_prompts * prompt_tokens / ms,
         )
 
-    def profile(self, batch: int) -> StepProfile:
-        """Some steps in the middle of a run, watched."""
-        prompt, output = self.arguments.prompt, max(self.arguments.output, 128)
-        self.generate(batch, prompt=prompt, output=WARM_UP_TOKENS)
-        streams = self._begin(batch, prompt, output)
-        while min(len(s.token_ids) for s in streams.values()) < output // 4:
-            time.sleep(0.001)
-        made = watch_steps(self.engine, batch=batch, num_steps=8, num_layers=self.config.num_layers)
-        self.engine.wait(list(streams))
-        if self.gpu is not None:
-            set_floors(made, self.config, self.gpu, form=self.form, context=prompt + output // 4)
-        return made
+    def profile(self, batches: Sequence[int]) -> list[StepProfile]:
+        """Some decode steps of each batch, taken apart."""
+        prompt, output = self.arguments.prompt, PROFILED_STEPS + 24
+        for batch in batches:
+            self.generate(batch, prompt=prompt, output=WARM_UP_TOKENS)
+        runs = watch([partial(self.generate, batch, prompt=prompt, output=output) for batch in batches])
+        found = []
+        for batch, kernels in zip(batches, runs, strict=True):
+            steps = last_steps(kernels, PROFILED_STEPS)
+            found.append(summarise(steps, batch=batch, num_layers=self.config.num_layers))
+            if self.gpu is not None:
+                set_floors(found[-1], self.config, self.gpu, form=self.form, context=prompt + output)
+        return found
 
     # -- pieces
 
@@ -301,8 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 result["decode"].append(_shown(bench.decode(batch)))
             for num, tokens in arguments.prefill:
                 result["prefill"].append(_shown(bench.prefill(num, tokens)))
-            for batch in arguments.profile:
-                made = bench.profile(batch)
+            for made in bench.profile(arguments.profile) if arguments.profile else ():
                 print("\n".join(table(made)), flush=True)
                 result["profile"].append(asdict(made) | {"gap_share": made.gap_share})
             if not bench.engine.books_balance:
@@ -315,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "replayed": runner.num_replays,
                     "eager": runner.num_eager,
                 }
-    except Broken as error:
+    except (Broken, ProfileError) as error:
         broken = str(error)
         print(f"BROKEN: {broken}", flush=True)
     print(json.dumps(result | {"broken": broken}), flush=True)

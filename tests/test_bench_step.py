@@ -7,7 +7,16 @@ import torch
 
 from expertmesh.bench import step
 from expertmesh.bench.local_engine import Stream
-from expertmesh.bench.profile import KernelRun, group_of, set_floors, summarise, table
+from expertmesh.bench.profile import (
+    KernelRun,
+    ProfileError,
+    group_of,
+    last_steps,
+    set_floors,
+    split_runs,
+    summarise,
+    table,
+)
 from expertmesh.bench.step_cases import CASES, open_case
 from expertmesh.cluster.sizing import GPUS
 from expertmesh.model_config import ModelConfig
@@ -114,8 +123,42 @@ def test_kernels_that_run_side_by_side_are_busy_once():
 
 
 def test_a_profile_without_a_whole_step_says_so():
-    with pytest.raises(ValueError, match="at least two must begin"):
+    with pytest.raises(ProfileError, match="at least two must begin"):
         summarise(runs_of(1), batch=1, num_layers=1)
+    with pytest.raises(ProfileError, match="12 steps among 48 kernels, of which 10 should be taken apart"):
+        last_steps(runs_of(12), 10)
+
+
+def test_runs_of_one_session_are_told_apart_by_the_kernel_before_each():
+    spin = "at::cuda::(anonymous namespace)::spin_kernel(long)"
+    first, second = runs_of(2), [KernelRun(k.name, k.start_us + 1000, k.duration_us) for k in runs_of(4)]
+    found = [KernelRun("Memset (Device)", -9.0, 1.0), *second, KernelRun(spin, 990.0, 5.0)]
+    assert split_runs([*found, KernelRun(spin, -5.0, 3.0), *first], 2) == [first, second]
+    with pytest.raises(ProfileError, match="saw 17 kernels and copies in 1 of 2 runs: another tool"):
+        split_runs([KernelRun(spin, 990.0, 5.0), *second], 2)
+    with pytest.raises(ProfileError, match="saw 0 kernels"):
+        split_runs([], 1)
+
+
+def test_steps_are_taken_before_those_in_which_sequences_end():
+    steps = runs_of(20)
+    profile = summarise(last_steps(steps, 8), batch=1, num_layers=3)
+    assert (profile.num_steps, profile.wall_us) == (8, 100.0)
+    assert last_steps(steps, 8)[-1].start_us == 1700.0  # the third step from the end begins there
+
+
+def test_a_batch_is_watched_in_a_run_of_its_own_after_it_has_warmed_up(capsys, monkeypatch):
+    def watch(runs):
+        for run in runs:
+            run()
+        return [runs_of(20) for _ in runs]
+
+    monkeypatch.setattr(step, "watch", watch)
+    assert step.main([*TINY, "--batches", "", "--prefill", "", "--profile", "1,2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])
+    assert [p["batch"] for p in found["profile"]] == [1, 2]
+    assert sum("100 us a step, 30.0 % of it gaps" in line for line in lines) == 2
 
 
 def test_floors_of_the_groups_add_up_to_that_of_the_step():
