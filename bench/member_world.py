@@ -29,7 +29,7 @@ from ..cluster.membership_host import MembershipHost
 from ..config import CacheConfig, ExchangeConfig, SchedulerConfig
 from ..errors import Unavailable
 from ..experts.mlp import LocalExpertMLP
-from ..experts.worker import StepServer
+from ..experts.step_server import StepServer
 from ..request import EngineRequest, FinishReason, RequestOutput
 from ..router.exchange import RowShape
 from ..router.mesh import ClusterMesh, MeshOptions

@@ -9,9 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
-import queue
 import secrets
-import threading
 from collections.abc import Callable
 from time import monotonic
 from typing import Any, Protocol
@@ -23,10 +21,9 @@ from ray import serve
 
 from ..checkpoint import Checkpoint, LoadProgress
 from ..config import ClusterConfig
-from ..errors import EpochError, ExchangeError, ExpertMeshError, KernelError, ReplicaLost, Unavailable
+from ..errors import ExpertMeshError, KernelError, ReplicaLost, Unavailable
 from ..model_source import open_model
 from ..numerics import select_numerics
-from ..router.epoch import StepHeader
 from ..router.exchange import RowShape
 from ..router.group import use_batch_scheduling
 from ..router.heap import freeze_heap
@@ -35,33 +32,27 @@ from ..router.status import (
     ConductorLink,
     ExpertRows,
     ProcessStatus,
-    describe_error,
     report_failure,
     report_forever,
     report_rows_forever,
 )
 from ..startup_phases import StartupPhases
 from ..telemetry import (
-    ATTR_EPOCH,
-    ATTR_STEP_ID,
     METRIC_BAD_ROWS,
     METRIC_EPOCH,
     METRIC_EXPERT_ROWS,
-    METRIC_EXPERT_SECONDS,
     METRIC_PLACEMENT,
     METRIC_SCRUB_ROUND,
     METRIC_STEP_REPLAYS,
     METRIC_WEIGHT_FAULTS,
-    SPAN_EXPERT_STEP,
     Gauge,
-    Span,
-    Telemetry,
     configure,
 )
 from .copies import CopyLayout, CopyServer, PeerCopies
 from .device_experts import NUM_SPARE
 from .mlp import LocalExpertMLP
 from .scrub import Scrubber, WeightFault
+from .step_server import StepServer
 from .weights import expert_bytes_on_disk, expert_shapes, least_shards
 
 LOOK_S = 0.05  # between looks at whether the first epoch is in force
@@ -209,58 +200,6 @@ class ExpertShard:
             **self._load.read(self._server.take_busy_s()),
         )
         return self._last
-
-
-class StepServer:
-    """The serving thread of a member without tokens: takes part in every step that names it."""
-
-    def __init__(self, mesh: ClusterMesh, telemetry: Telemetry) -> None:
-        self._mesh, self._telemetry = mesh, telemetry
-        self._headers: queue.SimpleQueue[StepHeader | None] = queue.SimpleQueue()
-        self._busy_s = 0.0
-        self.failure: ReplicaLost | None = None
-        self._thread = threading.Thread(target=self._run, name="expert-steps", daemon=True)
-        mesh.start(self._headers.put)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._headers.put(None)
-        self._thread.join(timeout=10.0)
-
-    def take_busy_s(self) -> float:
-        """Seconds spent computing rows since the last call."""
-        busy, self._busy_s = self._busy_s, 0.0
-        return busy
-
-    def _run(self) -> None:
-        use_batch_scheduling()
-        try:
-            while (header := self._headers.get()) is not None:
-                self._take_part(header)
-        except Exception as error:
-            _log.exception("the serving thread failed; this shard serves no more")
-            self.failure = ReplicaLost(f"the serving thread of this shard failed: {describe_error(error)}")
-            self._mesh.close()  # peers see a lost peer at once, not a time-out
-
-    def _take_part(self, header: StepHeader) -> None:
-        telemetry = self._telemetry
-        span = telemetry.start(SPAN_EXPERT_STEP, header.traceparent) if header.traceparent else Span()
-        try:
-            step = self._mesh.enter(header)
-            step.serve()
-        except (ExchangeError, EpochError) as error:
-            # The mesh has told the leader and the Conductor; the next epoch replays the step.
-            _log.warning("step %d ended early: %s", header.step_id, error)
-            span.end(error)
-            return
-        self._busy_s += step.expert_s
-        if telemetry.metering:
-            telemetry.record(METRIC_EXPERT_SECONDS, step.expert_s)
-        span.set(ATTR_STEP_ID, header.step_id)
-        span.set(ATTR_EPOCH, header.epoch)
-        span.end()
 
 
 class ExpertLoad:
