@@ -193,6 +193,38 @@ def test_works_are_dealt_evenly():
     assert max(each) / (sum(each) / len(each)) < 1.05
 
 
+@pytest.mark.parametrize(
+    ("queries", "pays"),
+    [
+        ([(2048, 2048)], True),
+        ([(128, 128)], True),
+        ([(1024, 1024)] * 16, True),
+        ([(1024, 9000)], True),
+        ([(512, 17000), (1, 300)], True),
+        ([(300, 16000)], True),
+        ([(200, 28000)], False),  # 64 works for 132 CTAs, each of 28,000 tokens
+        ([(150, 40000), (1, 300)], False),
+        ([(128, 131072)], False),
+        ([(128, 131072), (2048, 2048)], False),
+    ],
+    ids=str,
+)
+def test_few_tokens_far_into_a_context_take_the_kernel_that_cuts_it(queries, pays):
+    q_lens, seq_lens = (np.array(column, np.int32) for column in zip(*queries))
+    chosen = q_lens >= flash.LONG_QUERY
+    works = make_works(q_lens, seq_lens, chosen, num_heads=32, num_ctas=132)
+    assert works.pay(q_lens, seq_lens, chosen, num_heads=32) is pays
+
+
+def test_a_step_whose_long_queries_do_not_pay_is_one_call():
+    kernels = NumpyKernels(DIM, num_sms=40)
+    step = step_of((130, 1000), (1, 40), (3, 35))
+    attention = make(kernels)
+    assert_close(attend(attention, step), step)
+    assert [type(c).__name__ for c in kernels.calls] == ["AttentionCall"]
+    assert kernels.calls[0].partial_o
+
+
 # ----------------------------------------------------------------------------------------------------------- errors
 def test_errors_say_what_to_do(monkeypatch, tmp_path):
     attention = make(NumpyKernels(DIM))

@@ -210,6 +210,13 @@ class FlashAttention:
         longest = int(seq_lens.max())
         table = self._used_columns(longest, block_table)
         row = np.arange(len(q_lens))
+        if long.any():
+            works = make_works(q_lens, seq_lens, long, num_heads=self.num_heads, num_ctas=self.num_sms)
+            if works.pay(q_lens, seq_lens, long, num_heads=self.num_heads):
+                planned.long, kept = self._long_call(works, q_lens, seq_lens, table)
+                planned.kept += kept
+            else:
+                long = np.zeros(len(q_lens), bool)
         if not long.all():
             if self.invariant:
                 tile_q, chunk = INVARIANT_TILE, INVARIANT_CHUNK if longest > INVARIANT_CHUNK else SINGLE
@@ -228,10 +235,6 @@ class FlashAttention:
                 )
             items = make_items(q_lens, seq_lens, group_size=self.group_size, tile_q=tile_q, chunk=chunk, chosen=~long)
             planned.short, kept = self._short_call(items, q_lens, seq_lens, table, row)
-            planned.kept += kept
-        if long.any():
-            works = make_works(q_lens, seq_lens, long, num_heads=self.num_heads, num_ctas=self.num_sms)
-            planned.long, kept = self._long_call(works, q_lens, seq_lens, table)
             planned.kept += kept
         self._planned = planned
 

@@ -18,6 +18,9 @@ ROW_COST = 1  # a query row's partial results, written and read, for all heads
 SATURATING_CTAS = 70  # as many CTAs read as fast as memory does
 _CHUNKS = np.array([128, *(128 * c << p for p in range(11) for c in (2, 3))], np.int64)  # 128, 256, 384, 512, ...
 SINGLE = 1 << 30  # a chunk that holds any sequence
+# In tokens of KV that a CTA of the kernel for long queries reads, 15 ns each on an H100:
+SHORT_COST = 2.1  # what the kernel for short queries takes for the same products on a full GPU, uneven ends included
+CUT_COST = 550  # its second launch and the partial results
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,15 @@ class Works:
     request: np.ndarray
     head: np.ndarray
     q_tile: np.ndarray
+    longest: int  # tokens of KV that the CTA with the most to do reads
+
+    def pay(self, q_lens: np.ndarray, seq_lens: np.ndarray, chosen: np.ndarray, *, num_heads: int) -> bool:
+        """Whether the kernel for long queries takes less time than the one for short ones. It is twice as fast, but reads
+        a context from end to end: few tokens far into one keep a part of the GPU busy for long, and the other one cuts
+        contexts in chunks."""
+        tokens = np.where(chosen, q_lens, 0).astype(np.int64)
+        reads = int(tokens @ (seq_lens - q_lens // 2)) * num_heads / LONG_TILE / (len(self.starts) - 1)
+        return self.longest <= SHORT_COST * reads + CUT_COST
 
 
 def tile_for(q_len: int, group_size: int) -> int:
@@ -143,4 +155,5 @@ def make_works(q_lens: np.ndarray, seq_lens: np.ndarray, chosen: np.ndarray, *, 
     dealt = np.argsort(cta, kind="stable")  # keeps each CTA's rounds in order
     starts = np.zeros(num_ctas + 1, dtype=np.int32)
     np.cumsum(np.bincount(cta, minlength=num_ctas), out=starts[1:])
-    return Works(starts, *(a[dealt].astype(np.int32) for a in (request, head, q_tile)))
+    longest = int(np.bincount(cta, weights=np.repeat(seen[order], num_heads), minlength=num_ctas).max())
+    return Works(starts, *(a[dealt].astype(np.int32) for a in (request, head, q_tile)), longest)
