@@ -25,6 +25,7 @@ def qk_norm_rope(
     *,
     num_heads: int,
     num_kv_heads: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """qkv [T, (num_heads + 2 * num_kv_heads) * D] bf16 -> q [T, num_heads, D] bf16, normed and rotated.
 
@@ -41,7 +42,8 @@ def qk_norm_rope(
     require("slot_mapping", slot_mapping, torch.int64, (num_tokens,))
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         require(name, cache, BF16, (None, None, num_kv_heads, head_dim))
-    q = torch.empty(num_tokens, num_heads, head_dim, dtype=BF16, device=qkv.device)
+    shape = (num_tokens, num_heads, head_dim)
+    q = torch.empty(shape, dtype=BF16, device=qkv.device) if out is None else require("out", out, BF16, shape)
     if num_tokens:
         per_group = 4 if num_tokens >= MANY_TOKENS else 1
         span = 128 // (head_dim // 8) * per_group
