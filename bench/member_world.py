@@ -352,11 +352,24 @@ class _Member:
             elif kind == "drain":
                 threading.Thread(target=self._drain, args=(value,), daemon=True).start()
             elif kind == "captures":
-                runner = getattr(self.engine, "runner", None)
-                self._send(("answer", (getattr(runner, "num_captures", 0), getattr(runner, "num_replays", 0))))
+                self._send(("answer", self._captures))
+            elif kind == "facts":
+                self._send(("answer", self._facts()))
             elif kind == "preemptions":
                 assert self.engine is not None
                 self._send(("answer", self.engine.engine.scheduler.num_preemptions))
+
+    @property
+    def _captures(self) -> tuple[int, int]:
+        runner = getattr(self.engine, "runner", None)
+        return getattr(runner, "num_captures", 0), getattr(runner, "num_replays", 0)
+
+    def _facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = dict(zip(("captures", "replays"), self._captures, strict=True)) | {"device": "cpu"}
+        if self._device.type == "cuda":
+            facts["device"] = torch.cuda.get_device_name(self._device)
+            facts["peak_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9
+        return facts
 
     def _drain(self, timeout_s: float) -> None:
         self._send(("answer", self.agent.drain(timeout_s)))

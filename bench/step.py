@@ -110,7 +110,7 @@ class StepBench:
 
     @property
     def gpu(self) -> Gpu | None:
-        return next((gpu for name, gpu in GPUS.items() if name in self.device_name), None)
+        return known_gpu(self.device_name)
 
     def warm_up(self) -> None:
         """The first tokens: kernels are loaded, cuBLAS chooses."""
@@ -131,7 +131,8 @@ class StepBench:
             self.generate(batch, prompt=prompt, output=min(output, WARM_UP_TOKENS))
         gaps: list[float] = []
         for _ in range(self.arguments.repeats):
-            gaps += step_gaps(self.generate(batch, prompt=prompt, output=output))
+            streams = self.generate(batch, prompt=prompt, output=output)
+            gaps += step_gaps([stream.token_times_s for stream in streams])
         if not gaps:
             raise Broken(f"batch {batch}: no two steps in a row gave every sequence one token")
         seen = statistics.mean(distinct) if distinct else None
@@ -257,11 +258,17 @@ def _runs_graphs(runner: Any) -> bool:
     return bool(runner.runs_ahead and getattr(runner.attention, "capturable", False))
 
 
-def step_gaps(streams: Sequence[Stream]) -> list[float]:
-    """Seconds between each two steps in a row that both gave every stream one token."""
-    counts = Counter(at for stream in streams for at in stream.token_times_s)
-    times = sorted(counts)
-    return [b - a for a, b in itertools.pairwise(times) if counts[a] == counts[b] == len(streams)]
+def known_gpu(device_name: str) -> Gpu | None:
+    """A kind that was measured, by what the driver calls it."""
+    return next((gpu for name, gpu in GPUS.items() if name in device_name), None)
+
+
+def step_gaps(streams: Sequence[Sequence[float]]) -> list[float]:
+    """Seconds between each two steps in a row that both gave every stream one token; of each stream its tokens'
+    times."""
+    counts = Counter(at for times in streams for at in times)
+    steps = sorted(counts)
+    return [b - a for a, b in itertools.pairwise(steps) if counts[a] == counts[b] == len(streams)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

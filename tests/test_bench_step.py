@@ -2,11 +2,12 @@
 
 import json
 
+import mesh_worlds
 import pytest
 import torch
 
-from expertmesh.bench import step
-from expertmesh.bench.local_engine import Stream
+from expertmesh.bench import step, step_pair
+from expertmesh.bench.member_world import Watched
 from expertmesh.bench.profile import (
     KernelRun,
     ProfileError,
@@ -22,6 +23,8 @@ from expertmesh.cluster.sizing import GPUS
 from expertmesh.model_config import ModelConfig
 
 TINY = ["--case", "tiny", "--device", "cpu", "--batched-tokens", "256", "--prompt", "8", "--output", "6"]
+
+PAIR = ["--case", "tiny", "--layers", "2", "--device", "cpu", "--backends", "auto", "--prompt", "8", "--output", "6"]
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +62,9 @@ def test_a_wrong_answer_breaks_the_run(capsys, monkeypatch):
 
 
 def test_only_steps_that_gave_everybody_a_token_count():
-    streams = [Stream(token_times_s=times) for times in ([1.0, 2.0, 3.5, 4.0], [2.0, 3.5, 3.7, 4.0, 4.5])]
-    assert step.step_gaps(streams) == [1.5]  # from 2.0 to 3.5; another step came between 3.5 and 4.0
-    assert step.step_gaps([Stream(token_times_s=[1.0, 1.25, 1.75])]) == [0.25, 0.5]
+    times = [[1.0, 2.0, 3.5, 4.0], [2.0, 3.5, 3.7, 4.0, 4.5]]
+    assert step.step_gaps(times) == [1.5]  # from 2.0 to 3.5; another step came between 3.5 and 4.0
+    assert step.step_gaps([[1.0, 1.25, 1.75]]) == [0.25, 0.5]
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "tiny"])
@@ -171,3 +174,41 @@ def test_floors_of_the_groups_add_up_to_that_of_the_step():
     lines = table(profile)
     assert "30.0 % of it gaps" in lines[0]
     assert any(line.split()[0] == "experts" for line in lines[2:])
+
+
+def test_ranks_that_share_the_experts_are_measured_as_one_batch(capsys):
+    arguments = step_pair.make_parser().parse_args([*PAIR, "--batches", "1,5"])
+    found = step_pair.measure(arguments, mesh_type=mesh_worlds.DeviceStepsOverGloo)
+    assert found["broken"] == ""
+    assert [d["batch"] for d in found["decode"]] == [1, 5]
+    assert all(d["ms"] > 0 and d["num_steps"] >= 1 and d["floor_ms"] is None for d in found["decode"])
+    assert [facts["device"] for facts in found["worlds"][0]["ranks"]] == ["cpu", "cpu"]
+    assert "auto batch 5: " in capsys.readouterr().out
+
+
+def test_an_answer_of_another_length_breaks_the_pairs_run():
+    world = FakeWorld()
+    bench = step_pair.PairBench(step_pair.make_parser().parse_args(PAIR), "auto", world, open_config("tiny"))
+    assert bench._run(3, 6) == [world.streams[:2], world.streams[2:]]
+    world.missing = 1
+    with pytest.raises(step.Broken, match="5 of 6 tokens on rank0: LENGTH"):
+        bench._run(1, 6)
+
+
+class FakeWorld:
+    """Answers at once, with `missing` tokens too few."""
+
+    def __init__(self):
+        self.missing, self.streams = 0, []
+
+    def submit(self, name, requests):
+        new = [Watched(r, name, token_ids=[1] * (r.sampling.max_tokens - self.missing), end="LENGTH") for r in requests]
+        self.streams += new
+        return new
+
+    def wait(self, streams, timeout_s):
+        assert streams
+
+
+def open_config(case):
+    return ModelConfig.from_mapping({"model_type": "qwen3_moe", "max_position_embeddings": 4096} | CASES[case])
