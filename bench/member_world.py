@@ -79,7 +79,8 @@ class MemberWorld:
         self.streams: dict[str, Watched] = {}
         self._changed = threading.Condition()
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="conductor", daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="conductor", daemon=True)
+        self._thread.start()
         self._core = Membership(
             num_attention=num_attention,
             num_expert=num_expert,
@@ -93,6 +94,8 @@ class MemberWorld:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)  # it would place experts anew for whoever is left
+        self._thread.join()
         for child in self.members.values():
             child.process.kill()
 
