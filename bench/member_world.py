@@ -94,10 +94,16 @@ class MemberWorld:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)  # it would place experts anew for whoever is left
+        self._loop.call_soon_threadsafe(self._end)
         self._thread.join()
         for child in self.members.values():
             child.process.kill()
+
+    def _end(self) -> None:
+        """On the loop; else it would place experts anew for whoever is left, while this process ends."""
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.call_soon(self._loop.stop)
 
     def start(self, name: str, role: str, gpu: int) -> "_Child":
         """`role`: attention, expert or colocated; joins when it has loaded."""
