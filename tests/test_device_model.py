@@ -44,12 +44,15 @@ def plain_operations(monkeypatch):
         last_token = torch.zeros(1, dtype=torch.int64) if last_token is None else last_token
         return attention_reference.embed_rms_norm(table, token_ids, last_token, weight, eps)
 
+    def qk_norm_rope(*args, out, **options):
+        out.copy_(attention_reference.qk_norm_rope(*args, **options))
+
     for name, function in {
         "add_rms_norm": add_rms_norm,
         "combine_add_rms_norm": combine_add_rms_norm,
         "gate_topk": gate_topk,
         "embed_rms_norm": embed_rms_norm,
-        "qk_norm_rope": attention_reference.qk_norm_rope,
+        "qk_norm_rope": qk_norm_rope,
         "silu_mul": lambda gate_up, *, out: out.copy_(attention_reference.silu_mul(gate_up)),
     }.items():
         monkeypatch.setattr(device_model, name, function)

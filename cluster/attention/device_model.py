@@ -118,54 +118,37 @@ class DeviceModel:
         last_token: torch.Tensor | None = None,  # [num_slots] int64
     ) -> torch.Tensor:
         """Logits [S, vocab_size] bf16 of `batch.logits_rows`."""
-        config, weights, layers, product = self.config, self.weights, self.weights.layers, self.products
-        eps, num_tokens = config.rms_norm_eps, batch.token_ids.shape[0]
-        residual, first = embed_rms_norm(
-            weights.embed, batch.token_ids, layers[0].input_norm, eps, last_token=last_token
-        )  # [T, hidden] each
-        x = first  # [padded(T), hidden] from here on, the norm that a product reads
-        if product.padded(num_tokens) != num_tokens:
-            x = self._room(num_tokens, config.hidden_size)
-            x[:num_tokens] = first
-        for layer_id, (layer, cache) in enumerate(zip(layers, kv_pages, strict=True)):
-            mixed = self._attention(layer, x, batch, cache, attention)
-            x = self._room(num_tokens, config.hidden_size)
-            add_rms_norm(product(mixed, layer.o)[:num_tokens], residual, layer.post_norm, eps, out=x[:num_tokens])
-            after = layers[layer_id + 1].input_norm if layer_id + 1 < len(layers) else weights.norm
-            x = self._mlp(layer_id, layer, x, batch, residual, after, step)
-        if batch.logits_rows is None:
-            return product(x, weights.lm_head)[:num_tokens]
-        num_rows = batch.logits_rows.shape[0]
-        chosen = self._room(num_rows, config.hidden_size)
-        torch.index_select(x, 0, batch.logits_rows, out=chosen[:num_rows])
-        return product(chosen, weights.lm_head)[:num_rows]
+        line = self.line(batch, kv_pages, step, last_token=last_token)
+        for layer_id, cache in enumerate(kv_pages):
+            line.run(layer_id)
+            attention.attend(line.q, *cache, out=line.mixed_heads)
+        line.run(self.config.num_layers)
+        return self.logits(line.x, batch.logits_rows, batch.token_ids.shape[0])
 
-    def _attention(
+    def line(
         self,
-        layer: LayerWeights,
-        x: torch.Tensor,
         batch: DeviceBatch,
-        cache: tuple[torch.Tensor, torch.Tensor],
-        attention: Attend,
-    ) -> torch.Tensor:
-        """x [padded(T), hidden] -> [padded(T), num_heads * head_dim]; this step's K and V are written first."""
-        config, num_tokens = self.config, batch.token_ids.shape[0]
-        q = qk_norm_rope(
-            self.products(x, layer.qkv)[:num_tokens],
-            layer.qk_norm,
-            config.rms_norm_eps,
-            self.cos_sin,
-            batch.positions,
-            batch.slot_mapping,
-            *cache,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-        )
-        mixed = self._room(num_tokens, config.q_size)
-        attention.attend(q, *cache, out=mixed[:num_tokens].view(num_tokens, config.num_heads, config.head_dim))
-        return mixed
+        kv_pages: KVPages,
+        step: Rows,
+        *,
+        last_token: torch.Tensor | None = None,
+        rooms: "AttentionRooms | None" = None,
+    ) -> "Line":
+        """A forward in pieces. `rooms`: where attention's queries and results lie, for those who need to know."""
+        rooms = rooms or AttentionRooms.of(self, batch.token_ids.shape[0])
+        return Line(self, batch, kv_pages, step, last_token, rooms)
 
-    def _mlp(
+    @torch.inference_mode()
+    def logits(self, x: torch.Tensor, rows: torch.Tensor | None, num_tokens: int) -> torch.Tensor:
+        """x [padded(T), hidden] of the last norm -> [S, vocab_size] bf16 of these rows, None = all."""
+        if rows is None:
+            return _first(self.products(x, self.weights.lm_head), num_tokens)
+        num_rows = rows.shape[0]
+        chosen = self.room(num_rows, self.config.hidden_size)
+        torch.index_select(x, 0, rows, out=chosen[:num_rows])
+        return _first(self.products(chosen, self.weights.lm_head), num_rows)
+
+    def mlp(
         self,
         layer_id: int,
         layer: LayerWeights,
@@ -177,19 +160,19 @@ class DeviceModel:
     ) -> torch.Tensor:
         """Experts or dense MLP, added to the residual -> the norm that follows, [padded(T), hidden]."""
         config, num_tokens, product = self.config, residual.shape[0], self.products
-        out = self._room(num_tokens, config.hidden_size)
+        out = self.room(num_tokens, config.hidden_size)
         if layer.gate is None:
             assert layer.w13 is not None
             assert layer.w2 is not None
-            hidden = self._room(num_tokens, layer.w2.shape[1])
-            silu_mul(product(x, layer.w13)[:num_tokens], out=hidden[:num_tokens])
-            y = product(hidden, layer.w2)[:num_tokens]
-            add_rms_norm(y, residual, after, config.rms_norm_eps, out=out[:num_tokens])
+            hidden = self.room(num_tokens, layer.w2.shape[1])
+            silu_mul(_first(product(x, layer.w13), num_tokens), out=_first(hidden, num_tokens))
+            y = _first(product(hidden, layer.w2), num_tokens)
+            add_rms_norm(y, residual, after, config.rms_norm_eps, out=_first(out, num_tokens))
             return out
         topk_ids, topk_weights = self.route(layer.gate, x, batch)
-        rows = step.rows(layer_id, x[:num_tokens], topk_ids)  # [T, top_k, hidden]
+        rows = step.rows(layer_id, _first(x, num_tokens), topk_ids)  # [T, top_k, hidden]
         combine_add_rms_norm(
-            rows, topk_weights, residual, after, config.rms_norm_eps, ids=topk_ids, out=out[:num_tokens]
+            rows, topk_weights, residual, after, config.rms_norm_eps, ids=topk_ids, out=_first(out, num_tokens)
         )
         return out
 
@@ -200,12 +183,102 @@ class DeviceModel:
         if num_tokens <= self._most_gate_tokens:
             rows = None if batch.num_valid is None else batch.slot_mapping
             return gate_linear(x, gate, top_k, renormalize=renormalize, rows=rows)
-        logits = self.products(x, gate)[:num_tokens]
+        logits = _first(self.products(x, gate), num_tokens)
         return gate_topk(logits, top_k, renormalize=renormalize, num_valid=batch.num_valid)
 
-    def _room(self, num_tokens: int, width: int) -> torch.Tensor:
+    def room(self, num_tokens: int, width: int) -> torch.Tensor:
         """[padded(T), width] for what a product reads; rows from T on hold whatever was in memory."""
         return torch.empty(self.products.padded(num_tokens), width, dtype=torch.bfloat16, device=self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRooms:
+    """What attention reads and writes, the same for every layer."""
+
+    q: torch.Tensor  # [T, num_heads, head_dim]
+    mixed: torch.Tensor  # [padded(T), num_heads * head_dim]
+
+    @classmethod
+    def of(cls, model: DeviceModel, num_tokens: int) -> "AttentionRooms":
+        config = model.config
+        q = torch.empty(num_tokens, config.num_heads, config.head_dim, dtype=torch.bfloat16, device=model.device)
+        return cls(q, model.room(num_tokens, config.q_size))
+
+
+class Line:
+    """One forward in pieces, between which attention stands: embedding to the first queries, from each layer's
+    attention to the next one's queries, and from the last attention to the last norm. Pieces run in order."""
+
+    def __init__(
+        self,
+        model: DeviceModel,
+        batch: DeviceBatch,
+        kv_pages: KVPages,
+        step: Rows,
+        last_token: torch.Tensor | None,
+        rooms: AttentionRooms,
+    ) -> None:
+        self._model, self._batch, self._kv_pages = model, batch, kv_pages
+        self._step, self._last_token = step, last_token
+        self.q, self._mixed = rooms.q, rooms.mixed
+        self.mixed_heads = _first(rooms.mixed, len(rooms.q)).view(rooms.q.shape)
+        self._residual: torch.Tensor  # [T, hidden]
+        self.x: torch.Tensor  # [padded(T), hidden], the norm that a product reads; after the last piece the last one
+
+    @torch.inference_mode()
+    def run(self, piece: int) -> None:
+        """`piece` 0 to num_layers; all but the last leave a layer's queries in `q` and its keys and values in KV."""
+        layers = self._model.weights.layers
+        if piece:
+            self._after_attention(piece - 1)
+        else:
+            self._embed()
+        if piece < len(layers):
+            self._before_attention(layers[piece], self._kv_pages[piece])
+
+    def _embed(self) -> None:
+        model, token_ids = self._model, self._batch.token_ids
+        self._residual, self.x = embed_rms_norm(
+            model.weights.embed,
+            token_ids,
+            model.weights.layers[0].input_norm,
+            model.config.rms_norm_eps,
+            last_token=self._last_token,
+        )
+        num_tokens = token_ids.shape[0]
+        if model.products.padded(num_tokens) != num_tokens:
+            first, self.x = self.x, model.room(num_tokens, model.config.hidden_size)
+            self.x[:num_tokens] = first
+
+    def _before_attention(self, layer: LayerWeights, cache: tuple[torch.Tensor, torch.Tensor]) -> None:
+        model, batch, config = self._model, self._batch, self._model.config
+        qk_norm_rope(
+            _first(model.products(self.x, layer.qkv), len(self.q)),
+            layer.qk_norm,
+            config.rms_norm_eps,
+            model.cos_sin,
+            batch.positions,
+            batch.slot_mapping,
+            *cache,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            out=self.q,
+        )
+
+    def _after_attention(self, layer_id: int) -> None:
+        model, weights = self._model, self._model.weights
+        layer, num_tokens = weights.layers[layer_id], len(self.q)
+        x = model.room(num_tokens, model.config.hidden_size)
+        y = _first(model.products(self._mixed, layer.o), num_tokens)
+        add_rms_norm(y, self._residual, layer.post_norm, model.config.rms_norm_eps, out=_first(x, num_tokens))
+        is_last = layer_id + 1 == len(weights.layers)
+        after = weights.norm if is_last else weights.layers[layer_id + 1].input_norm
+        self.x = model.mlp(layer_id, layer, x, self._batch, self._residual, after, self._step)
+
+
+def _first(x: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """x[:num_rows]; where that is all of it without the host's time for a view."""
+    return x if x.shape[0] == num_rows else x[:num_rows]
 
 
 def _has_fused_gate(config: ModelConfig, device: torch.device) -> bool:

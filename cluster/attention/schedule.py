@@ -54,9 +54,9 @@ class Works:
     longest: int  # tokens of KV that the CTA with the most to do reads
 
     def pay(self, q_lens: np.ndarray, seq_lens: np.ndarray, chosen: np.ndarray, *, num_heads: int) -> bool:
-        """Whether the kernel for long queries takes less time than the one for short ones. It is twice as fast, but reads
-        a context from end to end: few tokens far into one keep a part of the GPU busy for long, and the other one cuts
-        contexts in chunks."""
+        """Whether the kernel for long queries takes less time than the one for short ones. It is twice as fast, but
+        reads a context from end to end: few tokens far into one keep a part of the GPU busy for long, and the other one
+        cuts contexts in chunks."""
         tokens = np.where(chosen, q_lens, 0).astype(np.int64)
         reads = int(tokens @ (seq_lens - q_lens // 2)) * num_heads / LONG_TILE / (len(self.starts) - 1)
         return self.longest <= SHORT_COST * reads + CUT_COST
