@@ -18,7 +18,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch.distributed import AllToAllOptions, ProcessGroup
 
-from ..errors import ExchangeTimeout, PeerLost
+from ..errors import ExchangeTimeout, PeerLost, ReplicaLost
 from .device_exchange import SLOW_STEPS, DeviceExchange, Verdict, copies_table, owners_and_slots
 from .epoch import Epoch, StepHeader
 from .exchange import RowShape
@@ -26,6 +26,8 @@ from .guard import BadRow, Direction, Fault
 from .placement import Placement
 
 _TABLE_WIDTH = 8
+_NUM_VERDICTS = 8  # steps that may be launched and not yet finished
+_NUM_FOUND = 5  # words of a verdict
 _ENDS_S = 5.0  # within which stuck work ends after an abort; 6 ms were measured
 
 
@@ -61,7 +63,13 @@ class NcclExchange(DeviceExchange):
         self._sick_rows = torch.zeros(placement.num_layers, capacity, dtype=torch.bool, device=device)
         self._sick_pairs = torch.zeros(placement.num_layers, capacity, shape.top_k, dtype=torch.bool, device=device)
         self._bad_owner = torch.zeros(placement.num_layers, capacity, shape.top_k, dtype=torch.int32, device=device)
+        self._num_slots = torch.zeros((), dtype=torch.int32, device=device)
         self._finishing: deque[tuple[StepHeader, torch.Tensor]] = deque()
+        # On the host, made now: to pin memory may wait for a device that is stuck.
+        num_counts = 2 * (len(self._owners) + len(self._sources))
+        self._counts = _pinned(num_counts, device)
+        self._verdicts = [_pinned(_NUM_FOUND, device) for _ in range(_NUM_VERDICTS)]
+        self._num_ended = 0
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._lock = threading.Lock()
         self._header: StepHeader | None = None
@@ -72,6 +80,7 @@ class NcclExchange(DeviceExchange):
 
     def use_placement(self, placement: Placement) -> None:
         self._table.copy_(copies_table(placement, _TABLE_WIDTH))
+        self._num_slots.fill_(placement.slots_per_rank)
 
     def begin(self, header: StepHeader, *, stride: int, attempt: int) -> None:
         self._header, self._attempt = header, attempt
@@ -120,7 +129,8 @@ class NcclExchange(DeviceExchange):
         self._due = time.monotonic() + self._deadline_s
         found = self._look_for_sick()
         if found.is_cuda:  # read when the step is over, while the next one may run
-            host = torch.empty(found.shape, dtype=found.dtype).pin_memory()
+            host = self._verdicts[self._num_ended % _NUM_VERDICTS]
+            self._num_ended += 1
             found = host.copy_(found, non_blocking=True)
             self._last = torch.cuda.Event()
             self._last.record()
@@ -170,7 +180,9 @@ class NcclExchange(DeviceExchange):
     def _settle(self, event: torch.cuda.Event) -> None:
         """Stuck work ends soon after an abort; only then may its graph go."""
         deadline = time.monotonic() + _ENDS_S
-        while not event.query() and time.monotonic() < deadline:
+        while not event.query():
+            if time.monotonic() > deadline:  # whoever touches this GPU now waits for ever
+                raise ReplicaLost(f"stuck work did not end within {_ENDS_S:g} s of its abort; start another process")
             time.sleep(1e-3)
         self._reset_graphs()
 
@@ -179,7 +191,9 @@ class NcclExchange(DeviceExchange):
         deadline = time.monotonic() + _ENDS_S
         while self._in_step and time.monotonic() < deadline:
             time.sleep(5e-3)
-        while self._last is not None and not self._last.query() and time.monotonic() < deadline:
+        while self._last is not None and not self._last.query():
+            if time.monotonic() > deadline:
+                return  # as in `_settle`, and nobody waits here
             time.sleep(1e-3)
         self._reset_graphs()
 
@@ -249,7 +263,9 @@ class NcclExchange(DeviceExchange):
         self._all_to_all(came, messages.flatten(0, 1), receive, self._to_owners(stride))
         came = self._spread(came, 0xFF)  # slots of -1
         rows = came[:, : self._row_bytes].contiguous().view(self._shape.dtype)
-        return rows, came[:, self._row_bytes :].contiguous().view(torch.int32)
+        slots = came[:, self._row_bytes :].contiguous().view(torch.int32)
+        # After an abort the rest of a graph runs on whatever stands there: experts must not be asked by it.
+        return rows, torch.where(slots < self._num_slots, slots, -1)
 
     def _combine_padded(self, expert_rows: torch.Tensor) -> torch.Tensor | None:
         stride, shape = self._stride, self._shape
@@ -312,7 +328,7 @@ class NcclExchange(DeviceExchange):
         """The host sync of the exact form, with a deadline."""
         if self._shape.device.type != "cuda":
             return [part.tolist() for part in counts]
-        host = torch.empty(sum(c.numel() for c in counts), dtype=torch.int64).pin_memory()
+        host = self._counts[: sum(c.numel() for c in counts)]
         host.copy_(torch.cat(list(counts)), non_blocking=True)
         event = torch.cuda.Event()
         event.record()
@@ -346,3 +362,8 @@ class NcclExchange(DeviceExchange):
             layer_id=layer_id,
             row=row,
         )
+
+
+def _pinned(size: int, device: torch.device) -> torch.Tensor:
+    """int64 on the host, for copies from `device`."""
+    return torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")

@@ -7,13 +7,16 @@ import pickle
 import queue
 import random
 import signal
+import sys
 import threading
+import traceback
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from exchange_worlds import device_of
+from process_world import PATIENCE_S
 
 from expertmesh.bench.flipping_wire import Flip, FlippingMesh
 from expertmesh.cluster.member_agent import MemberAgent
@@ -34,6 +37,7 @@ LAYERS = (1, 2, 4)
 SHAPE = RowShape(hidden_size=HIDDEN, top_k=TOP_K, dtype=torch.float32)
 CPU = torch.device("cpu")
 TOKEN = "shared secret"
+OUTPUT_S = PATIENCE_S / 2  # until an output must have come
 
 
 class TinyExperts:
@@ -159,7 +163,7 @@ class MemberProcess:
         self.connection, self.device = connection, device
         self.headers = queue.SimpleQueue[StepHeader | str]()  # or "end", or "work": look for batches
         self.bid_is_out = False  # engine thread
-        self.outputs = queue.SimpleQueue[tuple[int, Any, int]]()  # (batch id, output or error, epoch)
+        self.outputs = queue.SimpleQueue[tuple[int, Any, int] | str]()  # (batch id, output or error, epoch); its end
         self.batches = collections.deque[tuple[int, int]]()  # (batch id, tokens)
         self.troubles: list[str] = []
         self.steps_served: collections.Counter[int] = collections.Counter()  # by epoch
@@ -209,7 +213,19 @@ class MemberProcess:
         self.headers.put("work")
 
     def collect(self, count: int) -> list[tuple[int, Any, int]]:
-        return [self.outputs.get(timeout=30.0) for _ in range(count)]
+        return [self._output() for _ in range(count)]
+
+    def _output(self) -> tuple[int, Any, int]:
+        try:
+            output = self.outputs.get(timeout=OUTPUT_S)
+        except queue.Empty:
+            stack = "".join(traceback.format_stack(sys._current_frames()[self.engine.ident or 0]))
+            raise TimeoutError(
+                f"no output within {OUTPUT_S} s; troubles {self.troubles}; the engine:\n{stack}"
+            ) from None
+        if isinstance(output, str):
+            raise RuntimeError(output)
+        return output
 
     def die_in_next_step(self) -> None:
         self.dies = True
@@ -229,6 +245,13 @@ class MemberProcess:
         return self.mesh.wire.flips
 
     def _engine(self) -> None:
+        try:
+            self._take_headers()
+        except BaseException:
+            self.outputs.put(f"the engine's thread failed:\n{traceback.format_exc()}")
+            raise
+
+    def _take_headers(self) -> None:
         if self.device != CPU:
             torch.cuda.set_device(self.device)
         while (header := self.headers.get()) != "end":

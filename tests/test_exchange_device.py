@@ -181,6 +181,31 @@ def test_the_nccl_exchange_names_what_is_not_finite_first():
     assert named([], [(0, 0, 0)]) == [(Direction.RETURN, 1, 0, 0)]
 
 
+class DeadWire:
+    """A communicator after its abort: it moves nothing, and what stood in the target stays there."""
+
+    def alltoall_base(self, out, data, receive, send, options):
+        out.copy_(torch.randint(0, 127, out.shape, dtype=torch.uint8) if out.dtype == torch.uint8 else out)
+        return self
+
+    def wait(self):
+        pass
+
+
+def test_what_stands_in_memory_after_an_abort_asks_no_expert_that_is_not_there():
+    """The rest of a captured step runs on it, and an index beyond a table would end the GPU's context."""
+    epoch = make_epoch("2 colocated")
+    deadlines = {"timeout_base_s": 1.0, "timeout_per_row_s": 0.0}
+    exchange = NcclExchange(DeadWire(), epoch, 0, SHAPE, capacity=8, exact_above=8, **deadlines)
+    exchange.use_placement(epoch.placement)
+    exchange.begin(StepHeader(step_id=1, epoch=1, placement_version=1, num_tokens=(5, 5)), stride=8, attempt=0)
+    ids = torch.arange(5 * TOP_K, dtype=torch.int32).view(5, TOP_K) % 12
+    rows, slots = exchange.dispatch(0, torch.zeros(5, 24, dtype=torch.bfloat16), ids, 8)
+    assert rows.shape == (16, 24)
+    assert slots.shape == (16, TOP_K)
+    assert slots.max() < epoch.placement.slots_per_rank
+
+
 class FakeMemory:
     """A rank's buffer without a GPU: what `meet_peers` asks of it."""
 

@@ -18,9 +18,9 @@ NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 BACKENDS = ["peer", pytest.param("nccl", marks=pytest.mark.skipif(NUM_GPUS < 2, reason="needs 2 GPUs"))]
 
 
-def cluster(roles, backend, timeout_s=20.0):
+def cluster(roles, backend, timeout_s=15.0):
     options = ExchangeConfig(
-        backend=backend, timeout_base_s=timeout_s, timeout_per_row_s=0.0, epoch_timeout_s=30.0, max_tokens_per_turn=4
+        backend=backend, timeout_base_s=timeout_s, timeout_per_row_s=0.0, epoch_timeout_s=15.0, max_tokens_per_turn=4
     )
     return Cluster(roles, options, mesh_worlds.gpu_process, NUM_GPUS)
 
@@ -64,7 +64,7 @@ def test_epochs_and_placements_are_entered_under_running_steps(backend, roles):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_killed_shard_is_noticed_long_before_the_deadline_and_the_next_epoch_goes_on(backend, capsys):
-    """Its control connection closes: the exchange is told, though its own deadline is 20 s."""
+    """Its control connection closes: the exchange is told, though its own deadline is 15 s."""
     with cluster("ab", backend) as world:
         world.enter(world.make_epoch(1, 1))
         world.ask(0, "submit", [(1, 4), (2, 4), (3, 2)])
