@@ -52,6 +52,7 @@ class Drill:
             batch_invariant=arguments.invariant,
             mesh_type=self.mesh_type,
             isolated=not arguments.all_visible,
+            patience_s=arguments.patience,
         )
         raw = CASES[arguments.case]
         self.num_layers = arguments.layers or raw["num_hidden_layers"]
@@ -192,6 +193,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--streams", type=int, default=8, help="of each attention rank")
     parser.add_argument("--tokens", type=int, default=384)
     parser.add_argument("--deadline", type=float, default=30.0, help="exchange.timeout_base_s")
+    parser.add_argument("--patience", type=float, default=120.0, help="seconds until a wait is in vain")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--invariant", action="store_true", help="batch-invariant mode")

@@ -6,6 +6,7 @@ drained while streams run. Models are cases of noise (`step_cases.py`), greedy, 
 
 import asyncio
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import secrets
@@ -38,7 +39,6 @@ from .local_engine import LocalEngine
 from .step_cases import open_case
 
 _context = multiprocessing.get_context("spawn")
-_START_S = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,7 @@ class WorldOptions:
     mesh_type: type[ClusterMesh] = ClusterMesh
     isolated: bool = True  # each process sees its own GPU alone, as Ray has it
     max_model_len: int = 4096
+    patience_s: float = 120.0  # of every wait; a start may take twice as long
     enable_prefix_cache: bool = False
 
 
@@ -144,17 +145,18 @@ class MemberWorld:
         """Their member is gone: they go on elsewhere with the tokens that they have, as a gateway does it."""
         self.submit(name, [_going_on(stream) for stream in streams])
 
-    def wait(self, streams: Sequence[Watched], timeout_s: float = 120.0) -> None:
+    def wait(self, streams: Sequence[Watched], timeout_s: float | None = None) -> None:
         self.wait_for(lambda: all(stream.end for stream in streams), timeout_s)
 
-    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float | None = None) -> None:
+        timeout_s = timeout_s or self.options.patience_s
         with self._changed:
             if not self._changed.wait_for(condition, timeout_s):
-                errors = {name: child.error for name, child in self.members.items() if child.error}
-                raise TimeoutError(f"not within {timeout_s} s; {self._core.last_failure}; members' errors: {errors}")
+                raise TimeoutError(f"not within {timeout_s} s; {self._what_is_wrong()}")
 
-    def wait_for_epoch(self, members: Sequence[str], timeout_s: float = _START_S) -> int:
+    def wait_for_epoch(self, members: Sequence[str]) -> int:
         """Until an epoch of exactly these is in force, on the Conductor's word; its number."""
+        timeout_s = 2 * self.options.patience_s
         wanted, deadline = {f"{name}#0" for name in members}, perf_counter() + timeout_s
         while perf_counter() < deadline:
             epoch = self._core.epoch
@@ -163,7 +165,16 @@ class MemberWorld:
             if error := next((c.error for c in self.members.values() if c.error and c.process.is_alive()), ""):
                 raise RuntimeError(error)
             sleep(0.001)
-        raise TimeoutError(f"no epoch of {sorted(wanted)} within {timeout_s} s: {self._core.last_failure}")
+        raise TimeoutError(f"no epoch of {sorted(wanted)} within {timeout_s} s; {self._what_is_wrong()}")
+
+    def _what_is_wrong(self) -> str:
+        """The members' own words; where their threads stand goes to the standard error."""
+        for child in self.members.values():
+            if child.process.is_alive():
+                os.kill(child.process.pid, signal.SIGUSR1)
+        sleep(0.5)
+        errors = {name: child.error for name, child in self.members.items() if child.error}
+        return f"{self._core.last_failure}; members' errors: {errors}"
 
     def _listen(self, name: str, child: "_Child") -> None:
         with contextlib.suppress(EOFError, OSError):
@@ -279,6 +290,7 @@ class _PipeConductor:
 
 
 def _member(connection: Connection, name: str, role: str, gpu: int, options: WorldOptions) -> None:
+    faulthandler.register(signal.SIGUSR1)
     if options.device == "cuda":
         if options.isolated:
             os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
