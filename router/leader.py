@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from .epoch import Epoch, StepHeader
 
+# Sizes of steps that hold prompts, few, since each is captured for itself; above, a GPU's work hides its launches.
+PROMPT_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+
 
 @dataclass(frozen=True, slots=True)
 class BidPlaced:
@@ -77,9 +80,10 @@ class Leader:
         grace_share: float = 0.5,
         min_grace_s: float = 0.002,
         max_grace_s: float = 0.05,
-        buckets: Sequence[int] = (),  # sizes of captured steps
+        buckets: Sequence[int] = (),  # sizes of captured steps of decodes; none = prompts have none either
     ) -> None:
         self._max_prefill_tokens, self._buckets = max_prefill_tokens, tuple(sorted(buckets))
+        self._prompt_buckets = PROMPT_BUCKETS if buckets else ()
         self._grace_share, self._min_grace_s, self._max_grace_s = grace_share, min_grace_s, max_grace_s
         self._epoch: Epoch | None = None
         self._failed = False  # the epoch in force is broken
@@ -170,12 +174,13 @@ class Leader:
         self._silent = named
         recipients = tuple(r for r, m in enumerate(epoch.members) if m.expert or num_tokens[r])
         self._running = {epoch.members[r].member_id for r in recipients if epoch.members[r].attention}
+        buckets = self._prompt_buckets if any(bid.num_prefill for bid in answered) else self._buckets
         header = StepHeader(
             step_id=self._step_id,
             epoch=epoch.number,
             placement_version=epoch.placement_version,
             num_tokens=num_tokens,
-            bucket=next((size for size in self._buckets if size >= max(num_tokens)), 0),
+            bucket=next((size for size in buckets if size >= max(num_tokens)), 0),
             traceparent=next((bid.traceparent for bid in answered if bid.traceparent), ""),
         )
         return IssueHeader(header, recipients)

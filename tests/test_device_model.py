@@ -5,12 +5,13 @@ import torch
 
 from expertmesh.bench.configurations import CONFIGURATIONS
 from expertmesh.checkpoint import Checkpoint
-from expertmesh.cluster.attention import device_model
+from expertmesh.cluster.attention import device_model, prompt_graphs
 from expertmesh.cluster.attention.batch import ScheduledTokens, build
 from expertmesh.cluster.attention.device_model import DeviceBatch, DeviceModel
 from expertmesh.cluster.attention.kv_cache import KVCache
 from expertmesh.cluster.attention.model import Model
 from expertmesh.cluster.attention.products import PlainProducts
+from expertmesh.cluster.attention.prompt_graphs import PromptGraphs
 from expertmesh.cluster.attention.sequence import Sequence
 from expertmesh.experts.weights import load_layer
 from expertmesh.kernels import attention_reference, reference
@@ -174,3 +175,90 @@ def test_padding_is_routed_nowhere_and_unseen_tokens_are_the_slots_last_ones(tmp
     assert all((ids[2] == -1).all() for ids in experts.routed)
     written = sum(int(k.view(-1, k.shape[2] * k.shape[3]).any(-1).sum()) for k, _ in pages)
     assert written == 2 * checkpoint.config.num_layers
+
+
+class Step(Experts):
+    """A step whose work may be captured."""
+
+    graph_key = ("exchange", 0)
+    num_replayed = 0
+
+    def replayed(self):
+        self.num_replayed += 1
+
+
+class Replayed:
+    """In place of a CUDA graph."""
+
+    def __init__(self, replay):
+        self.replay = replay
+
+
+@pytest.fixture
+def moe_models(tmp_path, plain_operations):
+    configuration = next(c for c in CONFIGURATIONS if c.config["model_type"] == "qwen3_moe")
+    make_checkpoint(tmp_path, configuration.config, seed=5, **{"dtype": "bfloat16", **configuration.checkpoint})
+    checkpoint = Checkpoint(tmp_path)
+    plain = Model.load(checkpoint, dtype=torch.bfloat16, block_size=BLOCK, batch_invariant=False)
+    return plain, DeviceModel.load(checkpoint, device="cpu", max_model_len=256, block_size=BLOCK), Step(checkpoint)
+
+
+def padded_to(bucket, batch):
+    def padded(tensor, value):
+        return torch.cat([tensor, tensor.new_full((bucket - len(tensor),), value)])
+
+    return DeviceBatch(
+        token_ids=padded(batch.token_ids, 0),
+        positions=padded(batch.positions, 0),
+        slot_mapping=padded(batch.slot_mapping, -1),
+        num_valid=torch.tensor([batch.num_tokens], dtype=torch.int32),
+    )
+
+
+@pytest.mark.parametrize("products", [PlainProducts(), WideProducts()], ids=["plain", "padded"])
+def test_a_prompt_step_padded_to_its_bucket_is_that_step(moe_models, products):
+    plain, ours, step = moe_models
+    ours.products = products
+    pages, our_pages = plain.new_kv_cache(64), ours.new_kv_cache(64)
+    last_token = torch.zeros(1, dtype=torch.int64)
+    for scheduled in steps_of(ours.config.vocab_size, (1, 9, 30), num_decodes=1):
+        batch = build(scheduled, block_size=BLOCK)
+        expected = plain.forward(batch, pages, step)
+        graphs = PromptGraphs(ours, our_pages, Attention(plain.attention, batch), pool=None, stream=None)
+        step.routed.clear()
+        x, replayed = graphs.run(padded_to(64, batch), batch.num_tokens, step, last_token)
+        logits = ours.logits(x, batch.logits_rows, 64).float()
+        assert not replayed
+        assert (logits - expected).norm() <= 2e-2 * expected.norm()
+        assert logits.argmax(-1).equal(expected.argmax(-1))
+        assert all((ids[batch.num_tokens :] == -1).all() for ids in step.routed)
+
+
+def test_a_bucket_is_captured_when_it_is_met_again_and_held_for_its_key(moe_models, monkeypatch):
+    plain, ours, step = moe_models
+    (scheduled,) = steps_of(ours.config.vocab_size, (1, 9), num_decodes=0)
+    batch = build(scheduled, block_size=BLOCK)
+    attention = Attention(plain.attention, batch)
+    graphs = PromptGraphs(ours, ours.new_kv_cache(64), attention, pool=None, stream=None)
+    order = []
+
+    def capture(key, line, _step):
+        pieces = [Replayed(lambda i=i: order.append(i)) for i in range(ours.config.num_layers + 1)]
+        graphs._captured[key] = prompt_graphs._Captured(pieces, torch.zeros(1))
+        return graphs._captured[key]
+
+    monkeypatch.setattr(graphs, "_capture", capture)
+    monkeypatch.setattr(attention, "attend", lambda q, *_, out: order.append((len(q), len(out))))
+
+    def run(bucket):
+        order.clear()
+        return graphs.run(padded_to(bucket, batch), 10, step, torch.zeros(1, dtype=torch.int64))[1]
+
+    assert [run(16), run(16), run(16), run(32), run(32)] == [False, True, True, False, True]
+    layers = range(ours.config.num_layers)
+    assert order == [0, *(part for i in layers for part in ((10, 10), i + 1))], "attention for the real tokens alone"
+    assert (step.num_replayed, graphs.num_replays) == (3, 3)
+    step.graph_key = ("exchange", 1)
+    assert not run(16)
+    step.graph_key = None
+    assert [run(16), run(16)] == [False, False]

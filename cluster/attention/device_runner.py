@@ -2,10 +2,11 @@
 
 A step whose tokens are all decodes runs in a **bucket**, the size that its header names: tensors are padded to it and
 lie at fixed addresses, so the whole step (embedding to drawn ids) is one CUDA graph. A bucket runs eagerly the first
-time it is met and is captured the second time; of too many graphs the one used longest ago is dropped. Every other step
-(prompts, chunks, mixtures) is eager: its work hides its launches. What a graph holds is its key: bucket, form of the
-attention plan, and what the step says of experts and exchange. Where that changes, after an epoch or with a new pool of
-experts, steps run at once, eagerly, and are captured again.
+time it is met and is captured the second time; of too many graphs the one used longest ago is dropped. Small steps with
+prompts in them have buckets too and are graphs between their attentions (`prompt_graphs.py`); larger ones are eager:
+their work hides their launches. What a graph holds is its key: bucket, form of the attention plan, and what the step
+says of experts and exchange. Where that changes, after an epoch or with a new pool of experts, steps run at once,
+eagerly, and are captured again.
 
 Nothing waits inside a step. Ids are drawn on the device and copied to pinned memory behind it; `collect` waits for that
 copy alone. Idea: vLLM's full CUDA graphs and asynchronous scheduling."""
@@ -31,6 +32,7 @@ from .device_model import DeviceBatch, DeviceModel, Rows
 from .device_sampler import DeviceSampler, decode_flags
 from .flash import FlashAttention
 from .flash_torch import TorchAttention, select_attention
+from .prompt_graphs import MOST_TOKENS, PromptGraphs
 from .runner import Flight, Landed, StepResult, attention_weight_bytes, size_kv_pool, tokenizer_vocab_size
 from .sampler import Sampled, Sampler
 from .sequence import UNSEEN, Sequence
@@ -69,7 +71,11 @@ class DeviceRunner:
         self._met: set[Hashable] = set()  # keys that have run eagerly
         self._pool = torch.cuda.graph_pool_handle()
         self._capturing = torch.cuda.Stream(self.device)
-        self._inputs = _Inputs(max_num_seqs, self.device)
+        self._max_num_seqs = max_num_seqs
+        self._inputs = _Inputs(max(max_num_seqs, MOST_TOKENS), self.device)
+        self.prompt_graphs: PromptGraphs | None = None
+        if isinstance(attention, FlashAttention):
+            self.prompt_graphs = PromptGraphs(model, self.kv_pages, attention, pool=self._pool, stream=self._capturing)
         self._stages = deque(_Stage() for _ in range(_NUM_STAGES))
 
     @classmethod
@@ -155,9 +161,12 @@ class DeviceRunner:
             return self._sample_on_host(batch, token_ids, samplers, step, started)
         slots = self._admitted_slots(samplers)
         stage = self._next_stage()
-        bucket = step.header.bucket if batch.num_tokens == batch.num_reqs == len(samplers) else 0
-        if bucket and self.attention.capturable:
+        bucket = step.header.bucket if self.attention.capturable else 0
+        if 0 < bucket <= self._max_num_seqs and batch.num_tokens == batch.num_reqs == len(samplers):
             ids, flags = self._run_bucket(bucket, batch, token_ids, slots, step, stage)
+        elif self.prompt_graphs is not None and 0 < bucket <= MOST_TOKENS:
+            logits = self._run_prompts(self.prompt_graphs, bucket, batch, token_ids, slots, step, stage)
+            ids, flags = self.device_sampler.sample(logits, self._inputs.slots[: len(slots)])
         else:
             self.num_eager += 1
             logits = self._forward(batch, token_ids, step, stage)
@@ -281,6 +290,25 @@ class DeviceRunner:
             self._met.discard(self._graphs.popitem(last=False)[0])
         return captured
 
+    def _run_prompts(
+        self,
+        graphs: PromptGraphs,
+        bucket: int,
+        batch: StepBatch,
+        token_ids: np.ndarray,
+        slots: np.ndarray,
+        step: DeviceStep,
+        stage: "_Stage",
+    ) -> torch.Tensor:
+        """Any lengths, up to `bucket` tokens -> logits [S, vocab]."""
+        stage.fill(self._inputs, batch, token_ids, slots)
+        rows = stage.send(batch.logits_rows.numpy(), self.device)
+        self.attention.plan(batch.q_lens.numpy(), batch.seq_lens.numpy(), batch.block_table.numpy())
+        last_token = self.device_sampler.last_token
+        x, replayed = graphs.run(self._inputs.batch(bucket), batch.num_tokens, step, last_token)
+        self.num_eager += not replayed
+        return self.model.logits(x, rows, bucket)
+
     def _forward(self, batch: StepBatch, token_ids: np.ndarray, step: DeviceStep, stage: "_Stage") -> torch.Tensor:
         """Eager, any lengths -> logits [S, vocab]."""
         num_tokens, num_rows = batch.num_tokens, batch.logits_rows.shape[0]
@@ -379,8 +407,8 @@ class _Stage:
         return pinned.to(device, non_blocking=True).view(torch.from_numpy(array).dtype)
 
     def fill(self, inputs: _Inputs, batch: StepBatch, token_ids: np.ndarray, slots: np.ndarray) -> None:
-        """Send a step of decodes to the fixed inputs; what is not filled is padding."""
-        count, most = len(slots), inputs.most
+        """Send a step to the fixed inputs; what is not filled is padding."""
+        count, most = len(token_ids), inputs.most
         pinned = self._room(inputs.size * 8)
         words = pinned.numpy().view(np.int64)
         words[:count] = token_ids
@@ -390,8 +418,8 @@ class _Stage:
         words[most + count : 2 * most] = 0
         words[2 * most + count : 3 * most] = -1
         tail = words[3 * most :].view(np.int32)
-        tail[:count] = slots
-        tail[count:most] = -1
+        tail[: len(slots)] = slots
+        tail[len(slots) : most] = -1
         tail[most] = count
         inputs.buffer.copy_(pinned.view(torch.int64), non_blocking=True)
 

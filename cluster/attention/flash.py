@@ -125,7 +125,7 @@ class FlashAttention:
             self._check(planned, q, k_cache, v_cache)
         if out is None:
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index) if self.device.type == "cuda" else 0
         pointers = (q.data_ptr(), out.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), stream)
         if planned.short is not None:
             call = planned.short

@@ -156,4 +156,5 @@ def make_works(q_lens: np.ndarray, seq_lens: np.ndarray, chosen: np.ndarray, *, 
     starts = np.zeros(num_ctas + 1, dtype=np.int32)
     np.cumsum(np.bincount(cta, minlength=num_ctas), out=starts[1:])
     longest = int(np.bincount(cta, weights=np.repeat(seen[order], num_heads), minlength=num_ctas).max())
-    return Works(starts, *(a[dealt].astype(np.int32) for a in (request, head, q_tile)), longest)
+    dealt_works = [a[dealt].astype(np.int32) for a in (request, head, q_tile)]
+    return Works(starts, dealt_works[0], dealt_works[1], dealt_works[2], longest)
