@@ -3,7 +3,7 @@
 //           the step to write here: what stood in its buffers has been read.
 // dispatch: each token's row once to every owner that needs it, rows[source][token], and its local slots there, -1
 // none. answer:   every computed row (row, k) with a slot to its source, y[token][k]. A warp moves pieces of 2 KiB.
-// Signals are system-scope counters: every block of a kernel adds its part of SIGNAL behind a system fence, so a turn
+// Signals are system-scope counters: every block of a kernel adds its part of SIGNAL with a system release, so a turn
 // is whole when SIGNAL more are there, whatever the grid.  Block 0 then waits for the counters of this rank.  What is
 // expected is counted in device memory, so a CUDA graph replays. Every wait ends: by the counter, a deadline on
 // %globaltimer, or `poison`, which who gives up writes to all. Needs: HIDDEN * element size % 16 == 0, TOP_K <= 32, at
@@ -81,6 +81,8 @@ __device__ __forceinline__ u32 load_relaxed(const u32* p) {
 __device__ __forceinline__ void store_relaxed(u32* p, u32 v) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
+// What all threads of the block wrote before a barrier is there for who reads the sum with load_acquire: a release is
+// cumulative, so it is all the fence that is needed (one of its own beside it would be paid twice).
 __device__ __forceinline__ void add_release(u32* p, u32 v) {
   asm volatile("red.release.sys.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
@@ -143,7 +145,6 @@ extern "C" __global__ void __launch_bounds__(64)
   if (i == 0)
     own->sources = sources, own->timeout_ns = timeout_ns, own->key_shift = key_shift, own->bad_dispatch = NONE;
   if (mesh.own_source >= 0 && sources >> mesh.own_source & 1 && i < NUM_OWNERS) own->expected_credit[i] += 1;
-  __threadfence_system();
   if (mesh.own_owner >= 0 && i < NUM_SOURCES && sources >> i & 1)
     add_release(&mesh.source[i]->credit[mesh.own_owner], 1);
 }
@@ -204,10 +205,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
       }
     }
     __syncthreads();
-    if (threadIdx.x < NUM_OWNERS) {
-      __threadfence_system();
-      add_release(&mesh.owner[threadIdx.x]->arrived[mesh.own_source], my_part());
-    }
+    if (threadIdx.x < NUM_OWNERS) add_release(&mesh.owner[threadIdx.x]->arrived[mesh.own_source], my_part());
   }
   if (blockIdx.x == 0 && mesh.own_owner >= 0) {
     for (int s = 0; s < NUM_SOURCES; ++s)
@@ -267,10 +265,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
       }
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence_system();
-      add_release(&mesh.source[s]->answered[mesh.own_owner], my_part());
-    }
+    if (threadIdx.x == 0) add_release(&mesh.source[s]->answered[mesh.own_owner], my_part());
   }
   if (blockIdx.x == 0 && s == 0 && mesh.own_source >= 0 && is_named(mesh, mesh.own_source)) {
     const int p = threadIdx.x;

@@ -41,6 +41,7 @@ RAY_FILES = {
     "cluster/declared.py",
     "cluster/per_node.py",
     "cluster/replica.py",
+    "cluster/stray_workers.py",
     "cluster/tier_policy.py",
     "experts/worker.py",
     "router/gateway/deployment.py",
@@ -94,4 +95,14 @@ def test_the_front_door_starts_without_torch_or_cupy():
         "sys.exit(str(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_members_run_where_there_is_no_ray():
+    """What GPU hosts are measured and tested with."""
+    code = (
+        "import sys; sys.path[:0] = ['.link', 'tests']; sys.modules['ray'] = None\n"
+        "import expertmesh.bench.death_drill, expertmesh.bench.exchange_gpu, expertmesh.bench.step, mesh_worlds\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
