@@ -87,6 +87,16 @@ def test_strided_queries_and_caches():
     assert_close(attention.attend(qkv[:, :HEADS], both[:, 0], both[:, 1]), step)
 
 
+def test_every_kernel_is_launched_once_before_anybody_waits_for_it():
+    kernels = NumpyKernels(DIM)
+    pages = torch.zeros(2, 16, KV_HEADS, DIM, dtype=torch.bfloat16)
+    make(kernels).load(pages, pages)
+    short = [(c.tile_q, c.mma_kv) for c in kernels.calls if isinstance(c, paged_attention.AttentionCall)]
+    assert sorted(short) == [(16, 1), (16, 4), (64, 1), (64, 4), (128, 1), (128, 4)]
+    assert all(c.partial_o for c in kernels.calls[:-1]), "and the kernel that adds chunks up"
+    assert isinstance(kernels.calls[-1], paged_attention.PrefillCall)
+
+
 def test_a_graph_key_means_the_same_addresses_and_grid():
     """Every field of the struct is as it was at capture, but for q, o and the caches, which are the caller's."""
     kernels = NumpyKernels(DIM, num_sms=40)

@@ -15,13 +15,23 @@ from expertmesh.kernels.grouped_gemm import gemm_kernel
 from expertmesh.kernels.grouped_gemm_mma import choose_mma_plan, mma_kernel
 from expertmesh.kernels.plan import choose_plan
 from expertmesh.request import EngineRequest, RequestOutput, SamplingParams
+from expertmesh.router.leader import PROMPT_BUCKETS
+
+BUCKETS = sorted(2 * PROMPT_BUCKETS)
 
 
 @pytest.mark.parametrize(
     ("batched", "prefill", "length", "expected"),
-    [(16384, 16384, 4096, [16, 256, 1024, 2048]), (2048, 1024, 40960, [16, 256, 1024]), (512, 400, 64, [16, 61])],
+    [
+        (16384, 16384, 4096, [*BUCKETS, 1024, 2048]),
+        (2048, 1024, 40960, [*BUCKETS, 1024]),
+        (512, 400, 64, [16, 16, 32, 32, 61, 61]),
+    ],
+    ids=str,
 )
-def test_prompts_fit_a_step_and_the_longest_fills_it(batched: int, prefill: int, length: int, expected: list[int]):
+def test_prompts_fill_each_bucket_twice_and_the_longest_fills_a_step(
+    batched: int, prefill: int, length: int, expected: list[int]
+):
     scheduler = SchedulerConfig(max_num_batched_tokens=batched, max_prefill_tokens_per_step=prefill)
     assert lengths(scheduler, length) == expected
 

@@ -137,7 +137,7 @@ class DeviceRunner:
             invariant=batch_invariant,
         )
         with phases.phase("kv"):
-            return cls(
+            runner = cls(
                 model,
                 attention,
                 num_blocks=num_blocks,
@@ -145,6 +145,9 @@ class DeviceRunner:
                 vocab_size=vocab_size or tokenizer_vocab_size(checkpoint),
                 max_num_seqs=scheduler.max_num_seqs,
             )
+            if isinstance(attention, FlashAttention):
+                attention.load(*runner.kv_pages[0])
+        return runner
 
     # -- what the engine calls
 

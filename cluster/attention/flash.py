@@ -137,6 +137,25 @@ class FlashAttention:
             self.library.attend_long(long)
         return out
 
+    def load(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+        """Launch every kernel once, on zeros: what a long context is the first to need would else be loaded beside
+        streams. Reads block 0 alone."""
+        one, row, blocks = np.ones(1, np.int32), np.zeros(1, np.int64), np.zeros((1, LONG_QUERY), np.int32)
+        q = torch.zeros(LONG_QUERY, self.num_heads, self.head_dim, dtype=k_cache.dtype, device=self.device)
+        for tile_q, mma_kv in ((tile_q, mma_kv) for tile_q in (16, 64, 128) for mma_kv in (_WIDE, _NARROW)):
+            items = make_items(one, one, group_size=self.group_size, tile_q=tile_q, chunk=LONG_QUERY)
+            call, kept = self._short_call(items, one, one, blocks, row)
+            call.mma_kv = mma_kv
+            self._planned = _Planned(1, call, None, kept)
+            self.attend(q[:1], k_cache, v_cache)
+        if self.library.has_prefill:
+            many, chosen = np.full(1, LONG_QUERY, np.int32), np.ones(1, bool)
+            works = make_works(many, many, chosen, num_heads=self.num_heads, num_ctas=self.num_sms)
+            long, kept = self._long_call(works, many, many, blocks)
+            self._planned = _Planned(LONG_QUERY, None, long, kept)
+            self.attend(q, k_cache, v_cache)
+        self._planned = None
+
     # ------------------------------------------------------------------------------------------------------------ plans
     def _plan_bucket(
         self, q_lens: np.ndarray, seq_lens: np.ndarray, block_table: np.ndarray, bucket: int, form: str | None

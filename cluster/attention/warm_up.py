@@ -2,8 +2,8 @@
 
 Why requests and not calls of the model: they take the very path that clients' take (scheduler, steps of the mesh,
 experts elsewhere, sampling), so all of it is compiled, loaded and allocated, cuBLAS has chosen, and the smallest bucket
-is captured. Four seconds of a first request on a GPU. Prompts are long enough for each plan of the expert product
-(`kernels/plan.py`) and are ids that nobody sends; what they say goes nowhere."""
+of decodes and all of prompts are captured. Four seconds of a first request on a GPU. Prompts are long enough for each
+plan of the expert product (`kernels/plan.py`) and are ids that nobody sends; what they say goes nowhere."""
 
 import logging
 import random
@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from ...config import SchedulerConfig
 from ...errors import ExpertMeshError
 from ...request import EngineRequest, FinishReason, RequestOutput, SamplingParams
+from ...router.leader import PROMPT_BUCKETS
 from .engine import Engine
 
 _log = logging.getLogger(__name__)
 
 Publish = Callable[[list[RequestOutput]], None]
 
-PROMPTS = (16, 256, 1024, 2048)  # tokens; those that fit the replica's steps
+PROMPTS = (*PROMPT_BUCKETS, 1024, 2048)  # tokens; those that fit the replica's steps
 OUTPUT = 3  # tokens: a bucket runs eagerly, is captured, and is replayed
 TIMEOUT_S = 60.0  # of one request
 
@@ -49,13 +50,13 @@ class WarmUp:
     def run(self, engine: Engine, scheduler: SchedulerConfig, *, max_model_len: int) -> float:
         """Seconds that it took. A request that fails is logged: clients' requests will say what is wrong."""
         began = time.monotonic()
-        for length in lengths(scheduler, max_model_len):
-            if not self._ask(engine, length):
+        for turn, length in enumerate(lengths(scheduler, max_model_len)):
+            if not self._ask(engine, length, turn):
                 break
         return time.monotonic() - began
 
-    def _ask(self, engine: Engine, length: int) -> bool:
-        draw = random.Random(length)
+    def _ask(self, engine: Engine, length: int, turn: int) -> bool:
+        draw = random.Random(turn)  # no prompt begins as one before it, whose blocks may be cached
         request = EngineRequest(
             request_id=f"warm-up-{length}",
             prompt_ids=tuple(draw.randrange(engine.vocab_size) for _ in range(length)),
@@ -82,6 +83,8 @@ class WarmUp:
 
 
 def lengths(scheduler: SchedulerConfig, max_model_len: int) -> Sequence[int]:
-    """Of the prompts: each fits one step, and the longest is as long as one may be, ascending."""
+    """Of the prompts, ascending: each fits one step, and the longest is as long as one may be. Those of a bucket come
+    twice: it runs eagerly, and is captured."""
     most = min(scheduler.max_num_batched_tokens, scheduler.max_prefill_tokens_per_step, max_model_len - OUTPUT)
-    return sorted({min(length, most) for length in PROMPTS}) if most > 0 else []
+    chosen = sorted({min(length, most) for length in PROMPTS}) if most > 0 else []
+    return [length for length in chosen for _ in range(2 if length <= PROMPT_BUCKETS[-1] else 1)]
