@@ -1,7 +1,7 @@
 """A long prompt beside short streams: what it does to their inter-token time, and how long it takes itself.
 
-Short streams decode undisturbed first; then prompts of 32K and 128K tokens (YaRN) come, one after the other, while they
-go on. Chunks of a long prompt share steps with the decodes, so their size sets everybody's time; the scheduler makes
+After a replica's own warm-up short streams decode undisturbed; then prompts of 32K and 128K tokens (YaRN) come, one
+after the other, while they go on. Chunks of a long prompt share steps with the decodes, so their size sets everybody's time; the scheduler makes
 them smaller as the context grows (`scheduler.py`). Goal: p99 at most 3 x undisturbed. The last line is JSON.
 
     python -m expertmesh.bench.long_prompt --prompts 32768,131000 --streams 32"""
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..cluster.attention.warm_up import OUTPUT, lengths
 from ..config import CacheConfig, SchedulerConfig
 from ..request import EngineRequest, SamplingParams
 from .local_engine import LocalEngine, Stream
@@ -57,10 +58,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_model_len=longest + 1,
         )
         with engine:
+            warm_up(engine, scheduler, longest)
             result = measure(engine, arguments.streams, arguments.prompts, checkpoint.config.vocab_size)
     name = torch.cuda.get_device_name() if on_gpu else "cpu"
     print(json.dumps({"device": name, "streams": arguments.streams, "chunk": arguments.chunk} | result))
     return 0 if all(p["complete"] for p in result["prompts"]) else 1
+
+
+def warm_up(engine: LocalEngine, scheduler: SchedulerConfig, longest: int) -> None:
+    """The requests by which a replica gets warm."""
+    draw = np.random.default_rng(1)
+    for turn, length in enumerate(lengths(scheduler, longest)):
+        ids = tuple(draw.integers(0, engine.engine.vocab_size, length).tolist())
+        sampling = SamplingParams(max_tokens=OUTPUT)
+        engine.run([EngineRequest(request_id=f"warm{turn}", prompt_ids=ids, sampling=sampling)])
 
 
 def measure(engine: LocalEngine, num_streams: int, prompts: Sequence[int], vocab_size: int) -> dict[str, object]:
