@@ -13,6 +13,7 @@ from .chaos_world import HANG_S, ChaosWorld
 STOPPED_S = HANG_S + 3.0  # a stopped process goes on after so long
 REDIS_AWAY_S = 1.5
 GCS_AWAY_S = 4.0
+SUCCESSOR_S = 10.0  # Serve looks every 2 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +86,23 @@ def _kill_serve_controller(_world: ChaosWorld, _draw: random.Random) -> tuple[st
     return None
 
 
-def _kill_gcs(world: ChaosWorld, _draw: random.Random) -> tuple[str, float] | None:
+def _kill_gcs(world: ChaosWorld, _draw: random.Random) -> tuple[str, float]:
     at = time.monotonic()
     pid = world.nodes[0].kill_gcs()
     time.sleep(GCS_AWAY_S)
     world.nodes[0].start_gcs()
     return f"Ray's control store ({pid})", at
+
+
+def _kill_gateway_and_gcs(world: ChaosWorld, draw: random.Random) -> tuple[str, float] | None:
+    """The control store dies while it makes the gateway's successor: Ray keeps what that one was to have."""
+    from ray._private.state import actors
+
+    struck = _kill("gateway")(world, draw)
+    deadline = time.monotonic() + SUCCESSOR_S
+    while struck and not actors(actor_state_name="PENDING_CREATION") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return (f"{struck[0]} and {_kill_gcs(world, draw)[0]}", struck[1]) if struck else None
 
 
 def _kill_node(world: ChaosWorld, draw: random.Random) -> tuple[str, float] | None:
@@ -133,6 +145,7 @@ FAULTS = (
     Fault("conductor-kill", _kill_conductor),
     Fault("serve-controller-kill", _kill_serve_controller),
     Fault("gcs-kill", _kill_gcs),
+    Fault("gateway-and-gcs-kill", _kill_gateway_and_gcs),
     Fault("node-kill", _kill_node),
     Fault("redis-kill", _kill_redis),
     Fault("redis-stop", _stop_redis),

@@ -41,6 +41,7 @@ from .membership import (
 )
 from .membership_host import MembershipHost
 from .rebalance import LoadBook, Rebalancer, Wish, answer
+from .stray_workers import StrayWorkers
 
 LOST_AFTER_S = 60.0  # a member that polls no more for so long is taken out of the next epoch
 GATEWAY_STALE_S = 25.0  # gateways report every 10 s at least; one that is silent for so long is gone
@@ -64,6 +65,8 @@ class Conductor:
         self._book = LoadBook(model.num_layers, model.num_experts)
         self._rebalancer = Rebalancer(self._config.rebalance, self._eplb, self._book)
         self._placing: asyncio.Task[None] | None = None
+        self._strays = StrayWorkers()
+        self._sweeping: asyncio.Task[None] | None = None
         self._core, self._num_expert = membership_of(self._config, model, self._eplb, self._book)
         self._host = MembershipHost(self._core, on_change=self._on_change)
         self._polled_at: dict[str, float] = {}
@@ -220,6 +223,18 @@ class Conductor:
         ]:
             self._drop(name)
 
+    def _look_for_strays(self) -> None:
+        """Looked at when others report, as above; one look at a time."""
+        if ray.is_initialized() and (self._sweeping is None or self._sweeping.done()):
+            self._sweeping = asyncio.create_task(self._end_strays())
+
+    async def _end_strays(self) -> None:
+        try:
+            for line in await self._strays.look():
+                self._note(line)
+        except (ray.exceptions.RayError, RuntimeError) as error:
+            _log.warning("could not look for stray workers: %s", error)  # the GCS is away: the next look is soon
+
     def _drop(self, name: str) -> None:
         del self._reports[name], self._reported_at[name]
         self._notify()
@@ -234,6 +249,7 @@ class Conductor:
         self._reports[status.name] = status
         self._reported_at[status.name] = time.monotonic()
         self._give_up_silent()
+        self._look_for_strays()
         suspect = [span for span in status.suspect_spans if span not in self._suspect_spans]
         self._suspect_spans.extend(suspect)
         if known is None or _serving(known) != _serving(status) or suspect:
