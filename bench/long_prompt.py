@@ -1,8 +1,9 @@
 """A long prompt beside short streams: what it does to their inter-token time, and how long it takes itself.
 
 After a replica's own warm-up short streams decode undisturbed; then prompts of 32K and 128K tokens (YaRN) come, one
-after the other, while they go on. Chunks of a long prompt share steps with the decodes, so their size sets everybody's time; the scheduler makes
-them smaller as the context grows (`scheduler.py`). Goal: p99 at most 3 x undisturbed. The last line is JSON.
+after the other, while they go on. Chunks of a long prompt share steps with the decodes, so their size sets everybody's
+time; the scheduler makes them smaller as the context grows (`scheduler.py`). Goal: p99 at most 3 x undisturbed.
+The last line is JSON.
 
     python -m expertmesh.bench.long_prompt --prompts 32768,131000 --streams 32"""
 
@@ -58,18 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_model_len=longest + 1,
         )
         with engine:
-            warm_up(engine, scheduler, longest)
-            result = measure(engine, arguments.streams, arguments.prompts, checkpoint.config.vocab_size)
+            vocab_size = min(checkpoint.config.vocab_size, engine.engine.vocab_size)
+            warm_up(engine, scheduler, longest, vocab_size)
+            result = measure(engine, arguments.streams, arguments.prompts, vocab_size)
     name = torch.cuda.get_device_name() if on_gpu else "cpu"
     print(json.dumps({"device": name, "streams": arguments.streams, "chunk": arguments.chunk} | result))
     return 0 if all(p["complete"] for p in result["prompts"]) else 1
 
 
-def warm_up(engine: LocalEngine, scheduler: SchedulerConfig, longest: int) -> None:
+def warm_up(engine: LocalEngine, scheduler: SchedulerConfig, longest: int, vocab_size: int) -> None:
     """The requests by which a replica gets warm."""
     draw = np.random.default_rng(1)
     for turn, length in enumerate(lengths(scheduler, longest)):
-        ids = tuple(draw.integers(0, engine.engine.vocab_size, length).tolist())
+        ids = tuple(draw.integers(0, vocab_size, length).tolist())
         sampling = SamplingParams(max_tokens=OUTPUT)
         engine.run([EngineRequest(request_id=f"warm{turn}", prompt_ids=ids, sampling=sampling)])
 
@@ -78,7 +80,7 @@ def measure(engine: LocalEngine, num_streams: int, prompts: Sequence[int], vocab
     rng = np.random.default_rng(0)
 
     def request(name: str, length: int, max_tokens: int) -> EngineRequest:
-        ids = tuple(rng.integers(0, min(vocab_size, engine.engine.vocab_size), length).tolist())
+        ids = tuple(rng.integers(0, vocab_size, length).tolist())
         return EngineRequest(request_id=name, prompt_ids=ids, sampling=SamplingParams(max_tokens=max_tokens))
 
     company = _Company(engine, lambda i: request(f"short{i}", 100, 400), num_streams)
