@@ -32,7 +32,7 @@ from .device_model import DeviceBatch, DeviceModel, Rows
 from .device_sampler import DeviceSampler, decode_flags
 from .flash import FlashAttention
 from .flash_torch import TorchAttention, select_attention
-from .prompt_graphs import MOST_TOKENS, PromptGraphs
+from .prompt_graphs import MOST_TOKENS, PromptGraphs, bucket_of
 from .runner import Flight, Landed, StepResult, attention_weight_bytes, size_kv_pool, tokenizer_vocab_size
 from .sampler import Sampled, Sampler
 from .sequence import UNSEEN, Sequence
@@ -167,8 +167,8 @@ class DeviceRunner:
         bucket = step.header.bucket if self.attention.capturable else 0
         if 0 < bucket <= self._max_num_seqs and batch.num_tokens == batch.num_reqs == len(samplers):
             ids, flags = self._run_bucket(bucket, batch, token_ids, slots, step, stage)
-        elif self.prompt_graphs is not None and 0 < bucket <= MOST_TOKENS:
-            logits = self._run_prompts(self.prompt_graphs, bucket, batch, token_ids, slots, step, stage)
+        elif self.prompt_graphs is not None and (own := bucket_of(batch.num_tokens, bucket)):
+            logits = self._run_prompts(self.prompt_graphs, own, batch, token_ids, slots, step, stage)
             ids, flags = self.device_sampler.sample(logits, self._inputs.slots[: len(slots)])
         else:
             self.num_eager += 1

@@ -112,3 +112,10 @@ class PromptGraphs:
         while len(self._captured) > MAX_SETS:
             self._met.discard(self._captured.popitem(last=False)[0])
         return captured
+
+
+def bucket_of(num_tokens: int, header_bucket: int) -> int:
+    """The bucket of a rank's tokens in a step whose header names one, that of the largest source: the smallest that
+    holds them. 0 = the step is too large, or has none."""
+    own = next((size for size in PROMPT_BUCKETS if size >= num_tokens), 0)
+    return min(own, header_bucket)
