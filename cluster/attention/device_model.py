@@ -221,7 +221,8 @@ class Line:
         self._model, self._batch, self._kv_pages = model, batch, kv_pages
         self._step, self._last_token = step, last_token
         self.q, self._mixed = rooms.q, rooms.mixed
-        self.mixed_heads = _first(rooms.mixed, len(rooms.q)).view(rooms.q.shape)
+        self._num_tokens = rooms.q.shape[0]
+        self.mixed_heads = _first(rooms.mixed, self._num_tokens).view(rooms.q.shape)
         self._residual: torch.Tensor  # [T, hidden]
         self.x: torch.Tensor  # [padded(T), hidden], the norm that a product reads; after the last piece the last one
 
@@ -253,7 +254,7 @@ class Line:
     def _before_attention(self, layer: LayerWeights, cache: tuple[torch.Tensor, torch.Tensor]) -> None:
         model, batch, config = self._model, self._batch, self._model.config
         qk_norm_rope(
-            _first(model.products(self.x, layer.qkv), len(self.q)),
+            _first(model.products(self.x, layer.qkv), self._num_tokens),
             layer.qk_norm,
             config.rms_norm_eps,
             model.cos_sin,
@@ -267,7 +268,7 @@ class Line:
 
     def _after_attention(self, layer_id: int) -> None:
         model, weights = self._model, self._model.weights
-        layer, num_tokens = weights.layers[layer_id], len(self.q)
+        layer, num_tokens = weights.layers[layer_id], self._num_tokens
         x = model.room(num_tokens, model.config.hidden_size)
         y = _first(model.products(self._mixed, layer.o), num_tokens)
         add_rms_norm(y, self._residual, layer.post_norm, model.config.rms_norm_eps, out=_first(x, num_tokens))
