@@ -34,6 +34,7 @@ class Config(ctypes.Structure):
     ]
 
 
+_INVALID_CONTEXT = 201
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _serialization = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=b"\x01")
 
@@ -99,6 +100,9 @@ def launch(
     config.block_x, config.shared_bytes, config.stream = block, shared_bytes, stream
     config.num_attributes = 1 if overlap else 0
     code = _launch_call()(mine.config_address, function, mine.pointers_address, None)
+    if code == _INVALID_CONTEXT:  # the thread's first call of CUDA is this launch
+        use_context(torch._C._cuda_getDevice())
+        code = _launch_call()(mine.config_address, function, mine.pointers_address, None)
     if code:
         check(code, name)
 
@@ -125,6 +129,20 @@ def driver() -> Any:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise KernelError(f"no NVIDIA driver on this host ({error}); use the torch path (kernels='torch')") from error
+
+
+def use_context(device: int) -> None:
+    """Make the device's primary context, the one that torch works in, this thread's. The runtime does so at a thread's
+    first call; the driver's own calls do not."""
+    check(driver().cuCtxSetCurrent(_primary_context(device)), "cuCtxSetCurrent")
+
+
+@functools.cache
+def _primary_context(device: int) -> ctypes.c_void_p:
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    check(driver().cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
+    check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain")
+    return context
 
 
 @functools.cache

@@ -238,6 +238,8 @@ class NcclExchange(DeviceExchange):
             try:
                 self._group.alltoall_base(out, data, receive, send, AllToAllOptions()).wait()
             except RuntimeError as error:  # DistError and all its kinds: what the library says at once
+                if self._aborted:
+                    raise self._gone() from error
                 self.abort()
                 reason = str(error).splitlines()[0][:160]
                 raise PeerLost(f"the communicator broke: {reason}", **self._place()) from error
@@ -341,7 +343,7 @@ class NcclExchange(DeviceExchange):
         """[5] int64: is any pair sick, the first, its owner; is any row sick, the first. By layer, then token."""
         pairs, rows = self._sick_pairs.flatten(), self._sick_rows.flatten()
         first_pair, first_row = pairs.to(torch.uint8).argmax(), rows.to(torch.uint8).argmax()
-        owner = self._bad_owner.flatten()[first_pair].long()
+        owner = self._bad_owner.take(first_pair).long()  # indexing by a number on the device would ask the host for it
         return torch.stack([pairs.any().long(), first_pair, owner, rows.any().long(), first_row])
 
     def _bad_rows(self, found: Sequence[int]) -> tuple[BadRow, ...]:

@@ -125,3 +125,18 @@ def test_what_is_no_argument_is_refused_and_an_error_is_named(driver, monkeypatc
     monkeypatch.setattr(module, "driver", Words)
     with pytest.raises(KernelError, match="some_kernel: driver error 9: invalid configuration argument"):
         launch(1, (1,), 32, [None] * 9, **OPTIONS)
+
+
+def test_a_thread_that_has_called_nothing_of_cuda_gets_the_context_of_its_device(driver, monkeypatch):
+    driver.code = 201
+    used = []
+
+    def use_context(device):
+        used.append(device)
+        driver.code = 0
+
+    monkeypatch.setattr(module, "use_context", use_context)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 3, raising=False)
+    launch(1, (1,), 32, [None] * 9, **OPTIONS)
+    assert used == [3]
+    assert len(driver.calls) == 2
