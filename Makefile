@@ -80,8 +80,8 @@ MYPY_STRICT := -m expertmesh.errors -m expertmesh.config -m expertmesh.request -
   -m expertmesh.router.gateway.json_schema -m expertmesh.router.gateway.regex_limits \
   -m expertmesh.router.leader -m expertmesh.experts.eplb -m expertmesh.experts.eplb_search -m expertmesh.experts.eplb_tables \
   -m expertmesh.experts.placing -m expertmesh.cluster.autoscale -m expertmesh.telemetry \
-  -m expertmesh.cluster.membership -m expertmesh.cluster.attention.scheduler -m expertmesh.cluster.attention.kv_cache \
-  -m expertmesh.cluster.sizing
+  -m expertmesh.cluster.membership -m expertmesh.cluster.membership_messages \
+  -m expertmesh.cluster.attention.scheduler -m expertmesh.cluster.attention.kv_cache -m expertmesh.cluster.sizing
 MYPY_BASIC := -p expertmesh.cluster -p expertmesh.experts -p expertmesh.router -m expertmesh.client -m expertmesh.cli \
   -m expertmesh.model_source -m expertmesh.remote_file -m expertmesh.deploy.host \
   -m expertmesh.dummy_checkpoint -m expertmesh.parallel_reads

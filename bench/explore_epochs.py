@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ..cluster.membership import Membership
+from .epoch_settling import is_serving, settle
 from .epoch_world import (
     ROLES,
     Budget,
@@ -33,11 +34,9 @@ from .epoch_world import (
     World,
     describe,
     describe_move,
-    is_serving,
     make,
     moves,
     new_core,
-    settle,
 )
 
 SCENARIOS = {

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 
 from ..cluster.member_agent import MemberAgent
-from ..cluster.membership import Command, Event, Join, Lost, Membership, Place
+from ..cluster.membership import Membership, Place
 from ..cluster.membership_host import MembershipHost
+from ..cluster.membership_messages import Command, Event, Join, Lost
 from ..config import CacheConfig, ExchangeConfig, SchedulerConfig
 from ..errors import Unavailable
 from ..experts.mlp import LocalExpertMLP

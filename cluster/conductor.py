@@ -27,19 +27,9 @@ from ..router.epoch import Epoch
 from ..router.placement import Placement
 from ..router.status import ClusterState, Decision, ExpertRows, ProcessStatus, ScaleWish
 from .conductor_client import NAMESPACE
-from .membership import (
-    Command,
-    Event,
-    Join,
-    Leave,
-    Lost,
-    Membership,
-    PlacementRequested,
-    PrepareFailed,
-    Rejoin,
-    State,
-)
+from .membership import Membership, State
 from .membership_host import MembershipHost
+from .membership_messages import Command, Event, Join, Leave, Lost, PlacementRequested, PrepareFailed, Rejoin
 from .rebalance import LoadBook, Rebalancer, Wish, answer
 from .stray_workers import StrayWorkers
 

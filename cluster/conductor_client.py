@@ -14,7 +14,7 @@ from ..router.status import ClusterState, ExpertRows, ProcessStatus, ScaleWish
 if TYPE_CHECKING:
     from ..router.epoch import Epoch
     from ..router.placement import Placement
-    from .membership import Command, Event, Join
+    from .membership_messages import Command, Event, Join
 
 NAMESPACE = "expertmesh"
 WATCH_S = 20.0  # a long poll's length: an idle watcher costs one call in this time

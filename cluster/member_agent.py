@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ..errors import ExchangeTimeout, ExpertMeshError, ReplicaLost, Unavailable
 from ..router.epoch import Epoch, Member
-from .membership import (
+from .membership_messages import (
     Alive,
     Command,
     Commit,

@@ -9,7 +9,8 @@ import contextlib
 from collections.abc import Callable
 from time import monotonic
 
-from .membership import Command, Event, Join, Membership, Rejoin, Tick
+from .membership import Membership
+from .membership_messages import Command, Event, Join, Rejoin, Tick
 
 
 class MembershipHost:

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from expertmesh.cluster.conductor import Conductor
-from expertmesh.cluster.membership import Commit, Committed, Join, Lost, Prepare, Prepared, PrepareFailed, Rejoin
+from expertmesh.cluster.membership_messages import (
+    Commit,
+    Committed,
+    Join,
+    Lost,
+    Prepare,
+    Prepared,
+    PrepareFailed,
+    Rejoin,
+)
 from expertmesh.config import ClusterConfig
 from expertmesh.router.epoch import Member
 from expertmesh.router.status import ProcessStatus

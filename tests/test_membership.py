@@ -1,146 +1,31 @@
-"""The membership core as readable traces (tests/traces/membership_*.txt; `EXPERTMESH_REWRITE_TRACES=1` rewrites them),
-and real agents on it with small meshes."""
+"""The membership core as readable traces (tests/traces/membership_*.txt, rewritten by EXPERTMESH_REWRITE_TRACES=1)."""
 
-import asyncio
 import itertools
-import os
 import random
-from pathlib import Path
 
 import pytest
+from membership_trace import Trace, agree, core, member, start
 
-from expertmesh.cluster.member_agent import MemberAgent
-from expertmesh.cluster.membership import (
+from expertmesh.cluster.membership import State
+from expertmesh.cluster.membership_messages import (
     Alive,
     Commit,
     Committed,
     Join,
     Leave,
     Lost,
-    Membership,
     PlacementRequested,
     Prepare,
     Prepared,
     PrepareFailed,
     Probe,
-    Rejoin,
     Retire,
     Rollback,
-    State,
     Suspect,
     Tick,
     Trouble,
-    uniform_place,
 )
-from expertmesh.cluster.membership_host import MembershipHost
-from expertmesh.errors import EpochError, Unavailable
-from expertmesh.router.epoch import Member
 from expertmesh.router.placement import uniform
-
-TRACES = Path(__file__).parent / "traces"
-
-
-def member(name):
-    """`a1` an attention replica, `e1` a shard, `c1` both."""
-    return Member(member_id=name, attention=name[0] in "ac", expert=name[0] in "ec", store_port=7)
-
-
-def core(num_attention=1, num_expert=2, first_key=1, patience_s=2.0):
-    keys = (f"key{i}" for i in itertools.count(first_key))
-    return Membership(
-        num_attention=num_attention,
-        num_expert=num_expert,
-        place=uniform_place(2, 8, 0),
-        make_key=lambda: next(keys),
-        prepare_timeout_s=30.0,
-        commit_timeout_s=10.0,
-        probe_timeout_s=patience_s,
-        rejoin_timeout_s=max(10.0, patience_s),
-        watch_interval_s=10.0,
-        retry_s=1.0,
-    )
-
-
-class Trace:
-    """Feeds the core and writes down what goes in and out, one line each."""
-
-    def __init__(self, name, membership):
-        self.name, self.core, self.now, self.lines = name, membership, 0.0, []
-
-    def say(self, event, at=None):
-        self.now = self.now if at is None else at
-        self.lines.append(f"{self.now:5.1f}  {show_event(event)}")
-        commands = self.core.step(event, self.now)
-        self.lines += [f"         -> {show_command(c)}" for c in commands]
-        return commands
-
-    def finish(self):
-        members = ", ".join(f"{name} {state.value}" for name, state in self.core.states.items())
-        self.lines.append(f"end: epoch {show_epoch(self.core.epoch)}; {members}; ready {self.core.ready}")
-        path, text = TRACES / f"membership_{self.name}.txt", "\n".join(self.lines) + "\n"
-        if os.environ.get("EXPERTMESH_REWRITE_TRACES"):
-            TRACES.mkdir(exist_ok=True)
-            path.write_text(text)
-        assert text == path.read_text(), f"the trace {path.name} has changed: rewrite it, read the difference"
-
-
-def show_epoch(epoch):
-    if epoch is None:
-        return "none"
-    names = " ".join(m.member_id for m in epoch.members)
-    return f"{epoch.number} [{names}] placement {epoch.placement_version} {epoch.rendezvous_key}"
-
-
-def show_event(event):
-    match event:
-        case Join(who, _, _, True):
-            return f"Join {who.member_id} to leave"
-        case Join(who, epoch, highest):
-            return f"Join {who.member_id}" + (f" in epoch {epoch.number}, highest {highest}" if epoch else "")
-        case PlacementRequested(_):
-            return "PlacementRequested"
-        case Tick():
-            return "Tick"
-        case Suspect(who, suspect_id, reason):
-            return f"Suspect {who}: {suspect_id}, {reason}"
-        case Trouble(who, number, reason, lost_id) if lost_id:
-            return f"Trouble {who} {number}: {reason}; lost {lost_id}"
-        case Trouble(who, number, reason, _, silent_id) if silent_id:
-            return f"Trouble {who} {number}: {reason}; silent {silent_id}"
-        case PrepareFailed(who, number, reason) | Trouble(who, number, reason):
-            return f"{type(event).__name__} {who} {number}: {reason}"
-        case Prepared(who, number) | Committed(who, number):
-            return f"{type(event).__name__} {who} {number}"
-        case Alive(who) | Leave(who) | Lost(who):
-            return f"{type(event).__name__} {who}"
-    raise TypeError(event)
-
-
-def show_command(command):
-    match command:
-        case Prepare(who, epoch):
-            return f"{who}: Prepare {show_epoch(epoch)}"
-        case Commit(who, number) | Rollback(who, number) | Retire(who, number):
-            return f"{who}: {type(command).__name__} {number}"
-    return f"{command.member_id}: {type(command).__name__}"
-
-
-def start(trace, names):
-    for name in names:
-        trace.say(Join(member(name)))
-    for name in names:
-        trace.say(Prepared(name, 1))
-    for name in names:
-        trace.say(Committed(name, 1))
-    assert trace.core.ready
-
-
-def agree(trace, number, names, leader=None):
-    """All prepare; the leader in force commits first, then the others."""
-    for name in names:
-        trace.say(Prepared(name, number))
-    for name in ([leader] if leader else []) + [n for n in names if n != leader]:
-        trace.say(Committed(name, number))
 
 
 def test_the_first_epoch_forms_when_the_configured_members_are_there():
@@ -424,154 +309,6 @@ def test_random_histories_never_mix_epochs_and_always_settle(seed):
     assert membership.ready, membership.last_failure
     assert {m.member_id for m in membership.epoch.members} <= set(alive)
     assert all(membership.states[m.member_id] is State.READY for m in membership.epoch.members)
-
-
-# ---- agents
-
-
-class SmallMesh:
-    """What an agent drives, without processes: it remembers."""
-
-    def __init__(self, name):
-        self.member, self.epoch, self.highest_number = member(name), None, 0
-        self.prepared, self.log, self.refuse = {}, [], False
-
-    def prepare(self, epoch):
-        if self.refuse:
-            self.refuse = False
-            raise EpochError("not now")
-        self.highest_number = max(self.highest_number, epoch.number)
-        self.prepared[epoch.number] = epoch
-        self.log.append(("prepare", epoch.number))
-
-    def commit(self, number):
-        self.epoch = self.prepared[number]
-        self.log.append(("commit", number))
-
-    def rollback(self, number):
-        self.prepared.pop(number, None)
-        self.log.append(("rollback", number))
-
-    def retire(self):
-        self.log.append(("retire",))
-
-
-class Wire:
-    """Calls into the host's loop from the agents' loops; may be cut."""
-
-    def __init__(self, loop):
-        self.loop, self.host, self.changed = loop, None, asyncio.Event()
-
-    def install(self, membership):
-        if self.host:
-            self.host.close()
-        self.host = MembershipHost(membership, on_change=self.changed.set)
-
-    async def _call(self, method, *args):
-        if self.host is None:
-            raise Unavailable("cut")
-        future = asyncio.run_coroutine_threadsafe(getattr(self.host, method)(*args), self.loop)
-        return await asyncio.wrap_future(future)
-
-    async def join(self, event):
-        return await self._call("join", event)
-
-    async def tell(self, event):
-        return await self._call("tell", event)
-
-    async def next_commands(self, member_id, after, timeout_s):
-        return await self._call("next_commands", member_id, after, 0.05)
-
-    async def until(self, condition):
-        async with asyncio.timeout(20):
-            while not condition(self.host.core):
-                self.changed.clear()
-                await self.changed.wait()
-
-
-async def test_agents_follow_the_conductor_through_its_restart_and_leave():
-    wire = Wire(asyncio.get_running_loop())
-    wire.install(core(patience_s=60.0))  # nobody is dead here, however slow
-    meshes = {name: SmallMesh(name) for name in ("a1", "e1", "e2")}
-    meshes["e1"].refuse = True
-    agents = {name: MemberAgent(mesh, wire) for name, mesh in meshes.items()}
-    for agent in agents.values():
-        await asyncio.to_thread(agent.start)
-    await wire.until(lambda c: c.ready)
-    assert {m.epoch.number for m in meshes.values()} == {2}  # 1 was refused once
-    wire.install(core(patience_s=60.0))  # a Conductor without a memory
-    await wire.until(lambda c: c.ready)
-    assert wire.host.core.epoch.number == 2
-    agents["a1"].on_trouble(2, EpochError("broken"))
-    await wire.until(lambda c: c.ready and c.epoch.number == 1003)
-    assert await asyncio.to_thread(agents["e2"].drain, 20.0)
-    await wire.until(lambda c: c.ready and c.epoch.number == 1004)
-    assert meshes["e2"].log[-1] == ("retire",)
-    assert {m.member_id for m in meshes["a1"].epoch.members} == {"a1", "e1"}
-    late = MemberAgent(SmallMesh("e3"), wire)
-    await asyncio.to_thread(late.start)
-    await wire.until(lambda c: c.ready and "e3" in c.states)
-    wire.host.take(Leave("e1"))  # an operator's wish
-    await wire.until(lambda c: c.ready and "e1" not in c.states)
-    assert agents["e1"].retired
-    wire.host.take(Lost("e3"))  # a false alarm: it joins again
-    await wire.until(lambda c: c.ready and c.states["e3"] is State.READY and c.epoch.number > 1006)
-    assert {m.member_id for m in meshes["a1"].epoch.members} == {"a1", "e3"}
-    for agent in (*agents.values(), late):
-        await asyncio.to_thread(agent.stop)
-    wire.host.close()
-
-
-async def test_a_leave_that_overtakes_the_join_is_not_forgotten():
-    wire = Wire(asyncio.get_running_loop())
-    wire.install(core(patience_s=60.0))
-    agents = {name: MemberAgent(SmallMesh(name), wire) for name in ("a1", "e1", "e2")}
-    for agent in agents.values():
-        await asyncio.to_thread(agent.start)
-    await wire.until(lambda c: c.ready)
-    told, gate = asyncio.Event(), asyncio.Event()
-    join, tell = wire.host.join, wire.host.tell
-
-    async def slow_join(event):
-        await gate.wait()
-        await join(event)
-
-    async def seen_tell(event):
-        await tell(event)
-        if isinstance(event, Leave):
-            told.set()
-
-    wire.host.join, wire.host.tell = slow_join, seen_tell
-    wire.host.take(Lost("e2"))  # a false alarm: it comes back, and its join takes its time
-    drained = asyncio.create_task(asyncio.to_thread(agents["e2"].drain, 20.0))
-    await told.wait()
-    gate.set()
-    assert await drained
-    await wire.until(lambda c: c.ready and "e2" not in {m.member_id for m in c.epoch.members})
-    for agent in agents.values():
-        await asyncio.to_thread(agent.stop)
-    wire.host.close()
-
-
-async def test_numbers_of_a_former_conductor_acknowledge_nothing():
-    former = core()
-    for name in ("a1", "e1", "e2"):
-        former.step(Join(member(name)), 0.0)
-    for answer in (Prepared, Committed):
-        for name in ("a1", "e1", "e2"):
-            former.step(answer(name, 1), 0.0)
-    host = MembershipHost(core(patience_s=60.0))
-    await host.join(Join(member("a1"), former.epoch, 1))  # e1 and e2 are adopted
-    await host.tell(Trouble("a1", 1, "broken"))
-    assert (await host.next_commands("e2", 7, 0.0))[1] == [Rejoin("e2")]
-    for name in ("e1", "e2"):
-        await host.join(Join(member(name), former.epoch, 1))
-        await host.tell(Alive(name))
-    await host.tell(Alive("a1"))
-    for name in ("a1", "e1", "e2"):
-        commands = (await host.next_commands(name, 0, 0.0))[1]
-        assert [c.epoch.number for c in commands if isinstance(c, Prepare)] == [1002]
-    host.close()
 
 
 def test_who_missed_the_deadline_is_not_waited_for_when_all_others_answer():
