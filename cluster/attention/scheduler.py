@@ -231,8 +231,8 @@ class _PrefillBudget:
     """What one step may spend on prompts, in tokens of a short context. A token far into a long prompt costs more, by
     its attention: where decodes wait for the step it counts for more, so that the step's time stays what the budget
     says, and where attention is most of the cost a chunk ends with a block: attention's tiles hold as many tokens or a
-    part of them, so 98 would take the time of 112. A long prompt leaves half to the others, so that nobody waits for its
-    end. Idea: Sarathi-Serve's bounded chunks, by cost."""
+    part of them, so 98 would take the time of 112. A long prompt leaves half to the others, so that nobody waits for
+    its end. Idea: Sarathi-Serve's bounded chunks, by cost."""
 
     def __init__(self, num_tokens: int, parity: int, block_size: int) -> None:
         self.cost = float(num_tokens)
