@@ -235,11 +235,6 @@ def _product_cases(model: Model, num_tokens: int) -> Iterator[Case]:
             _over(F.linear, x, weights),
             "BLAS",
         )
-        yield Case(
-            f"thin_linear {name}, one CTA an SM",
-            2.0 * num_outputs * k,
-            _over(functools.partial(thin_linear, ctas_per_sm=1), x, weights),
-        )
         weights.cache_clear()
     gates = _weights(NUM_EXPERTS, model.hidden)
     x = _noise(num_tokens, model.hidden)
@@ -287,16 +282,15 @@ def _layer_cases(model: Model, num_tokens: int) -> Iterator[Case]:
             num_heads=model.heads,
             num_kv_heads=model.kv_heads,
         ).view(num_tokens, q_size)
-        normed = add_rms_norm(product(q, o_weight), residual, weight, EPS)
+        o = product(q, o_weight) if takes(model.hidden, q_size) else F.linear(q, o_weight)
+        normed = add_rms_norm(o, residual, weight, EPS)
         if product is F.linear:
             gate_topk(F.linear(normed, gate), TOP_K)
         else:
             gate_linear(normed, gate, TOP_K)
 
     num_bytes = 2.0 * model.hidden * (model.qkv + q_size + NUM_EXPERTS)
-    one_cta = functools.partial(thin_linear, ctas_per_sm=1)
     yield Case("layer", num_bytes, _bind(layer, thin_linear), _bind(layer, F.linear), "BLAS")
-    yield Case("layer, one CTA an SM", num_bytes, _bind(layer, one_cta))
 
 
 def _bind(layer: Callable[..., None], product: Callable[..., torch.Tensor]) -> Callable[[int], Call]:

@@ -11,10 +11,9 @@ import torch
 
 from .checks import require, require_sizes
 from .jit import Kernel
-from .thin_linear import MAX_ROWS, capacity_for, shared_bytes_for, warps_for
+from .thin_linear import MAX_K, warps_for
 
 BF16 = torch.bfloat16
-MAX_K = 4096  # both teams hold x, and half of their weights in registers
 
 
 def gate_linear(
@@ -46,14 +45,12 @@ def gate_linear(
     ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=x.device)
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=x.device)
     if num_tokens:
-        num_ctas, capacity = ctas_for(num_experts), capacity_for(min(num_tokens, MAX_ROWS))
-        teams = teams_for(num_experts)
-        gate_linear_kernel(hidden, num_experts, top_k, renormalize, capacity).launch(
-            (num_ctas * -(-num_tokens // MAX_ROWS),),
-            32 * warps_for(hidden) * teams,
+        num_ctas = ctas_for(num_experts)
+        gate_linear_kernel(hidden, num_experts, top_k, renormalize).launch(
+            (num_ctas * -(-num_tokens // 8),),
+            32 * warps_for(hidden),
             (x, np.int32(num_tokens), gate, rows, ids, weights, counts),
             device=x.device,
-            shared_bytes=teams * shared_bytes_for(hidden, capacity),
         )
     return ids, weights
 
@@ -61,9 +58,7 @@ def gate_linear(
 def takes(num_experts: int, hidden: int, top_k: int, device: torch.device) -> bool:
     """Whether there is a kernel for a gate [num_experts, hidden] on this device."""
     fits = hidden % 32 == 0 and 64 <= hidden <= MAX_K and num_experts % 8 == 0 and 0 < num_experts <= 512
-    if not fits or static_shared_bytes(num_experts, hidden) > 48 << 10:  # 8 * 63 experts: no cluster shares them
-        return False
-    return 0 < top_k <= min(32, num_experts) and torch.cuda.get_device_capability(device)[0] >= 9
+    return fits and 0 < top_k <= min(32, num_experts) and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def ctas_for(num_experts: int) -> int:
@@ -71,26 +66,13 @@ def ctas_for(num_experts: int) -> int:
     return next(n for n in (8, 4, 2, 1) if num_experts % (8 * n) == 0)
 
 
-def teams_for(num_experts: int) -> int:
-    """Groups of 8 experts that a CTA works on at a time."""
-    return 2 if num_experts // 8 // ctas_for(num_experts) > 1 else 1
-
-
-def static_shared_bytes(num_experts: int, hidden: int) -> int:
-    """Of a CTA: each warp's part of its groups' sums, and the logits of the tokens that it chooses for."""
-    num_ctas = ctas_for(num_experts)
-    return num_experts // 8 // num_ctas * warps_for(hidden) * 64 * 4 + 8 // num_ctas * num_experts * 4
-
-
 @functools.cache
-def gate_linear_kernel(hidden: int, num_experts: int, top_k: int, renormalize: bool, capacity: int) -> Kernel:
+def gate_linear_kernel(hidden: int, num_experts: int, top_k: int, renormalize: bool) -> Kernel:
     defines = {
         "K": hidden,
         "WARPS": warps_for(hidden),
-        "ROWS": capacity,
         "NUM_EXPERTS": num_experts,
         "CTAS": ctas_for(num_experts),
-        "TEAMS": teams_for(num_experts),
         "TOP_K": top_k,
         "RENORMALIZE": int(renormalize),
     }

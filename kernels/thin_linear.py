@@ -15,13 +15,10 @@ from .jit import Kernel
 
 BF16 = torch.bfloat16
 MAX_ROWS = 8
-MAX_K = 8192  # eight rows of x are 128 KiB of shared memory
-CTAS_PER_SM = 2
+MAX_K = 4096  # x is held in registers by 16 warps
 
 
-def thin_linear(
-    x: torch.Tensor, w: torch.Tensor, *, out: torch.Tensor | None = None, ctas_per_sm: int = CTAS_PER_SM
-) -> torch.Tensor:
+def thin_linear(x: torch.Tensor, w: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """x [M, K] bf16, M <= 8, w [N, K] bf16 -> [M, N] bf16."""
     num_rows, k = x.shape
     num_outputs = w.shape[0]
@@ -36,13 +33,13 @@ def thin_linear(
         out = torch.empty(num_rows, num_outputs, dtype=BF16, device=x.device)
     require("out", out, BF16, (num_rows, num_outputs))
     if num_rows:
-        capacity, warps = capacity_for(num_rows), warps_for(k)
-        thin_linear_kernel(k, capacity).launch(
-            (min(ctas_per_sm * _num_sms(x.device.index or 0), num_outputs // 8),),
+        warps = warps_for(k)
+        num_ctas = _num_sms(x.device.index or 0) * (1 if warps > 8 else 2)
+        thin_linear_kernel(k).launch(
+            (min(num_ctas, num_outputs // 8),),
             32 * warps,
             (x, np.int32(num_rows), w, np.int32(num_outputs), out),
             device=x.device,
-            shared_bytes=shared_bytes_for(k, capacity),
         )
     return out
 
@@ -53,24 +50,13 @@ def takes(num_outputs: int, k: int) -> bool:
 
 
 def warps_for(k: int) -> int:
-    """Warps that share K: 256 columns or less each, more only where eight do not suffice."""
-    return next((warps for warps in (2, 4, 8) if k <= 256 * warps), 8)
-
-
-def capacity_for(num_rows: int) -> int:
-    """Rows that the kernel is compiled for; the same bits for each."""
-    return next(rows for rows in (1, 2, 4, 8) if num_rows <= rows)
-
-
-def shared_bytes_for(k: int, capacity: int) -> int:
-    """x, in the order of the fragments: whole loads of 32 columns for every warp."""
-    warps = warps_for(k)
-    return warps * -(-k // (32 * warps)) * capacity * 64
+    """So many that a warp holds its part of all rows, at most 256 columns, in registers."""
+    return next(warps for warps in (2, 4, 8, 16) if k <= 256 * warps)
 
 
 @functools.cache
-def thin_linear_kernel(k: int, capacity: int) -> Kernel:
-    return Kernel("thin_linear.cu", "thin_linear", {"K": k, "WARPS": warps_for(k), "ROWS": capacity})
+def thin_linear_kernel(k: int) -> Kernel:
+    return Kernel("thin_linear.cu", "thin_linear", {"K": k, "WARPS": warps_for(k)})
 
 
 @functools.cache
