@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .quantized import unsupported_quantization
 
 ARCHITECTURES = {"qwen3_moe": "Qwen3MoeForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # model_type -> class name
+QUANTIZATION_GROUP = 128  # weights that share a scale, and the side of an fp8 block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,3 +299,17 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     if not isinstance(raw, dict):
         raise CheckpointError("the file holds no JSON object; download it again", file=str(path))
     return raw
+
+
+def unsupported_quantization(config: Mapping[str, Any]) -> str | None:
+    """Why a config.json's `quantization_config` cannot be served, or None."""
+    method = config.get("quant_method")
+    if method == "fp8":
+        block, wanted = list(config.get("weight_block_size") or ()), [QUANTIZATION_GROUP, QUANTIZATION_GROUP]
+        return None if block == wanted else f"weight_block_size is {block}, not {wanted}"
+    if method not in ("gptq", "awq"):
+        return "only gptq, awq and fp8 are supported"
+    expected: dict[str, Any] = {"bits": 4, "group_size": QUANTIZATION_GROUP}
+    expected |= {"desc_act": False, "checkpoint_format": "gptq"} if method == "gptq" else {"version": "gemm"}
+    wrong = [f"{k} is {config[k]!r}, not {v!r}" for k, v in expected.items() if config.get(k, v) != v]
+    return "; ".join(wrong) or None

@@ -12,15 +12,15 @@ holding column AWQ_ORDER[k]; zero points as they are. fp8: `weight` e4m3 [out, i
 each 128x128 block: weight = e4m3 x scale, in spite of the name. Sources: AutoGPTQ's and AutoAWQ's packers; the
 published Qwen3 checkpoints."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from .errors import KernelError
+from .model_config import QUANTIZATION_GROUP
 
-GROUP = 128
+GROUP = QUANTIZATION_GROUP
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -59,20 +59,6 @@ class TensorSource(Protocol):
     def as_stored(
         self, name: str, shape: tuple[int, ...], *, device: torch.device | str = "cpu", meter: Any = None
     ) -> torch.Tensor: ...
-
-
-def unsupported_quantization(config: Mapping[str, Any]) -> str | None:
-    """Why a config.json's `quantization_config` cannot be served, or None."""
-    method = config.get("quant_method")
-    if method == "fp8":
-        block = list(config.get("weight_block_size") or ())
-        return None if block == [GROUP, GROUP] else f"weight_block_size is {block}, not [{GROUP}, {GROUP}]"
-    if method not in ("gptq", "awq"):
-        return "only gptq, awq and fp8 are supported"
-    expected: dict[str, Any] = {"bits": 4, "group_size": GROUP}
-    expected |= {"desc_act": False, "checkpoint_format": "gptq"} if method == "gptq" else {"version": "gemm"}
-    wrong = [f"{k} is {config[k]!r}, not {v!r}" for k, v in expected.items() if config.get(k, v) != v]
-    return "; ".join(wrong) or None
 
 
 def quantized_form(source: TensorSource, base: str) -> str | None:

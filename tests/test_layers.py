@@ -106,3 +106,16 @@ def test_members_run_where_there_is_no_ray():
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("module", ["router.gateway.deployment", "cluster.tier_policy", "cluster.per_node"])
+def test_gateways_and_serves_controller_start_without_torch(module: str):
+    """It is two thirds of a process's start, and 150 MB."""
+    code = (
+        "import sys; sys.path.insert(0, '.link')\n"
+        f"import expertmesh.{module}\n"
+        "heavy = {'torch', 'cupy', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
