@@ -20,6 +20,7 @@ import asyncio
 import itertools
 import json
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -249,6 +250,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", metavar="FAULT,...", help=f"of {', '.join(f.name for f in FAULTS)}")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # ends what it started
     mark_processes()
     before = processes_now()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder, ChaosWorld(Path(folder), say) as world:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class ChaosWorld:
     def _start(self) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")
         self.redis = ValkeyProcess(self._folder / "redis", "--appendonly", "yes")
         self._stack.callback(self.redis.kill)
         self.gcs_store = ValkeyProcess(self._folder / "gcs", "--appendonly", "yes")
@@ -59,7 +61,11 @@ class ChaosWorld:
         self.nodes = [RayNode(0, "", gcs_store=self.gcs_store)]  # the head: it has the control store (GCS)
         self._stack.callback(lambda: [node.kill() for node in reversed(self.nodes)])
         address = self.nodes[0].address
-        self.nodes += [RayNode(i, address) for i in range(1, NUM_NODES)]
+        with ThreadPoolExecutor() as pool:
+            others = [pool.submit(RayNode, i, address) for i in range(1, NUM_NODES)]
+        self.nodes += [node.result() for node in others if node.exception() is None]
+        for node in others:
+            node.result()  # raises what one of them did
         config = ClusterConfig(
             model=str(DEMO_MODEL),
             num_attention_replicas=NUM_ATTENTION,

@@ -268,6 +268,7 @@ def start_ray(address: str = "") -> None:
         # A local Ray listens on this machine for this user only; `ray up` clusters set token authentication themselves.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets anything else on the host go first
         os.environ.setdefault("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", str(AUTOSCALING_PUSH_S))
     local: dict[str, Any] = {
         "address": "local",  # of our own, whatever other Ray runs on this host
@@ -279,7 +280,14 @@ def start_ray(address: str = "") -> None:
     where = {"address": address} if address else local
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with contextlib.chdir("/"):
-        ray.init(namespace="expertmesh", log_to_driver=False, logging_level=logging.ERROR, **where)
+        try:
+            ray.init(namespace="expertmesh", log_to_driver=False, logging_level=logging.ERROR, **where)
+        except Exception as error:  # Ray raises no type of its own
+            if "timed out during startup" not in str(error):
+                raise
+            waiting, cores = os.getloadavg()[0], os.cpu_count()
+            told = f"Ray was not up within its 30 s (load average {waiting:.0f} on {cores} cores)"
+            raise StartupError(f"{told}: start again when this host has time") from error
 
 
 def stop_ray(*, with_serve: bool = True) -> None:
