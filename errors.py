@@ -113,10 +113,9 @@ class KVCacheExhausted(Overloaded):
 
 
 class SlowReader(Overloaded):
-    def __init__(self, stall_s: float) -> None:
+    def __init__(self, what: str) -> None:
         super().__init__(
-            f"this stream was not read for {stall_s:g} s and was ended; read faster, or ask for a resumable stream and "
-            "resume it",
+            f"this stream's client {what}, so it was ended; read faster, or ask for a resumable stream and resume it",
             retry_after_s=1.0,
         )
 

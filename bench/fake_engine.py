@@ -55,6 +55,11 @@ class FakeEngine:
             self._credits = -1 if num_steps < 0 else max(self._credits, 0) + num_steps
             self._changed.notify_all()
 
+    @property
+    def num_credits(self) -> int:
+        """Steps that are still allowed; -1 = no limit."""
+        return self._credits
+
     def wait_idle(self, timeout_s: float = 10.0) -> bool:
         """True once nothing runs."""
         with self._changed:

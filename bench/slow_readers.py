@@ -4,12 +4,17 @@ Real gRPC on loopback, each part in a process: two paced fake engines that say a
 model), each behind a gateway; `--normal` clients at each gateway whose time between events is measured, in one process
 and at the same time, so that what else the machine does hits both alike; and, at one of the two gateways, `--stalled`
 clients that read one event and then no more, each of them blocked (its window and the gateway's buffer full) before a
-round is measured. Their work goes on in the engine and over the link until the gateway's limit, and is in the figure.
+round is measured. Their work goes on in the engine and over the link, and is in the figure; after that the engine gives
+them all that they asked for, so what is queued for each is known and does not hang on how fast the machine is.
 
-Goal: the normal clients' p99 beside stalled ones within 1.3 of the p99 at the other gateway; at most MAX_KIB_A_CLIENT
-of the gateway's memory for each stalled client, and no more in a later round than in the first; after they hung up no
-request, task, or connection left. Then the limit: stalled clients that stay are ended by the gateway. The last line
-is JSON.
+Memory is told in three parts, each time of a process that gave its free memory back: a connection that says nothing; a
+client whose stream is read, as many of them as of the stalled ones at the same gateway; what a stalled one holds beyond
+that: ids that wait for it, ids that were sent (kept for a failover, as any stream's), and buffers.
+
+Goal: the normal clients' p99 beside stalled ones within 1.3 of the p99 at the other gateway; at most MAX_READING_KIB
+for a client that reads; for a stalled one beyond that ID_BYTES for each token that it asked for and MAX_STALL_KIB; no
+more in a later round than in the first; after they hung up no request, task, connection or queue left. Then the limit:
+stalled clients that stay are ended by the gateway. The last line is JSON.
 
     python -P -m expertmesh.bench.slow_readers [--stalled 200] [--normal 50] [--rounds 3] [--seconds 8]"""
 
@@ -20,142 +25,109 @@ import json
 import os
 import statistics
 import sys
-import time
-from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from typing import Any
 
-import grpc
-import grpc.aio
-import psutil
-
-from ..proto import expertmesh_pb2 as pb
-from ..router.gateway.generation import GenerationConfig
-from ..router.gateway.link import LinkServer
-from ..router.gateway.server import GatewayServer
-from ..router.gateway.tier import AttentionTier
-from ..router.gateway.tokenizer import QWEN3_FOLDER, Tokenizer
-from ..router.heap import freeze_heap
-from .fake_engine import FakeEngine
-from .gateway import METHOD, TEXT, TOKEN, Server, until_ended
+from ..router.gateway.backlog import ID_BYTES
+from .gateway import Server
+from .slow_reader_processes import (
+    FLOOD_STEP_S,
+    NUM_IDS,
+    STALL_S,
+    STEP_S,
+    Books,
+    Gateway,
+    clients_process,
+    engine_process,
+    gaps_of,
+    gateway_process,
+)
 
 GOAL = 1.3
-MAX_KIB_A_CLIENT = 256
-MAX_GROWTH_MIB = 16  # of the second round's peak over the first's
-STALL_S = 90.0  # the gateway's limit in this bench
-STEP_S = 0.04  # a token a stream: 25 a second
-NUM_IDS = 20_000  # of a stalled client's stream: more than it will be sent
-WINDOW = [("grpc.http2.lookahead_bytes", 16 << 10), ("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
+MAX_READING_KIB = 64  # connection, call, request and its state
+MAX_STALL_KIB = 32  # buffers, the piece that is being written, spare room of the arrays of ids
+MAX_GROWTH_MIB = 4  # of a later round over the first
 
 
-@dataclass(frozen=True, slots=True)
-class Books:
-    num_running: int
-    num_in_flight: int
-    num_stalled: int  # writes that have waited for more than half a second
-    num_tasks: int
-    num_connections: int
-    rss_mib: float
+class Bench:
+    """Two gateways with an engine each; `faults` collects what must not be."""
 
+    def __init__(self, num_stalled: int, num_normal: int) -> None:
+        self.num_stalled, self.num_normal = num_stalled, num_normal
+        self.servers: list[Server] = []
+        self.faults: list[str] = []
+        self.highest_mib = 0.0  # that was seen, what the flood left to the allocator included
+        self.engine = self._start(engine_process)
+        at = self._start(gateway_process, self.engine.address)
+        self.address, self.gateway = at.address, Gateway(at)
+        self._control = self._start(gateway_process, self._start(engine_process).address).address
+        self.base = self.gateway.books()
 
-async def engine_process(pipe: Connection) -> None:
-    ids = Tokenizer(QWEN3_FOLDER).encode(TEXT)
-    reply = ids * (NUM_IDS // len(ids) + 1)
-    link = LinkServer(replica_id="fake", max_model_len=1 << 20, cluster_token=TOKEN)
-    engine = FakeEngine(link.publish, lambda _request: reply, step_s=STEP_S)
+    def _start(self, target: Any, *arguments: Any) -> Server:
+        self.servers.append(Server(target, *arguments))
+        return self.servers[-1]
 
-    def set_step(step_s: float) -> None:
-        engine.step_s = step_s
+    def end(self) -> None:
+        for server in reversed(self.servers):
+            with contextlib.suppress(OSError):
+                server.end()
 
-    pipe.send(await link.start(engine))
-    await until_ended(pipe, set_step)
-    engine.stop()
-    await link.stop()
+    async def warm_up(self) -> None:
+        await self.measure(2.0)
+        await self.gateway.wait("idle", lambda b: b.num_running == 0)
+        self.base = self.gateway.books(trim=True)
 
-
-async def gateway_process(pipe: Connection, link_address: str) -> None:
-    tier = AttentionTier(gateway_id="bench", cluster_token=TOKEN)
-    tier.set_replicas({"fake": link_address})
-    await tier.wait_connected(20)
-    config = GenerationConfig(model="fake", max_model_len=1 << 20, vocab_size=151_936)
-    server = GatewayServer(config, tokenizer=Tokenizer(QWEN3_FOLDER), tier=tier, stall_s=STALL_S)
-    process = psutil.Process()
-
-    def tell(_: float) -> None:
-        connections = [c for c in process.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED]
-        books = Books(
-            num_running=server.num_running,
-            num_in_flight=tier.num_in_flight,
-            num_stalled=server.readers.num_stalled(0.5),
-            num_tasks=len(asyncio.all_tasks()),
-            num_connections=len(connections),
-            rss_mib=process.memory_info().rss / 2**20,
+    async def measure(self, seconds: float) -> tuple[list[float], list[float]]:
+        """Times between events of the normal clients, at the control and at the gateway with the stalled ones."""
+        alone, beside = await asyncio.gather(
+            *(gaps_of(address, self.num_normal, seconds) for address in (self._control, self.address))
         )
-        pipe.send(asdict(books))
+        return alone, beside
 
-    address = await server.start()
-    freeze_heap()  # as `deployment.py` does
-    pipe.send(address)
-    await until_ended(pipe, tell)
-    await server.stop()
-    await tier.close()
+    async def clients(self, kind: str) -> Server:
+        clients = self._start(clients_process, self.address, self.num_stalled, kind)
+        await asyncio.to_thread(clients.pipe.recv)
+        return clients
 
+    async def hang_up(self, clients: Server, after: str) -> Books:
+        """They go; everything that they held is free."""
+        self.servers.remove(clients)
+        clients.end()
+        _, ok = await self.gateway.wait(f"freed after {after}", self._freed)
+        books = self.gateway.books(trim=True)
+        if not ok:
+            self.faults.append(f"not freed after {after}: {books}")
+        return books
 
-def _request(num_tokens: int) -> bytes:
-    options = pb.SamplingOptions(max_tokens=num_tokens, temperature=0)
-    return pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 2, 3]), sampling=options).SerializeToString()
+    def _freed(self, books: Books) -> bool:
+        return (
+            books.num_running == books.num_in_flight == books.queued_kib == 0
+            and books.num_tasks <= self.base.num_tasks
+            and books.num_connections <= self.base.num_connections
+        )
 
+    async def stall(self) -> Server:
+        """All stalled clients blocked, as fast as the engine can."""
+        self.engine.pipe.send(FLOOD_STEP_S)
+        stalled = await self.clients("stalled")
+        books, ok = await self.gateway.wait("all clients stalled", lambda b: b.num_stalled >= self.num_stalled)
+        self.engine.pipe.send(STEP_S)
+        if not ok:
+            self.faults.append(f"{books.num_stalled} of {self.num_stalled} clients stalled")
+        return stalled
 
-async def stalled_process(pipe: Connection, address: str, count: int) -> None:
-    """A connection and a stream each, of which the first event is read. It tells when all have begun; its end hangs up
-    on them all as the end of any client does."""
-    pipe.send("")
-    channels = [grpc.aio.insecure_channel(address, options=WINDOW) for _ in range(count)]
-    calls = [channel.unary_stream(METHOD)(_request(NUM_IDS)) for channel in channels]
-    await asyncio.gather(*(call.read() for call in calls))
-    pipe.send(count)
-    await until_ended(pipe)
-    os._exit(0)
+    async def give_all(self) -> Books:
+        """Stalled clients' streams have ended at the engine; nobody has read them."""
+        self.engine.pipe.send(FLOOD_STEP_S)
+        books, ok = await self.gateway.wait("the engine gave all", lambda b: b.num_in_flight == 0)
+        self.engine.pipe.send(STEP_S)
+        self.highest_mib = max(self.highest_mib, books.rss_mib)
+        books = self.gateway.books(trim=True)
+        if not ok or books.num_stalled < self.num_stalled:
+            self.faults.append(f"not all of {self.num_stalled} clients stalled with all given: {books}")
+        return books
 
-
-async def gaps_of(address: str, count: int, seconds: float) -> list[float]:
-    """Seconds between the events of `count` streams over one connection, all of them read."""
-    gaps: list[float] = []
-
-    async def read(channel: grpc.aio.Channel) -> None:
-        last = 0.0
-        async for _ in channel.unary_stream(METHOD)(_request(int(seconds / STEP_S))):
-            now = time.perf_counter()
-            if last:
-                gaps.append(now - last)
-            last = now
-
-    async with grpc.aio.insecure_channel(address) as channel:
-        await asyncio.gather(*(read(channel) for _ in range(count)))
-    return gaps
-
-
-class Gateway:
-    """The gateway's books over its pipe."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-
-    def books(self) -> Books:
-        self._server.pipe.send(1.0)
-        return Books(**self._server.pipe.recv())
-
-    async def wait(self, what: str, condition: Any, timeout_s: float = 120.0) -> tuple[Books, bool]:
-        """Its books once the condition holds, or at the end of the time."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            books = self.books()
-            if condition(books):
-                return books, True
-            if time.monotonic() > deadline:
-                print(f"not reached in {timeout_s:g} s: {what}: {books}", flush=True)
-                return books, False
-            await asyncio.sleep(0.2)
+    def kib_a_client(self, books: Books, over: Books) -> float:
+        return (books.rss_mib - over.rss_mib) * 1024 / self.num_stalled
 
 
 def p99(values: list[float]) -> float:
@@ -163,98 +135,62 @@ def p99(values: list[float]) -> float:
 
 
 async def run(num_stalled: int, num_normal: int, rounds: int, seconds: float) -> dict[str, Any]:
-    servers: list[Server] = []
+    bench = Bench(num_stalled, num_normal)
     alone: list[list[float]] = []
     beside: list[list[float]] = []
-    peaks: list[float] = []
-    faults: list[str] = []
+    held: list[Books] = []
     try:
-        engine = Server(engine_process)
-        servers.append(engine)
-        servers.append(Server(gateway_process, engine.address))
-        address, gateway = servers[1].address, Gateway(servers[1])
-        servers.append(Server(engine_process))
-        servers.append(Server(gateway_process, servers[2].address))
-        control = servers[3].address
-
-        async def measure(length_s: float) -> tuple[list[float], list[float]]:
-            found = await asyncio.gather(*(gaps_of(a, num_normal, length_s) for a in (control, address)))
-            return found[0], found[1]
-
-        await measure(2.0)  # warm-up
-        base, _ = await gateway.wait("idle", lambda b: b.num_running == 0)
-
-        async def stall() -> Server:
-            """All stalled clients blocked, as fast as the engine can."""
-            engine.pipe.send(0.0)
-            stalled = Server(stalled_process, address, num_stalled)
-            servers.append(stalled)
-            await asyncio.to_thread(stalled.pipe.recv)
-            books, ok = await gateway.wait("all clients stalled", lambda b: b.num_stalled >= num_stalled)
-            engine.pipe.send(STEP_S)
-            if not ok:
-                faults.append(f"{books.num_stalled} of {num_stalled} clients stalled")
-            return stalled
-
-        def hang_up(stalled: Server) -> None:
-            servers.remove(stalled)
-            stalled.end()
-
-        async def expect_freed(after: str) -> None:
-            ok = (await gateway.wait(f"freed after {after}", lambda b: freed(b, base)))[1]
-            if not ok:
-                faults.append(f"not freed after {after}: {gateway.books()}")
-
-        def freed(books: Books, base: Books) -> bool:
-            return (
-                books.num_running == books.num_in_flight == 0
-                and books.num_tasks <= base.num_tasks
-                and books.num_connections <= base.num_connections
-            )
-
+        await bench.warm_up()
+        clients = await bench.clients("idle")
+        idle = bench.gateway.books(trim=True)
+        await bench.hang_up(clients, "idle clients hung up")
+        clients = await bench.clients("reading")
+        await asyncio.sleep(seconds)
+        reading = bench.gateway.books(trim=True)
+        await bench.hang_up(clients, "reading clients hung up")
+        print(
+            f"a client that is connected {bench.kib_a_client(idle, bench.base):.0f} KiB, one that reads "
+            f"{bench.kib_a_client(reading, bench.base):.0f} KiB",
+            flush=True,
+        )
         for index in range(rounds):
-            stalled = await stall()
-            undisturbed, disturbed = await measure(seconds)
+            clients = await bench.stall()
+            undisturbed, disturbed = await bench.measure(seconds)
             alone.append(undisturbed)
             beside.append(disturbed)
-            books = gateway.books()
-            peaks.append(books.rss_mib)
-            if books.num_stalled < num_stalled:
-                faults.append(f"only {books.num_stalled} clients were still stalled")
-            hang_up(stalled)
-            await expect_freed("the stalled clients hung up")
+            held.append(await bench.give_all())
+            after = await bench.hang_up(clients, "the stalled clients hung up")
             print(
-                f"round {index + 1}: p99 alone {p99(alone[-1]) * 1e3:.1f} ms, beside {num_stalled} stalled clients "
-                f"{p99(beside[-1]) * 1e3:.1f} ms; gateway {base.rss_mib:.0f} MiB at first, {peaks[-1]:.0f} with them, "
-                f"{gateway.books().rss_mib:.0f} MiB after",
+                f"round {index + 1}: p99 alone {p99(undisturbed) * 1e3:.1f} ms, beside {num_stalled} stalled clients "
+                f"{p99(disturbed) * 1e3:.1f} ms; gateway {bench.base.rss_mib:.0f} MiB at first, "
+                f"{held[-1].rss_mib:.0f} with them ({held[-1].queued_kib / 1024:.1f} queued), "
+                f"{after.rss_mib:.0f} after",
                 flush=True,
             )
-        stalled = await stall()  # and stay: the gateway ends them
-        ended = (await gateway.wait("ended by the limit", lambda b: b.num_running == 0, STALL_S * 2 + 60))[1]
-        if not ended:
-            faults.append("stalled clients were not ended by the limit")
-        hang_up(stalled)
-        await expect_freed("the limit and the clients' end")
-        last = gateway.books()
+        clients = await bench.stall()  # and stay: the gateway ends them
+        if not (await bench.gateway.wait("ended by the limit", lambda b: b.num_running == 0, STALL_S * 2 + 60))[1]:
+            bench.faults.append("stalled clients were not ended by the limit")
+        last = await bench.hang_up(clients, "the limit and the clients' end")
     finally:
-        for server in reversed(servers):
-            with contextlib.suppress(OSError):
-                server.end()
+        bench.end()
+    highest = max(held, key=lambda b: b.rss_mib)
+    memory = {
+        "kib_a_connection": bench.kib_a_client(idle, bench.base),
+        "kib_a_reading_client": bench.kib_a_client(reading, bench.base),
+        "kib_a_stalled_client_over_a_reading_one": bench.kib_a_client(highest, reading),
+        "kib_queued_a_stalled_client": max(b.queued_kib for b in held) / num_stalled,
+    }
+    faults = [*bench.faults, *judge_memory(memory, [b.rss_mib for b in held])]
     ratio = p99([g for r in beside for g in r]) / p99([g for r in alone for g in r])
-    kib = (max(peaks) - base.rss_mib) * 1024 / num_stalled
-    growth = max(peaks[1:], default=peaks[0]) - peaks[0]
     if ratio > GOAL:
         faults.append(f"p99 ratio {ratio:.2f} above {GOAL}")
-    if kib > MAX_KIB_A_CLIENT:
-        faults.append(f"{kib:.0f} KiB a stalled client, more than {MAX_KIB_A_CLIENT}")
-    if growth > MAX_GROWTH_MIB:
-        faults.append(f"{growth:.0f} MiB more in a later round than in the first")
     return {
         "bench": "slow_readers",
         "engine": f"fake, a token every {STEP_S * 1e3:g} ms a stream, no model",
         "stalled": num_stalled,
         "normal": num_normal,
         "rounds": rounds,
+        "tokens_a_stalled_client": NUM_IDS,
         "cpus": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 1),
         "p50_alone_ms": round(statistics.median(g for r in alone for g in r) * 1e3, 2),
@@ -264,13 +200,31 @@ async def run(num_stalled: int, num_normal: int, rounds: int, seconds: float) ->
         "p99_ratio": round(ratio, 3),
         "p99_ratio_by_round": [round(p99(b) / p99(a), 3) for a, b in zip(alone, beside)],
         "goal": GOAL,
-        "rss_mib_at_first": round(base.rss_mib, 1),
-        "rss_mib_with_stalled": [round(p, 1) for p in peaks],
+        "rss_mib_at_first": round(bench.base.rss_mib, 1),
+        "rss_mib_with_stalled": [round(b.rss_mib, 1) for b in held],
+        "rss_mib_with_stalled_and_free_memory": round(bench.highest_mib, 1),
         "rss_mib_at_the_end": round(last.rss_mib, 1),
-        "kib_a_stalled_client": round(kib, 1),
+        **{name: round(kib, 1) for name, kib in memory.items()},
+        "max_kib_reading": MAX_READING_KIB,
+        "max_kib_over_a_reading_one": round(NUM_IDS * ID_BYTES / 1024 + MAX_STALL_KIB, 1),
         "faults": faults,
         "met": not faults,
     }
+
+
+def judge_memory(memory: dict[str, float], held_mib: list[float]) -> list[str]:
+    """What of it is above its bound. Keys as in the figures."""
+    reading, beyond = memory["kib_a_reading_client"], memory["kib_a_stalled_client_over_a_reading_one"]
+    most = NUM_IDS * ID_BYTES / 1024 + MAX_STALL_KIB
+    growth = max(held_mib) - held_mib[0]
+    faults = []
+    if reading > MAX_READING_KIB:
+        faults.append(f"{reading:.0f} KiB a client that reads, more than {MAX_READING_KIB}")
+    if beyond > most:
+        faults.append(f"{beyond:.0f} KiB a stalled client over one that reads, more than {most:.0f}")
+    if growth > MAX_GROWTH_MIB:
+        faults.append(f"{growth:.0f} MiB more in a later round than in the first")
+    return faults
 
 
 def main() -> int:

@@ -285,7 +285,7 @@ class _Stalled(_Refused):
         return grpc.StatusCode.RESOURCE_EXHAUSTED
 
     def trailing_metadata(self):
-        return trailing_metadata(SlowReader(30.0))
+        return trailing_metadata(SlowReader("did not read for 30 s"))
 
 
 @pytest.mark.parametrize("resumable", [True, False])

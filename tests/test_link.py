@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from expertmesh.bench.fake_engine import FakeEngine
-from expertmesh.errors import NoReplica, Overloaded, ReplicaLost, Unavailable
+from expertmesh.errors import NoReplica, Overloaded, ReplicaLost, SlowReader, Unavailable
 from expertmesh.proto import expertmesh_pb2 as pb
 from expertmesh.proto import expertmesh_pb2_grpc as pb_grpc
 from expertmesh.request import EngineRequest, FinishReason, SamplingParams, ThinkingBudget
@@ -191,8 +191,8 @@ def test_a_submit_survives_the_wire_unchanged():
 
 
 @contextlib.asynccontextmanager
-async def tier_over(*links: LinkServer):
-    tier = AttentionTier(gateway_id="gw", cluster_token=TOKEN)
+async def tier_over(*links: LinkServer, **fields):
+    tier = AttentionTier(gateway_id="gw", cluster_token=TOKEN, **fields)
     tier.set_replicas({link.replica_id: link.address for link in links})
     try:
         await tier.wait_connected(10, count=len(links))
@@ -223,6 +223,31 @@ async def test_a_full_replica_is_passed_over_before_anything_was_said():
     async with replica("a", max_num_seqs=0) as (a, _), replica("b") as (b, _), tier_over(a, b) as tier:
         results = await asyncio.gather(*(collect(tier.generate(request(f"r{i}"))) for i in range(4)))
         assert [ids[0] for ids, _ in results] == [0, 1000, 2000, 3000]
+
+
+async def test_a_reader_that_leaves_more_than_the_bound_unread_is_ended_and_no_replica_is_asked_again():
+    async with (
+        replica("a") as (a, engine_a),
+        replica("b") as (b, engine_b),
+        tier_over(a, b, max_backlog_bytes=400) as tier,
+    ):
+        engine_a.allow(1)
+        engine_b.allow(1)
+        stream = tier.generate(request(num_tokens=200))
+        assert (await stream.__anext__()).token_ids == [0]
+        engine = engine_a if stream.replica_id == "a" else engine_b
+        engine.allow(100)
+        async with asyncio.timeout(10):
+            while engine.num_credits:  # noqa: ASYNC110  (the engine has no event for it)
+                await asyncio.sleep(0.01)
+        assert tier.num_in_flight == 1  # 400 bytes wait
+        engine.allow(1)
+        assert await asyncio.to_thread(engine.wait_idle)
+        assert tier.num_in_flight == 0
+        with pytest.raises(SlowReader, match="left 101 tokens"):
+            await stream.__anext__()
+        await stream.aclose()
+        assert len(engine_a.submitted) + len(engine_b.submitted) == 1
 
 
 async def test_a_stream_without_any_replica_waits_and_can_be_closed():

@@ -7,6 +7,7 @@ forced ones. They are output like any other: counted, in the prefix cache, in th
 ids alone, so however the stream came in pieces, and whoever goes on with it, it says the same."""
 
 import json
+from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -78,7 +79,7 @@ class ForcedCallStream(AsyncIterator[RequestOutput]):
     ) -> None:
         """`request.output_ids` (a stream resumed) may hold the forced tokens already."""
         self._submit, self._request, self._beginning, self._finder = submit, request, beginning, finder
-        self._ids = list(request.output_ids)
+        self._ids = array("i", request.output_ids)
         finder.find(self._ids)
         self._stream = submit(request)
         self._closed = False
@@ -95,7 +96,7 @@ class ForcedCallStream(AsyncIterator[RequestOutput]):
         output = await self._stream.__anext__()
         cut = self._finder.find(output.token_ids)
         if cut is None:
-            self._ids += output.token_ids
+            self._ids.extend(output.token_ids)
             return output
         num_kept, separator = cut
         kept, logprobs = output.token_ids[:num_kept], output.logprobs[:num_kept]
@@ -103,7 +104,7 @@ class ForcedCallStream(AsyncIterator[RequestOutput]):
         forced = [*separator, *self._beginning][:room]
         if self._request.sampling.num_logprobs >= 0:
             logprobs += [TokenLogprob(i, 0.0) for i in forced]
-        self._ids += [*kept, *forced]
+        self._ids.extend([*kept, *forced])
         self._stream.abort()
         ended = len(forced) == room
         if not ended and not self._closed:

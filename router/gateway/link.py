@@ -4,8 +4,9 @@ Why: a call per token through a Serve handle costs milliseconds; here the cost o
 requests of the gateway, so the cost per token falls as the batch grows. Requests are named by small handles. Submit and
 abort travel up; tokens, rejections and load travel down.
 
-Both ends hold at most one unsent (unread) record per request and add to it, so a slow peer makes messages larger, never
-a queue longer: memory per request is bounded by its own max_tokens.
+Both ends hold what is not sent (not read) of a request as one record and add to it, so a slow peer makes messages
+larger, never a queue longer. At the replica that is bounded by the request's own max_tokens, at the gateway by bytes
+too (`backlog.py`): a stream whose client leaves more unread is ended.
 
     LinkServer   in the replica: `publish` is called once a step from the engine thread
     LinkClient   in the gateway: `generate` returns a RequestStream, closing which aborts the request"""
@@ -21,15 +22,15 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
-from ...errors import ExpertMeshError, ReplicaLost, StartupError
+from ...errors import ExpertMeshError, ReplicaLost, SlowReader, StartupError
 from ...proto import expertmesh_pb2 as pb
 from ...proto import expertmesh_pb2_grpc as pb_grpc
 from ...request import EngineLoad, EngineRequest, FinishReason, RequestOutput
+from .backlog import Backlog
 from .link_messages import (
     PROTOCOL_VERSION,
     add_output,
     decode_load,
-    decode_output,
     decode_submit,
     encode_load,
     encode_submit,
@@ -40,6 +41,7 @@ TOKEN_KEY = "x-expertmesh-token"
 LOAD_PERIOD_S = 1.0  # a changed load is told at least so often when no tokens flow
 BACKOFF_S = (0.05, 2.0)  # first and longest pause before connecting again
 CONNECT_TIMEOUT_S = 5.0
+MAX_BACKLOG_BYTES = 1 << 20  # of one stream at the gateway: 262,144 ids, or 3,000 tokens with 20 log-probabilities each
 _NO_LOAD = EngineLoad(num_running=0, num_waiting=0, num_free_kv_blocks=0, num_kv_blocks=0)
 _log = logging.getLogger(__name__)
 
@@ -304,9 +306,11 @@ class LinkClient:
         gateway_id: str,
         cluster_token: str,
         max_message_bytes: int = 64 << 20,
+        max_backlog_bytes: int = MAX_BACKLOG_BYTES,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         """`on_change` is called after each report of load and each end of a connection."""
+        self.max_backlog_bytes = max_backlog_bytes
         self.replica_id, self.address = replica_id, address
         self.connected = asyncio.Event()
         self.load = _NO_LOAD
@@ -451,14 +455,13 @@ class LinkClient:
 
 
 class RequestStream(AsyncIterator[RequestOutput]):
-    """Outputs of one request as they come; several steps that came meanwhile are one output. One reader."""
+    """Outputs of one request as they come; steps that came meanwhile are one output, or pieces of it. One reader."""
 
-    __slots__ = ("_ended", "_error", "_handle", "_link", "_pending", "_request_id", "_waiter", "_with_logprobs")
+    __slots__ = ("_backlog", "_ended", "_error", "_handle", "_link", "_request_id", "_waiter")
 
     def __init__(self, link: LinkClient, handle: int, request: EngineRequest) -> None:
         self._link, self._handle, self._request_id = link, handle, request.request_id
-        self._with_logprobs = request.sampling.num_logprobs >= 0
-        self._pending: pb.RequestTokens | None = None  # what came and was not taken, merged
+        self._backlog = Backlog(with_logprobs=request.sampling.num_logprobs >= 0)
         self._error: ExpertMeshError | None = None
         self._ended = False
         self._waiter: asyncio.Future[None] | None = None
@@ -468,12 +471,13 @@ class RequestStream(AsyncIterator[RequestOutput]):
         return self._link.replica_id
 
     def give(self, tokens: pb.RequestTokens) -> None:
-        if self._pending is None:
-            self._pending = tokens
-        else:
-            self._pending.MergeFrom(tokens)
+        self._backlog.add(tokens)
         if tokens.finish_reason:
             self._link.release(self._handle, abort=False)
+        if self._backlog.num_bytes > self._link.max_backlog_bytes:
+            error = SlowReader(f"left {self._backlog.num_tokens} tokens ({self._backlog.num_bytes >> 10} KiB) unread")
+            self.abort()
+            self._ended, self._error = False, error
         self._wake()
 
     def fail(self, error: ExpertMeshError) -> None:
@@ -483,10 +487,8 @@ class RequestStream(AsyncIterator[RequestOutput]):
 
     def take(self) -> RequestOutput | None:
         """What is here, None for nothing yet; raises the stream's error, StopAsyncIteration after its end."""
-        tokens = self._pending
-        if tokens is not None:
-            self._pending = None
-            output = decode_output(self._request_id, tokens, with_logprobs=self._with_logprobs)
+        if self._backlog:
+            output = self._backlog.take(self._request_id)
             if output.finish_reason:
                 self._ended = True
             return output
@@ -512,7 +514,8 @@ class RequestStream(AsyncIterator[RequestOutput]):
         self.abort()
 
     def abort(self) -> None:
-        self._ended, self._pending, self._error = True, None, None
+        self._ended, self._error = True, None
+        self._backlog = Backlog(with_logprobs=False)
         self._link.release(self._handle, abort=True)
         self._wake()
 

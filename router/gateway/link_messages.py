@@ -141,10 +141,13 @@ def decode_output(request_id: str, tokens: pb.RequestTokens, *, with_logprobs: b
     if tokens.queue_s or tokens.num_cached_tokens:
         output.queue_s, output.num_cached_tokens = tokens.queue_s, tokens.num_cached_tokens
     if with_logprobs:
-        for logprob in tokens.logprobs:
-            top = tuple((t.token_id, t.logprob) for t in logprob.top)
-            output.logprobs.append(TokenLogprob(logprob.token_id, logprob.logprob, top))
+        output.logprobs.extend(map(decode_logprob, tokens.logprobs))
     return output
+
+
+def decode_logprob(logprob: pb.TokenLogprob) -> TokenLogprob:
+    top = tuple((t.token_id, t.logprob) for t in logprob.top)
+    return TokenLogprob(logprob.token_id, logprob.logprob, top)
 
 
 def encode_load(load: EngineLoad, *, draining: bool, num_submitted: int) -> pb.ReplicaLoad:

@@ -44,7 +44,7 @@ class ReaderWatch:
             if not stream.given_up:
                 raise
             task.uncancel()
-            raise SlowReader(self._stall_s) from None
+            raise SlowReader(f"did not read for {self._stall_s:g} s") from None
         finally:
             self._streams.discard(stream)
 

@@ -6,6 +6,7 @@ Several tokens that came while the client was slow are one event, so a slow read
 goes on elsewhere (`resume.py`) first writes the events of what is recorded again: they follow from outputs alone."""
 
 import logging
+from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -61,7 +62,7 @@ class Generation:
         self._received_at = received_at
         self._stream: OutputStream | None = None
         self._reply: dict[Section, list[str]] = {Section.REASONING: [], Section.ANSWER: []}  # for the session record
-        self._output_ids: list[int] = []  # likewise
+        self._output_ids = array("i")  # likewise
         self._offset = 0  # of the last event
         self._num_cached_tokens = 0
         self._queue_s = 0.0
@@ -224,7 +225,7 @@ class Generation:
             return False, session.version
         turn = turn_record(
             self.plan,
-            output_ids=self._output_ids[: self._conversation.completion_tokens],
+            output_ids=self._output_ids[: self._conversation.completion_tokens].tolist(),
             reasoning="".join(self._reply[Section.REASONING]),
             answer="".join(self._reply[Section.ANSWER]),
             calls=self._conversation.tool_calls,

@@ -8,13 +8,14 @@ which replays them and goes on. Draws are keyed by (seed, position), so it says 
 
 import asyncio
 import time
+from array import array
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 
-from ...errors import ExpertMeshError, NoReplica, Overloaded, ReplicaLost, Unavailable
+from ...errors import ExpertMeshError, NoReplica, Overloaded, ReplicaLost, SlowReader, Unavailable
 from ...request import EngineRequest, RequestOutput
 from .balancer import BalancerConfig, ReplicaView, pick, pick_with_room
-from .link import LinkClient, RequestStream
+from .link import MAX_BACKLOG_BYTES, LinkClient, RequestStream
 from .waiting_room import Ticket, WaitingRoom, WaitingRoomConfig
 
 FAILOVER_WAIT_S = 120.0  # for a replica to come (back), with its weights to load; a request's deadline ends it sooner
@@ -33,6 +34,7 @@ class AttentionTier:
         waiting: WaitingRoomConfig | None = None,
         weights: Mapping[str, float] | None = None,
         max_message_bytes: int = 64 << 20,
+        max_backlog_bytes: int = MAX_BACKLOG_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`weights`: owner -> share of a full tier, 1 where there is none."""
@@ -40,6 +42,7 @@ class AttentionTier:
         self.waiting_room = WaitingRoom(waiting or WaitingRoomConfig(), weights or {}, clock)
         self.clock = clock
         self._gateway_id, self._cluster_token, self._max_message_bytes = gateway_id, cluster_token, max_message_bytes
+        self._max_backlog_bytes = max_backlog_bytes
         self._links: dict[str, LinkClient] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -59,6 +62,7 @@ class AttentionTier:
                     gateway_id=self._gateway_id,
                     cluster_token=self._cluster_token,
                     max_message_bytes=self._max_message_bytes,
+                    max_backlog_bytes=self._max_backlog_bytes,
                     on_change=self._let_in,
                 )
 
@@ -148,7 +152,7 @@ class TierStream(AsyncIterator[RequestOutput]):
     def __init__(self, tier: AttentionTier, request: EngineRequest, affinity: str, owner: str) -> None:
         self._tier, self._request, self._owner = tier, request, owner
         self._closed = asyncio.Event()
-        self._received: list[int] = []
+        self._received = array("i")  # ids, for a failover
         self._num_failovers = 0
         self._refused: set[str] = set()  # replicas that are not asked again for this request
         self._waited_s = 0.0  # for its turn; told with the first output
@@ -178,6 +182,8 @@ class TierStream(AsyncIterator[RequestOutput]):
                 self._stream = None
                 self._stream = await self._fail_over()
                 continue
+            except SlowReader:  # no fault of the replica
+                raise
             except (Overloaded, Unavailable) as error:
                 self._stream = self._pass_over(stream.replica_id, error)
                 continue
