@@ -7,7 +7,8 @@
 (b) *Disaggregated*, one attention rank and one shard. The shard is killed; streams wait in place; a fresh process,
     started at the death, loads the experts and takes its place.
 
-Every stream's tokens are compared with those of a run of the same requests that nothing disturbs. Real meshes, engines,
+Every stream's tokens are compared with those of a run of the same requests that nothing disturbs. Streams that move to
+another rank change its batch, so engines are in batch-invariant mode (with --plain (a) may differ). Real meshes, engines,
 agents and membership, without Ray. Exits 1 where a token differs. (CPU: --device cpu --case tiny --layers 2.)"""
 
 import argparse
@@ -49,7 +50,7 @@ class Drill:
             ),
             scheduler=SchedulerConfig(max_num_seqs=2 * arguments.streams, max_num_batched_tokens=512),
             kv_memory_bytes=arguments.kv_mib << 20,
-            batch_invariant=arguments.invariant,
+            batch_invariant=not arguments.plain,
             mesh_type=self.mesh_type,
             isolated=not arguments.all_visible,
             patience_s=arguments.patience,
@@ -196,7 +197,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--patience", type=float, default=120.0, help="seconds until a wait is in vain")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--invariant", action="store_true", help="batch-invariant mode")
+    parser.add_argument("--plain", action="store_true", help="not batch-invariant: tokens may change with the batch")
     parser.add_argument("--share-gpu", action="store_true", help="all members on one GPU")
     parser.add_argument("--all-visible", action="store_true", help="each process sees all GPUs")
     parser.add_argument("--kv-mib", type=int, default=2048)
