@@ -53,9 +53,9 @@ wheel: $(VENV)/.runtime
 # Tests of exchanges between processes have deadlines: they get the GPUs for themselves; the others share them where
 # pytest-xdist is installed.
 GPU_ALONE := $(patsubst %,tests/test_%_gpu.py,exchange exchange_pair mesh layouts prompt_steps device_engine)
-GPU_SHARED := $(filter-out $(GPU_ALONE) tests/test_kernels_sanitize_gpu.py,$(wildcard tests/*_gpu.py))
+GPU_SHARED := $(filter-out $(GPU_ALONE),$(wildcard tests/*_gpu.py))
 test-gpu: | .link/expertmesh
-	PYTHONPATH=.link python3 -P -m pytest -m gpu $$(python3 -c "import xdist" 2> /dev/null && echo -n 10) $(GPU_SHARED)
+	PYTHONPATH=.link python3 -P -m pytest -m gpu $$(python3 -c "import xdist" 2> /dev/null && echo -n10) $(GPU_SHARED)
 	PYTHONPATH=.link python3 -P -m pytest -m gpu $(GPU_ALONE)
 
 # On a host with two GPUs: a process is killed in a captured step; streams go on, no token is another one. DRILL="--only a"

@@ -8,8 +8,8 @@
     started at the death, loads the experts and takes its place.
 
 Every stream's tokens are compared with those of a run of the same requests that nothing disturbs. Streams that move to
-another rank change its batch, so engines are in batch-invariant mode (with --plain (a) may differ). Real meshes, engines,
-agents and membership, without Ray. Exits 1 where a token differs. (CPU: --device cpu --case tiny --layers 2.)"""
+another rank change its batch, so engines are in batch-invariant mode (with --plain (a) may differ). Real meshes,
+engines, agents and membership, without Ray. Exits 1 where a token differs. (CPU: --device cpu --case tiny --layers 2.)"""
 
 import argparse
 import json
