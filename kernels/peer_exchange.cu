@@ -8,22 +8,13 @@
 // expected is counted in device memory, so a CUDA graph replays. Every wait ends: by the counter, a deadline on
 // %globaltimer, or `poison`, which who gives up writes to all. Needs: HIDDEN * element size % 16 == 0, TOP_K <= 32, at
 // most 64 sources and 64 owners.
-#include "common.cuh"
+#include "exchange_rows.cuh"
 
-#ifndef HIDDEN
-#define HIDDEN 4096
-#endif
-#ifndef TOP_K
-#define TOP_K 8
-#endif
 #ifndef NUM_SOURCES
 #define NUM_SOURCES 2
 #endif
 #ifndef NUM_OWNERS
 #define NUM_OWNERS 2
-#endif
-#ifndef FLOAT32
-#define FLOAT32 0
 #endif
 // 1: the next kernel may become resident while this one waits for peers.  Only where no peer needs this GPU's
 // multiprocessors, that is where every rank has a GPU of its own.
@@ -32,10 +23,7 @@
 #endif
 
 constexpr int WARPS = 8;
-constexpr int ROW_BYTES = HIDDEN * (FLOAT32 ? 4 : 2), PIECES = ROW_BYTES / 16;
-constexpr int LOADS = 4, CHUNKS = (PIECES + 32 * LOADS - 1) / (32 * LOADS);  // a unit: 32 lanes x LOADS pieces
-constexpr u32 SIGNAL = 1024;                                                 // most blocks that may signal
-constexpr int TABLE_WIDTH = 8;
+constexpr u32 SIGNAL = 1024;  // most blocks that may signal
 constexpr int MAX_SLOTS = 512;
 constexpr u64 NONE = ~0ull;
 enum Wait { CREDIT, ARRIVAL, ANSWER };
@@ -95,19 +83,6 @@ __device__ __forceinline__ u64 now_ns() {
   return t;
 }
 __device__ __forceinline__ bool is_named(const Mesh& mesh, int source) { return mesh.own->sources >> source & 1; }
-
-__device__ __forceinline__ bool has_non_finite(uint4 v) {
-  const u32 word[4] = {v.x, v.y, v.z, v.w};
-  bool found = false;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    found |= (word[i] & 0x7f800000u) == 0x7f800000u;
-#if !FLOAT32
-    found |= (word[i] & 0x7f80u) == 0x7f80u;
-#endif
-  }
-  return found;
-}
 
 // Waits until `counter` has reached `wanted`.  Where it does not end well all ranks are told, and the error names
 // `rank`.
@@ -170,33 +145,26 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     for (int unit = blockIdx.x * WARPS + warp; unit < num_units; unit += gridDim.x * WARPS) {
       const int token = unit / CHUNKS, chunk = unit % CHUNKS;
       uint4 piece[LOADS];
-      int owner = -1, slot = -1;
+      Place place = {-1, -1};
       if (token < num_tokens) {
         const uint4* row = (const uint4*)(x + (i64)token * ROW_BYTES) + chunk * LOADS * 32 + lane;
 #pragma unroll
         for (int i = 0; i < LOADS; ++i)
           if (chunk * LOADS * 32 + i * 32 + lane < PIECES) piece[i] = __ldg(row + i * 32);
         const int id = lane < TOP_K ? __ldg(topk_ids + (i64)token * TOP_K + lane) : -1;
-        if ((u32)id < (u32)num_logical) {
-          const int* copies = table + ((i64)layer * num_logical + id) * TABLE_WIDTH;
-          const int count = __ldg(copies);
-          if (count > 0) {
-            const int place = __ldg(copies + 1 + (own->key_shift + token + id) % count);
-            owner = place >> 16, slot = place & 0xffff;
-          }
-        }
+        place = place_of(table, num_logical, layer, own->key_shift, token, id);
       }
       const i64 to = first_row + token;
 #pragma unroll 1
       for (int p = 0; p < NUM_OWNERS; ++p) {
-        if (chunk == 0 && lane < TOP_K) mesh.slots[p][to * TOP_K + lane] = owner == p ? slot : -1;
-        if (!__any_sync(0xffffffffu, owner == p)) continue;
+        if (chunk == 0 && lane < TOP_K) mesh.slots[p][to * TOP_K + lane] = place.owner == p ? place.slot : -1;
+        if (!__any_sync(0xffffffffu, place.owner == p)) continue;
         uint4* row = (uint4*)(mesh.rows[p] + to * ROW_BYTES) + chunk * LOADS * 32 + lane;
 #pragma unroll
         for (int i = 0; i < LOADS; ++i)
           if (chunk * LOADS * 32 + i * 32 + lane < PIECES) row[i * 32] = piece[i];
       }
-      if (__any_sync(0xffffffffu, owner >= 0)) {
+      if (__any_sync(0xffffffffu, place.owner >= 0)) {
         bool sick = false;
 #pragma unroll
         for (int i = 0; i < LOADS; ++i)

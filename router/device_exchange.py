@@ -14,17 +14,18 @@ Idea: the low-latency kernels of DeepEP."""
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .epoch import StepHeader
-from .guard import BadRow
+from .guard import BadRow, Direction, Fault
 from .placement import Placement
 
 _serials = itertools.count(1)
+NO_BAD_ROW = (1 << 63) - 1
 SLOW_STEPS = 16  # of an exchange, in which a rank may still compile kernels while others wait for its rows
 
 
@@ -198,20 +199,6 @@ class LocalDeviceExchange(DeviceExchange):
         pass
 
 
-def owners_and_slots(topk_ids: torch.Tensor, copies: torch.Tensor, key: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each (token, k) goes by one layer's table [num_logical, width]: ep_rank and local slot there, [T, top_k]
-    int32, -1 none. What the kernels do, in torch; no host sync."""
-    num_logical = copies.shape[0]
-    inside = (topk_ids >= 0) & (topk_ids < num_logical)
-    ids = topk_ids.clamp(0, num_logical - 1).long()
-    count = copies[ids, 0]
-    tokens = torch.arange(topk_ids.shape[0], device=topk_ids.device)[:, None]
-    place = copies[ids, 1 + (key + tokens + ids) % count.clamp(min=1)]
-    none = torch.full_like(place, -1)
-    exists = inside & (count > 0)
-    return torch.where(exists, place >> 16, none), torch.where(exists, place & 0xFFFF, none)
-
-
 def copies_table(placement: Placement, width: int) -> torch.Tensor:
     """[num_layers, num_logical, width] int32 for kernels: the number of copies, then each as ep_rank << 16 | slot. More
     copies than fit are left unused. Token t of a source goes to copy (key + t + expert) % number, key the source's
@@ -222,3 +209,28 @@ def copies_table(placement: Placement, width: int) -> torch.Tensor:
     slots = placement.slots_per_rank
     table[:, :, 1 : 1 + copies.shape[2]] = torch.where(copies >= 0, copies // slots << 16 | copies % slots, 0)
     return table
+
+
+def first_bad_rows(source: int, own: int, returned: Sequence[int]) -> tuple[BadRow, ...]:
+    """What is not finite first, from keys of layer << 40 | token << 8 | k: of `own` rows, and of what each owner made;
+    anything from NO_BAD_ROW on is none. An owner is named where its row was finite; all that is not finite behind it
+    follows from it."""
+    found = [
+        _not_finite(Direction.RETURN, source, ep_rank, key)
+        for ep_rank, key in enumerate(returned)
+        if key < NO_BAD_ROW and key >> 8 < own >> 8  # by layer, then token
+    ]
+    if own < NO_BAD_ROW and not found:
+        found.append(_not_finite(Direction.DISPATCH, source, 0, own))
+    return tuple(found)
+
+
+def _not_finite(direction: Direction, source: int, ep_rank: int, key: int) -> BadRow:
+    return BadRow(
+        fault=Fault.NOT_FINITE,
+        direction=direction,
+        source=source,
+        ep_rank=ep_rank,
+        layer_id=key >> 40,
+        row=key >> 8 & 0xFFFFFFFF,
+    )

@@ -1,33 +1,37 @@
 """The exchange of GPUs over NCCL: across hosts, and the reference that `peer` is checked against.
 
 Two forms, chosen by the header's sizes, so the same on all ranks. *Padded*, up to `exact_above` rows a source: every
-source sends every owner all its rows with their slots in one message, and gets back a full [stride, top_k]: no count is
-needed, so it stands in a CUDA graph. *Exact* above: slots travel first, then each side counts on its device and reads
-the counts (one host sync a layer), and only the rows that are needed travel. Send and receive are grouped between the
+source sends every other owner all its rows, each with its slots, and gets back a full [stride, top_k]: no count is
+needed, so it stands in a CUDA graph. *Exact* above: counts travel first and are read (one host sync a layer), and only
+the rows that are needed travel, then only the pairs. What a rank has for itself does not travel. Around each
+all-to-all stands one launch (`kernels/nccl_pack.cu`; in plain torch on CPUs). Send and receive are grouped between the
 ranks that the header names; a rank that is not named takes no part.
 
 A broken communicator is left in the order that works with graphs in it: `abort` in a thread of its own; the stuck work
 then ends; graphs that hold the communicator are reset; the abort returns. It is never destroyed with a dead peer in it.
 Deadlines are the host's: `wait` polls. A NaN is looked for in what comes back."""
 
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch.distributed import AllToAllOptions, ProcessGroup
 
-from ..errors import ExchangeTimeout, PeerLost, ReplicaLost
-from .device_exchange import SLOW_STEPS, DeviceExchange, Verdict, copies_table, owners_and_slots
+from ..errors import EpochError, ExchangeTimeout, PeerLost, ReplicaLost
+from ..kernels.nccl_pack import BAD_ROW, KEY_SHIFT, MAX_SLOTS, NONE, NUM_SLOTS, TABLE_WIDTH, NcclPack, PackSizes
+from ..kernels.nccl_pack_reference import TorchPack
+from .device_exchange import SLOW_STEPS, DeviceExchange, Verdict, copies_table, first_bad_rows
 from .epoch import Epoch, StepHeader
 from .exchange import RowShape
-from .guard import BadRow, Direction, Fault
 from .placement import Placement
 
-_TABLE_WIDTH = 8
+logger = logging.getLogger(__name__)
+
 _NUM_VERDICTS = 8  # steps that may be launched and not yet finished
-_NUM_FOUND = 5  # words of a verdict
 _ENDS_S = 5.0  # within which stuck work ends after an abort; 6 ms were measured
 
 
@@ -54,36 +58,44 @@ class NcclExchange(DeviceExchange):
         self._slow_start_s, self._num_begun = slow_start_s, 0
         self._members, self._owners, self._sources = len(epoch.members), epoch.expert_ranks, epoch.attention_ranks
         self._ep_rank = self._owners.index(rank) if rank in self._owners else -1
-        self._row_bytes = shape.hidden_size * shape.dtype.itemsize
-        self._message_bytes = self._row_bytes + 4 * shape.top_k
+        self._own_source = self._sources.index(rank) if rank in self._sources else -1
         placement, device = epoch.placement, shape.device
-        sizes = placement.num_layers, placement.num_logical_experts, _TABLE_WIDTH
+        sizes = placement.num_layers, placement.num_logical_experts, TABLE_WIDTH
         self._table = torch.zeros(sizes, dtype=torch.int32, device=device)
-        # Of this rank's tokens, by layer: rows that left, and that came back, not finite.
-        self._sick_rows = torch.zeros(placement.num_layers, capacity, dtype=torch.bool, device=device)
-        self._sick_pairs = torch.zeros(placement.num_layers, capacity, shape.top_k, dtype=torch.bool, device=device)
-        self._bad_owner = torch.zeros(placement.num_layers, capacity, shape.top_k, dtype=torch.int32, device=device)
-        self._num_slots = torch.zeros((), dtype=torch.int32, device=device)
+        self._facts = torch.full((BAD_ROW + 1 + len(self._owners),), NONE, dtype=torch.int64, device=device)
+        self._key_shift, self._num_slots, self._found = self._facts[KEY_SHIFT], self._facts[NUM_SLOTS], self._facts[2:]
+        self._sizes = PackSizes(
+            num_sources=len(self._sources),
+            num_owners=len(self._owners),
+            own_source=self._own_source,
+            own_owner=self._ep_rank,
+            hidden=shape.hidden_size,
+            top_k=shape.top_k,
+            dtype=shape.dtype,
+        )
+        self._pack = _make_pack(self._sizes, device)
+        self._turn: _Turn | None = None
         self._finishing: deque[tuple[StepHeader, torch.Tensor]] = deque()
         # On the host, made now: to pin memory may wait for a device that is stuck.
-        num_counts = 2 * (len(self._owners) + len(self._sources))
-        self._counts = _pinned(num_counts, device)
-        self._verdicts = [_pinned(_NUM_FOUND, device) for _ in range(_NUM_VERDICTS)]
+        self._counts = _pinned(2 * (len(self._owners) + len(self._sources)), device, torch.int32)
+        self._verdicts = [_pinned(1 + len(self._owners), device, torch.int64) for _ in range(_NUM_VERDICTS)]
         self._num_ended = 0
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._lock = threading.Lock()
         self._header: StepHeader | None = None
-        self._deadline_s, self._attempt, self._in_step = 0.0, 0, False
+        self._deadline_s, self._in_step = 0.0, False
         self._due = 0.0  # when the newest step is late, by the host's clock
         self._last: torch.cuda.Event | None = None
         self._aborted, self._missing = False, -1
 
     def use_placement(self, placement: Placement) -> None:
-        self._table.copy_(copies_table(placement, _TABLE_WIDTH))
+        if placement.slots_per_rank > MAX_SLOTS:
+            raise EpochError(f"{placement.slots_per_rank} slots a rank, at most {MAX_SLOTS}: use more expert ranks")
+        self._table.copy_(copies_table(placement, TABLE_WIDTH))
         self._num_slots.fill_(placement.slots_per_rank)
 
     def begin(self, header: StepHeader, *, stride: int, attempt: int) -> None:
-        self._header, self._attempt = header, attempt
+        self._header = header
         if self._aborted:
             raise self._gone()
         self._in_step = True
@@ -91,49 +103,58 @@ class NcclExchange(DeviceExchange):
         if self._num_begun < SLOW_STEPS:
             self._num_begun, self._deadline_s = self._num_begun + 1, max(self._deadline_s, self._slow_start_s)
         self._due = time.monotonic() + self._deadline_s
-        self._sick_rows.zero_()
-        self._sick_pairs.zero_()
+        self._named = sum(1 << i for i, source in enumerate(self._sources) if source in header.sources)
+        self._key_shift.fill_(self._rank + attempt)  # on the device: a graph may be replayed in a later attempt
+        self._found.fill_(NONE)
 
     def dispatch(
         self, layer_id: int, x: torch.Tensor | None, topk_ids: torch.Tensor | None, stride: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._layer_id, self._stride, self._x = layer_id, stride, x
-        if x is not None:
-            assert topk_ids is not None
-            self._where, slots = owners_and_slots(topk_ids, self._table[layer_id], self._rank + self._attempt)
-            # [owners, stride, top_k]: this rank's slots at each owner
-            here = self._where == torch.arange(len(self._owners), device=x.device)[:, None, None]
-            self._here = here
-            padded = slots.new_full((len(self._owners), stride, self._shape.top_k), -1)
-            padded[:, : x.shape[0]] = torch.where(here, slots, -1)
-            used = (self._where >= 0).any(1)
-            self._sick_rows[layer_id, : x.shape[0]] |= ~torch.isfinite(x).all(1) & used
-        else:
-            padded = torch.empty(0, stride, self._shape.top_k, dtype=torch.int32, device=self._shape.device)
+        self._layer_id, self._stride = layer_id, stride
         if stride > self._exact_above:
-            return self._dispatch_exact(x, padded)
-        return self._dispatch_padded(x, padded)
+            self._turn = self._dispatch_exact(x, topk_ids)
+        else:
+            self._turn = self._dispatch_padded(x, topk_ids)
+        return self._turn.rows, self._turn.slots
 
     def combine(self, expert_rows: torch.Tensor) -> torch.Tensor | None:
-        y = self._combine_exact(expert_rows) if self._stride > self._exact_above else self._combine_padded(expert_rows)
-        if y is not None:
-            assert self._x is not None
-            layer_id, num = self._layer_id, y.shape[0]
-            sick = ~torch.isfinite(y).all(2) & (self._where >= 0)
-            self._sick_pairs[layer_id, :num] |= sick
-            self._bad_owner[layer_id, :num] = self._where
+        turn = self._turn
+        assert turn is not None
+        expert_rows = expert_rows.contiguous()
+        if turn.counts is None:
+            answers = self._answer_padded(expert_rows, turn)
+        else:
+            answers = self._answer_exact(expert_rows, turn)
+        if turn.where is None:
+            return None
+        y = answers.new_empty(*turn.where.shape, self._shape.hidden_size)
+        self._pack.unpack_answers(
+            expert_rows,
+            answers,
+            turn.where,
+            self._facts,
+            y,
+            layer_id=self._layer_id,
+            stride=self._stride,
+            own_begin=turn.own[0],
+            places=turn.places,
+            counts=turn.counts,
+        )
         return y
 
     def end(self) -> None:
         assert self._header is not None
         self._due = time.monotonic() + self._deadline_s
-        found = self._look_for_sick()
+        found = self._found
         if found.is_cuda:  # read when the step is over, while the next one may run
             host = self._verdicts[self._num_ended % _NUM_VERDICTS]
             self._num_ended += 1
-            found = host.copy_(found, non_blocking=True)
+            host.copy_(found, non_blocking=True)
             self._last = torch.cuda.Event()
             self._last.record()
+            found = host
+        else:
+            found = found.clone()
         self._finishing.append((self._header, found))
 
     def verdict(self) -> Verdict:
@@ -141,7 +162,8 @@ class NcclExchange(DeviceExchange):
         self._in_step = bool(self._finishing)
         if self._aborted:
             raise self._gone()
-        return Verdict(self._bad_rows(found.tolist()))
+        own, *returned = found.tolist()
+        return Verdict(first_bad_rows(self._rank, own, returned))
 
     def graph_key(self, header: StepHeader) -> Hashable | None:
         if not 0 < header.bucket <= self._exact_above:
@@ -222,150 +244,185 @@ class NcclExchange(DeviceExchange):
 
     # -- moving
 
-    def _named(self) -> Sequence[int]:
-        assert self._header is not None
-        return self._header.sources
-
-    def _to_owners(self, count: int) -> list[int]:
-        """Split sizes, by rank, of what a source sends in equal parts."""
-        return [count if r in self._owners and self._x is not None else 0 for r in range(self._members)]
-
-    def _of_sources(self, count: int) -> list[int]:
-        return [count if r in self._named() and self._ep_rank >= 0 else 0 for r in range(self._members)]
-
-    def _all_to_all(self, out: torch.Tensor, data: torch.Tensor, receive: list[int], send: list[int]) -> None:
-        if any(receive) or any(send):
-            try:
-                self._group.alltoall_base(out, data, receive, send, AllToAllOptions()).wait()
-            except RuntimeError as error:  # DistError and all its kinds: what the library says at once
-                if self._aborted:
-                    raise self._gone() from error
-                self.abort()
-                reason = str(error).splitlines()[0][:160]
-                raise PeerLost(f"the communicator broke: {reason}", **self._place()) from error
-
-    def _spread(self, came: torch.Tensor, empty: float | int) -> torch.Tensor:
-        """[named sources * stride, ...] -> [all sources * stride, ...]: a source that is not named sent nothing."""
-        if self._ep_rank < 0 or len(self._named()) == len(self._sources):
-            return came
-        full = came.new_full((len(self._sources), self._stride, *came.shape[1:]), empty)
-        index = [i for i, source in enumerate(self._sources) if source in self._named()]
-        for to, part in zip(index, came.split(self._stride), strict=True):
-            full[to].copy_(part)
-        return full.flatten(0, 1)
-
-    def _dispatch_padded(self, x: torch.Tensor | None, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        stride, device = self._stride, self._shape.device
-        messages = torch.empty(padded.shape[0], stride, self._message_bytes, dtype=torch.uint8, device=device)
+    def _dispatch_padded(self, x: torch.Tensor | None, ids: torch.Tensor | None) -> "_Turn":
+        stride, owns = self._stride, self._ep_rank >= 0
+        own = (0, 0)
+        if owns and x is not None:
+            own = self._own_source * stride, (self._own_source + 1) * stride
+        rows, slots = self._rows(len(self._sources) * stride if owns else 0)
+        turn = _Turn(rows=rows, slots=slots, own=own)
+        parts: dict[int, torch.Tensor] = {}
         if x is not None:
-            messages[:, : x.shape[0], : self._row_bytes] = x.contiguous().view(torch.uint8)
-            messages[:, :, self._row_bytes :] = padded.view(torch.uint8)
-        receive = self._of_sources(stride)
-        came = torch.empty(sum(receive), self._message_bytes, dtype=torch.uint8, device=device)
-        self._all_to_all(came, messages.flatten(0, 1), receive, self._to_owners(stride))
-        came = self._spread(came, 0xFF)  # slots of -1
-        rows = came[:, : self._row_bytes].contiguous().view(self._shape.dtype)
-        slots = came[:, self._row_bytes :].contiguous().view(torch.int32)
-        # After an abort the rest of a graph runs on whatever stands there: experts must not be asked by it.
-        return rows, torch.where(slots < self._num_slots, slots, -1)
+            others = {rank: stride for rank in self._owners if rank != self._rank}
+            messages = self._messages(len(others) * stride)
+            self._pack_rows(turn, messages, x, ids)
+            parts = _split(messages, others)
+        turn.came = self._messages(rows.shape[0] - (own[1] - own[0]))
+        came = _split(turn.came, {r: stride for r in self._sources if owns and (r != self._rank or own == (0, 0))})
+        self._all_to_all({rank: came[rank] for rank in self._others_named() if owns}, parts)
+        if owns:
+            self._unpack(turn, stride)
+        return turn
 
-    def _combine_padded(self, expert_rows: torch.Tensor) -> torch.Tensor | None:
+    def _answer_padded(self, expert_rows: torch.Tensor, turn: "_Turn") -> torch.Tensor:
+        """[rows of the other owners, top_k, hidden]."""
         stride, shape = self._stride, self._shape
-        if self._ep_rank >= 0 and len(self._named()) < len(self._sources):
-            parts = expert_rows.split(stride)
-            expert_rows = torch.cat([parts[i] for i, s in enumerate(self._sources) if s in self._named()])
-        receive = self._to_owners(stride)
-        came = torch.empty(sum(receive), shape.top_k, shape.hidden_size, dtype=shape.dtype, device=shape.device)
-        self._all_to_all(came, expert_rows.contiguous(), receive, self._of_sources(stride))
-        if self._x is None:
-            return None
-        num = self._x.shape[0]
-        came = came.view(len(self._owners), stride, shape.top_k, shape.hidden_size)
-        owner = self._where.clamp(min=0).long()
-        token = torch.arange(num, device=shape.device)[:, None]
-        return came[owner, token, torch.arange(shape.top_k, device=shape.device)]
-
-    def _dispatch_exact(self, x: torch.Tensor | None, padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        stride, shape = self._stride, self._shape
-        receive = self._of_sources(stride)
-        slots = torch.empty(sum(receive), shape.top_k, dtype=torch.int32, device=shape.device)
-        self._all_to_all(slots, padded.flatten(0, 1), receive, self._to_owners(stride))
-        sent_slots = padded >= 0  # [owners, stride, top_k]
-        came_slots = (slots >= 0).view(-1, stride, shape.top_k)  # [named sources, stride, top_k]
-        counts = [t.flatten(1).sum(1) for held in (sent_slots, came_slots) for t in (held.any(2), held)]
-        self._send_rows, self._back_pairs, self._got_rows, self._answer_pairs = self._read(counts)
-        data = torch.empty(0, shape.hidden_size, dtype=shape.dtype, device=shape.device)
-        if x is not None:
-            data = x[sent_slots.any(2).nonzero()[:, 1]]
-        got = self._by_rank(self._got_rows, self._named())
-        rows = torch.empty(sum(got), shape.hidden_size, dtype=shape.dtype, device=shape.device)
-        self._all_to_all(rows, data, got, self._by_rank(self._send_rows, self._owners))
-        slots = slots[(slots >= 0).any(1)]
-        self._came_pairs = (slots >= 0).flatten()
-        return rows, slots
-
-    def _combine_exact(self, expert_rows: torch.Tensor) -> torch.Tensor | None:
-        shape = self._shape
-        answers = self._by_rank(self._answer_pairs, self._named())
-        data = expert_rows.flatten(0, 1)
+        others = {rank: stride for rank in self._owners if turn.where is not None and rank != self._rank}
+        answers = expert_rows.new_empty(len(others) * stride, shape.top_k, shape.hidden_size)
+        parts = {}
         if self._ep_rank >= 0:
-            data = data[self._came_pairs]
-        back = self._by_rank(self._back_pairs, self._owners)
-        came = torch.empty(sum(back), shape.hidden_size, dtype=shape.dtype, device=shape.device)
-        self._all_to_all(came, data, back, answers)
-        if self._x is None:
-            return None
-        y = torch.zeros(self._x.shape[0], shape.top_k, shape.hidden_size, dtype=shape.dtype, device=shape.device)
-        where = self._here.nonzero()  # by owner, token, k: the order in which owners answer
-        y[where[:, 1], where[:, 2]] = came
-        return y
+            made = _split(expert_rows, dict.fromkeys(self._sources, stride))
+            parts = {rank: made[rank] for rank in self._others_named()}
+        self._all_to_all(_split(answers, others), parts)
+        return answers
 
-    def _by_rank(self, counts: Sequence[int], ranks: Sequence[int]) -> list[int]:
-        by_rank = [0] * self._members
-        for rank, count in zip(ranks, counts, strict=False):  # none where this rank has not that role
-            by_rank[rank] = count
-        return by_rank
+    def _dispatch_exact(self, x: torch.Tensor | None, ids: torch.Tensor | None) -> "_Turn":
+        num_owners, owns = len(self._owners), self._ep_rank >= 0
+        counts = torch.zeros(num_owners + len(self._sources), 2, dtype=torch.int32, device=self._shape.device)
+        places = None
+        if x is not None:
+            assert ids is not None
+            places = counts.new_empty(num_owners, x.shape[0], 2)
+            self._pack.count(ids, self._table, self._facts, places, counts, layer_id=self._layer_id)
+        send = {rank: counts[p] for p, rank in enumerate(self._owners) if x is not None and rank != self._rank}
+        receive = {rank: counts[num_owners + self._sources.index(rank)] for rank in self._others_named() if owns}
+        self._all_to_all(receive, send)
+        go, come = self._read(counts)
+        own = (0, 0)
+        if owns and x is not None:
+            before = sum(num_rows for num_rows, _ in come[: self._own_source])
+            own = before, before + come[self._own_source][0]
+        rows, slots = self._rows(sum(num_rows for num_rows, _ in come))
+        turn = _Turn(rows=rows, slots=slots, own=own, places=places, counts=counts)
+        send_rows, back = ({r: c[i] for r, c in zip(self._owners, go, strict=True) if r != self._rank} for i in (0, 1))
+        got, answer = ({r: c[i] for r, c in zip(self._sources, come, strict=True) if r != self._rank} for i in (0, 1))
+        turn.back, turn.answer = back, answer
+        messages = self._messages(sum(send_rows.values()))
+        if x is not None:
+            self._pack_rows(turn, messages, x, ids)
+        turn.came = self._messages(sum(got.values()))
+        self._all_to_all(_split(turn.came, got), _split(messages, send_rows))
+        if owns:
+            self._unpack(turn, 0)
+        return turn
 
-    def _read(self, counts: Sequence[torch.Tensor]) -> list[list[int]]:
-        """The host sync of the exact form, with a deadline."""
-        if self._shape.device.type != "cuda":
-            return [part.tolist() for part in counts]
-        host = self._counts[: sum(c.numel() for c in counts)]
-        host.copy_(torch.cat(list(counts)), non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self.wait(event)
-        return [part.tolist() for part in host.split([c.numel() for c in counts])]
+    def _answer_exact(self, expert_rows: torch.Tensor, turn: "_Turn") -> torch.Tensor:
+        """[pairs of the other owners, hidden]."""
+        assert turn.counts is not None
+        assert turn.came is not None
+        data = expert_rows.new_empty(sum(turn.answer.values()), self._shape.hidden_size)
+        if data.shape[0]:
+            self._pack.pack_answers(expert_rows, turn.slots, turn.came, turn.counts, data, own=turn.own)
+        answers = data.new_empty(sum(turn.back.values()), self._shape.hidden_size)
+        self._all_to_all(_split(answers, turn.back), _split(data, turn.answer))
+        return answers
 
-    # -- verdict
-
-    def _look_for_sick(self) -> torch.Tensor:
-        """[5] int64: is any pair sick, the first, its owner; is any row sick, the first. By layer, then token."""
-        pairs, rows = self._sick_pairs.flatten(), self._sick_rows.flatten()
-        first_pair, first_row = pairs.to(torch.uint8).argmax(), rows.to(torch.uint8).argmax()
-        owner = self._bad_owner.take(first_pair).long()  # indexing by a number on the device would ask the host for it
-        return torch.stack([pairs.any().long(), first_pair, owner, rows.any().long(), first_row])
-
-    def _bad_rows(self, found: Sequence[int]) -> tuple[BadRow, ...]:
-        """What is not finite first: what an owner made of a row that was finite, else an own row."""
-        has_pair, pair, owner, has_row, row = found
-        place = divmod(pair // self._shape.top_k, self.capacity)  # layer, token
-        origin = divmod(row, self.capacity)
-        if has_pair and (not has_row or place < origin):
-            return (self._bad_row(Direction.RETURN, owner, *place),)
-        return (self._bad_row(Direction.DISPATCH, 0, *origin),) if has_row else ()
-
-    def _bad_row(self, direction: Direction, ep_rank: int, layer_id: int, row: int) -> BadRow:
-        return BadRow(
-            fault=Fault.NOT_FINITE,
-            direction=direction,
-            source=self._rank,
-            ep_rank=ep_rank,
-            layer_id=layer_id,
-            row=row,
+    def _pack_rows(self, turn: "_Turn", messages: torch.Tensor, x: torch.Tensor, ids: torch.Tensor | None) -> None:
+        assert ids is not None
+        turn.where = torch.empty_like(ids)
+        self._pack.pack(
+            x,
+            ids,
+            self._table,
+            self._facts,
+            messages,
+            turn.rows,
+            turn.slots,
+            turn.where,
+            layer_id=self._layer_id,
+            stride=self._stride,
+            own_begin=turn.own[0],
+            places=turn.places,
+            counts=turn.counts,
         )
 
+    def _unpack(self, turn: "_Turn", stride: int) -> None:
+        assert turn.came is not None
+        self._pack.unpack(turn.came, self._facts, turn.rows, turn.slots, own=turn.own, stride=stride, named=self._named)
 
-def _pinned(size: int, device: torch.device) -> torch.Tensor:
-    """int64 on the host, for copies from `device`."""
-    return torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+    def _others_named(self) -> list[int]:
+        return [r for i, r in enumerate(self._sources) if self._named >> i & 1 and r != self._rank]
+
+    def _rows(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = self._shape
+        rows = torch.empty(num_rows, shape.hidden_size, dtype=shape.dtype, device=shape.device)
+        return rows, torch.empty(num_rows, shape.top_k, dtype=torch.int32, device=shape.device)
+
+    def _messages(self, num_rows: int) -> torch.Tensor:
+        return torch.empty(num_rows, self._sizes.message_bytes, dtype=torch.uint8, device=self._shape.device)
+
+    def _all_to_all(self, receive: Mapping[int, torch.Tensor], send: Mapping[int, torch.Tensor]) -> None:
+        """By rank, each contiguous and read or written where it lies; a rank that is not there takes no part."""
+        parts = [*receive.values(), *send.values()]
+        if not any(part.numel() for part in parts):
+            return
+        nothing = parts[0].flatten()[:0]
+        out = [receive.get(rank, nothing) for rank in range(self._members)]
+        data = [send.get(rank, nothing) for rank in range(self._members)]
+        try:
+            if self._shape.device.type == "cuda":
+                self._group.alltoall(out, data, AllToAllOptions()).wait()
+            else:
+                self._all_to_all_as_one(out, data)
+        except RuntimeError as error:  # DistError and all its kinds: what the library says at once
+            if self._aborted:
+                raise self._gone() from error
+            self.abort()
+            reason = str(error).splitlines()[0][:160]
+            raise PeerLost(f"the communicator broke: {reason}", **self._place()) from error
+
+    def _all_to_all_as_one(self, out: list[torch.Tensor], data: list[torch.Tensor]) -> None:
+        """Gloo has this form alone."""
+        sizes = [part.numel() for part in out]
+        came = out[0].new_empty(sum(sizes))
+        sent = torch.cat([part.flatten() for part in data])
+        self._group.alltoall_base(came, sent, sizes, [part.numel() for part in data], AllToAllOptions()).wait()
+        for part, piece in zip(out, came.split(sizes), strict=True):
+            part.copy_(piece.view(part.shape))
+
+    def _read(self, counts: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """[rows, pairs] to each owner, and of each source: the host sync of the exact form, with a deadline."""
+        host = counts
+        if counts.is_cuda:
+            host = self._counts
+            host.copy_(counts.flatten(), non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self.wait(event)
+        found = host.view(-1, 2).tolist()
+        return found[: len(self._owners)], found[len(self._owners) :]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Turn:
+    """What `combine` must know of the `dispatch` before it."""
+
+    rows: torch.Tensor  # [R, hidden]
+    slots: torch.Tensor  # [R, top_k] int32
+    own: tuple[int, int]  # rows of this rank's own tokens among them
+    came: torch.Tensor | None = None  # messages that brought the others
+    where: torch.Tensor | None = None  # [T, top_k] int32 owners; None = no source
+    places: torch.Tensor | None = None  # exact form only, as the rest
+    counts: torch.Tensor | None = None
+    back: dict[int, int] = field(default_factory=dict)  # pairs that each owner answers
+    answer: dict[int, int] = field(default_factory=dict)  # and that each source is answered
+
+
+def _split(rows: torch.Tensor, counts: Mapping[int, int]) -> dict[int, torch.Tensor]:
+    return dict(zip(counts, rows.split(list(counts.values())) if counts else (), strict=True))
+
+
+def _make_pack(sizes: PackSizes, device: torch.device) -> NcclPack | TorchPack:
+    if device.type != "cuda":
+        return TorchPack(sizes)
+    if not sizes.has_kernels:
+        logger.warning("exchange.backend=nccl packs rows in plain torch, slower than its kernels: %s", sizes)
+        return TorchPack(sizes)
+    pack = NcclPack(sizes, device)
+    pack.load()
+    return pack
+
+
+def _pinned(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """On the host, for copies from `device`."""
+    return torch.empty(size, dtype=dtype, pin_memory=device.type == "cuda")

@@ -32,11 +32,11 @@ from ..kernels.peer_exchange import (
     mesh_argument,
 )
 from ..kernels.peer_memory import PeerMemory, Poison
-from .device_exchange import SLOW_STEPS, DeviceExchange, Verdict, copies_table
+from .device_exchange import SLOW_STEPS, DeviceExchange, Verdict, copies_table, first_bad_rows
 from .epoch import Epoch, StepHeader
 from .exchange import RowShape
 from .group import meet_peers
-from .guard import BadRow, Direction, Fault
+from .guard import BadRow
 from .placement import Placement
 
 _NUM_VERDICTS = 8  # steps that may be launched and not yet finished
@@ -219,28 +219,8 @@ class PeerExchange(DeviceExchange):
         )
 
     def _bad_rows(self, words: bytes) -> tuple[BadRow, ...]:
-        """What is not finite first: what an owner made of a row that was finite, else an own token's row. All that is
-        not finite behind it follows from it."""
         (own,) = struct.unpack_from("<Q", words, BAD_DISPATCH_AT)
-        returned = struct.unpack_from(f"<{len(self._owners)}Q", words, BAD_RETURN_AT)
-        found = [
-            self._bad_row(Direction.RETURN, ep_rank, key >> 40, key >> 8 & 0xFFFFFFFF)
-            for ep_rank, key in enumerate(returned)
-            if key != NONE and key >> 8 < own >> 8  # by layer, then token
-        ]
-        if own != NONE and not found:
-            found.append(self._bad_row(Direction.DISPATCH, 0, own >> 40, own >> 8 & 0xFFFFFFFF))
-        return tuple(found)
-
-    def _bad_row(self, direction: Direction, ep_rank: int, layer_id: int, row: int) -> BadRow:
-        return BadRow(
-            fault=Fault.NOT_FINITE,
-            direction=direction,
-            source=self._rank,
-            ep_rank=ep_rank,
-            layer_id=layer_id,
-            row=row,
-        )
+        return first_bad_rows(self._rank, own, struct.unpack_from(f"<{len(self._owners)}Q", words, BAD_RETURN_AT))
 
 
 def peer_layouts(epoch: Epoch, shape: RowShape, capacity: int) -> list[PeerBuffer]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from expertmesh.errors import PeerLost
+from expertmesh.kernels.nccl_pack_reference import owners_and_slots
 from expertmesh.kernels.peer_exchange import TABLE_WIDTH
 from expertmesh.kernels.peer_memory import PeerMemory
-from expertmesh.router.device_exchange import DeviceExchange, Verdict, copies_table, owners_and_slots
+from expertmesh.router.device_exchange import DeviceExchange, Verdict, copies_table
 from expertmesh.router.epoch import Epoch, StepHeader
 from expertmesh.router.exchange import RowShape
 from expertmesh.router.exchange_peer import PeerExchange, peer_layouts

@@ -14,9 +14,10 @@ from exchange_conformance import LAYOUTS, TOP_K, check_device, make_epoch
 
 from expertmesh.errors import EpochError, KernelError
 from expertmesh.kernels import jit, peer_exchange
+from expertmesh.kernels.nccl_pack_reference import owners_and_slots
 from expertmesh.router import group
 from expertmesh.router.backends import choose_backend
-from expertmesh.router.device_exchange import copies_table, owners_and_slots
+from expertmesh.router.device_exchange import copies_table
 from expertmesh.router.device_step import DeviceStep
 from expertmesh.router.dispatch import plan
 from expertmesh.router.epoch import StepHeader
@@ -24,7 +25,6 @@ from expertmesh.router.exchange import RowShape
 from expertmesh.router.exchange_nccl import NcclExchange
 from expertmesh.router.exchange_peer import peer_layouts
 from expertmesh.router.group import RendezvousStore
-from expertmesh.router.guard import Direction
 
 CPU = torch.device("cpu")
 SHAPE = RowShape(hidden_size=24, top_k=TOP_K, dtype=torch.bfloat16)
@@ -158,27 +158,6 @@ def test_the_nccl_exchange_moves_rows_in_both_forms_here_over_gloo(layout, bucke
         f"{layout}-{bucket}",
     )
     assert sum(pairs) > 500
-
-
-def test_the_nccl_exchange_names_what_is_not_finite_first():
-    epoch = make_epoch("2 colocated")
-    exchange = NcclExchange(None, epoch, 0, SHAPE, capacity=8, exact_above=8, timeout_base_s=1.0, timeout_per_row_s=0.0)
-    header = StepHeader(step_id=1, epoch=1, placement_version=1, num_tokens=(5, 5))
-
-    def named(rows, pairs):
-        exchange.begin(header, stride=8, attempt=0)
-        for layer_id, token in rows:
-            exchange._sick_rows[layer_id, token] = True
-        for layer_id, token, k in pairs:
-            exchange._sick_pairs[layer_id, token, k] = True
-            exchange._bad_owner[layer_id, token, k] = 1
-        exchange.end()
-        return [(bad.direction, bad.ep_rank, bad.layer_id, bad.row) for bad in exchange.verdict().bad]
-
-    assert named([], []) == []
-    assert named([(2, 3)], [(2, 3, 0), (2, 3, 1)]) == [(Direction.DISPATCH, 0, 2, 3)]  # its answers follow from it
-    assert named([(3, 4)], [(2, 4, 1), (3, 4, 0)]) == [(Direction.RETURN, 1, 2, 4)]  # and so does the next layer's row
-    assert named([], [(0, 0, 0)]) == [(Direction.RETURN, 1, 0, 0)]
 
 
 class DeadWire:
