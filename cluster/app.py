@@ -28,8 +28,7 @@ from ..redis_server import EmbeddedRedis, resolve_url
 from ..router.gateway.deployment import Gateway
 from ..router.gateway.redis_connection import check_store
 from ..router.status import ClusterState
-from .conductor import start_conductor
-from .conductor_client import ConductorClient
+from .conductor_client import ConductorClient, start_conductor
 from .gpus import check_gpus, missing_gpus, process_environment, with_device
 from .member_agent import MemberAgent
 from .per_node import OnePerNode, nodes_for

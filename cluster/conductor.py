@@ -1,4 +1,4 @@
-"""The Conductor: one restartable Ray actor around the membership core, and the client that every process calls it by.
+"""The Conductor: what the one restartable Ray actor around the membership core does (`conductor_client.py` makes it).
 
 `membership.py` decides, `membership_host.py` keeps its clock and the members' mailboxes; this shell adds the last
 report of each process and who waits for a change of the topology. All of it is soft. After a restart the members find
@@ -26,7 +26,6 @@ from ..model_source import describe_model
 from ..router.epoch import Epoch
 from ..router.placement import Placement
 from ..router.status import ClusterState, Decision, ExpertRows, ProcessStatus, ScaleWish
-from .conductor_client import NAMESPACE
 from .membership import Membership, State
 from .membership_host import MembershipHost
 from .membership_messages import Command, Event, Join, Leave, Lost, PlacementRequested, PrepareFailed, Rejoin
@@ -46,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 
 class Conductor:
-    """Plain class of coroutines; `start_conductor` makes it an actor."""
+    """Plain class of coroutines, which `conductor_client.ConductorActor` gives to Ray."""
 
     def __init__(self, config_text: str) -> None:
         self._config = ClusterConfig.from_json(config_text)
@@ -357,11 +356,3 @@ def _serving(status: ProcessStatus) -> tuple[str, str, str, int]:
 def _takes_place_of(new: ProcessStatus, old: ProcessStatus) -> bool:
     """A gateway that listens where another one did: that one is dead."""
     return new.role == old.role == "gateway" and new.name != old.name and new.address == old.address != ""
-
-
-def start_conductor(name: str, config: ClusterConfig) -> None:
-    """Make the actor if there is none of this name, without waiting for it. Whatever kills it, Ray starts it again with
-    the same configuration."""
-    options = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_restarts": -1}
-    options["get_if_exists"] = True
-    ray.remote(Conductor).options(**options).remote(config.to_json())

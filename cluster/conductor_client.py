@@ -1,6 +1,8 @@
 """The Conductor as every other process sees it: coroutines for members and gateways, plain calls for the driver.
 
-It imports neither torch nor the membership core, so that a gateway, which gets one pickled, stays a small process."""
+Neither torch nor the membership core is imported here: a gateway gets a client pickled, and Ray imports an actor's
+class in every process that looks the actor up, Serve's controller included. So that class is here too; the Conductor
+itself is imported where it runs."""
 
 import asyncio
 import contextlib
@@ -8,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from ..config import ClusterConfig
 from ..errors import ExpertMeshError, Unavailable
 from ..router.status import ClusterState, ExpertRows, ProcessStatus, ScaleWish
 
@@ -22,6 +25,26 @@ CALL_TIMEOUT_S = 10.0
 PLAN_S = 60.0  # a placement of a large model is seconds of work
 # ValueError: no actor of this name (any more).
 _NO_ANSWER = (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, ValueError, TimeoutError)
+
+
+class ConductorActor:
+    """The Conductor in its process; its methods by name, all coroutines."""
+
+    def __init__(self, config_text: str) -> None:
+        from .conductor import Conductor
+
+        self._conductor = Conductor(config_text)
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        return await getattr(self._conductor, method)(*arguments)
+
+
+def start_conductor(name: str, config: ClusterConfig) -> None:
+    """Make the actor if there is none of this name, without waiting for it. Whatever kills it, Ray starts it again with
+    the same configuration."""
+    options = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0, "max_restarts": -1}
+    options["get_if_exists"] = True
+    ray.remote(ConductorActor).options(**options).remote(config.to_json())
 
 
 class ConductorClient:
@@ -127,7 +150,7 @@ class ConductorClient:
             raise Unavailable(f"the conductor does not answer {method}: {error}") from error
 
     def _submit(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        return getattr(self._handle(), method).remote(*arguments)
+        return self._handle().call.remote(method, *arguments)
 
     def _handle(self) -> Any:
         if self._actor is None:

@@ -13,8 +13,7 @@ from ..config import ClusterConfig, environment_overrides, from_mapping, overrid
 from ..errors import ConfigError
 from ..model_source import describe_model, model_name, pinned
 from .app import applications
-from .conductor import start_conductor
-from .conductor_client import ConductorClient
+from .conductor_client import ConductorClient, start_conductor
 
 CONDUCTOR = "conductor-declared"
 

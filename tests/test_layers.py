@@ -108,7 +108,9 @@ def test_members_run_where_there_is_no_ray():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("module", ["router.gateway.deployment", "cluster.tier_policy", "cluster.per_node"])
+@pytest.mark.parametrize(
+    "module", ["router.gateway.deployment", "cluster.conductor_client", "cluster.tier_policy", "cluster.per_node"]
+)
 def test_gateways_and_serves_controller_start_without_torch(module: str):
     """It is two thirds of a process's start, and 150 MB."""
     code = (

@@ -156,6 +156,9 @@ class Gateway:
                 await asyncio.sleep(RETRY_S)
                 continue
             version = state.version
+            if all(p.name != self.gateway_id for p in state.processes):  # a Conductor that has started again
+                with contextlib.suppress(Unavailable):
+                    await self._conductor.report(self._status)
             await self._mark_suspect(state.suspect_spans)
             if not state.links:
                 continue
