@@ -20,7 +20,7 @@ from ray._private.state import actors  # what `ray list actors` shows, which nee
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 LOOK_S = 5.0  # a look costs a call to the GCS
-WAITS_S = 15.0  # a worker is there within seconds
+WAITS_S = 8.0  # a worker is there within seconds
 AGAIN_S = 30.0  # who waits for a host that is to come costs a sweep so often
 SWEEP_S = 30.0
 IDLE_S = 1.0  # who idles at both ends of so long has not just been leased

@@ -19,8 +19,7 @@ from .events import Event, Finished, decode_event
 
 T = TypeVar("T")
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-MAX_RESUMES = 40  # failed calls in a row, over all gateways; about half a minute where they fail at once
-MAX_FAILING_S = 60.0  # and where each of them takes long
+MAX_FAILING_S = 120.0  # without an event, over all gateways; as long as a gateway waits for an attention replica
 _OPTIONS = (("grpc.max_receive_message_length", 64 << 20), ("grpc.max_reconnect_backoff_ms", 1000))
 
 
@@ -161,8 +160,8 @@ class Route:
         begun = self._next_offset is not None
         # A resumable request may be made again: where it runs already, the second call joins it.
         patient = self.request.resumable and (begun or self._gateways.served)
-        most = MAX_RESUMES if patient else len(self._gateways.addresses) - 1
-        gives_up = self._num_failed > most or self._clock() - self._failing_since > MAX_FAILING_S
+        once_round = self._num_failed >= len(self._gateways.addresses)
+        gives_up = self._clock() - self._failing_since > MAX_FAILING_S if patient else once_round
         if not isinstance(found, Unavailable | SlowReader) or gives_up or (begun and not patient):
             raise found from None
         self._gateways.turn(self._gateway)
