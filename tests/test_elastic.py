@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from test_cluster import all_idle, client_of, config_of, eventually, greedy, sta
 
 from expertmesh.client import AnswerDelta, Client, ReasoningDelta
 from expertmesh.cluster.app import Cluster
-from expertmesh.config import AutoscalingConfig, ExchangeConfig
+from expertmesh.config import AutoscalingConfig, ClusterConfig, ExchangeConfig
 from expertmesh.errors import InvalidRequest
 from expertmesh.proto import expertmesh_pb2 as pb
 from expertmesh.router.client.gateways import Unary
@@ -35,13 +35,55 @@ def expected(tiny_checkpoint: Path) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def redundant(tiny_checkpoint: Path, ray_runtime: None) -> Iterator[Cluster]:
-    """Two attention replicas, three shards, two copies of every expert; each test leaves it whole. The last tests of
-    this file share it: a Ray runs one cluster at a time."""
+def run_one(ray_runtime: None) -> Iterator[Callable[[str, ClusterConfig], Cluster]]:
+    """The cluster of a name, which tests share and leave whole. A Ray runs one at a time: another one ends."""
+    running: dict[str, Cluster] = {}
+
+    def run(name: str, config: ClusterConfig) -> Cluster:
+        if name not in running:
+            stop()
+            cluster = Cluster(config)
+            cluster.start()
+            running[name] = cluster
+        return running[name]
+
+    def stop() -> None:
+        while running:
+            running.popitem()[1].stop()
+
+    yield run
+    stop()
+
+
+@pytest.fixture
+def plain(run_one, tiny_checkpoint: Path) -> Cluster:
+    """One attention replica, two shards, one copy of every expert."""
+    return run_one("plain", config_of(tiny_checkpoint, num_shards=2))
+
+
+@pytest.fixture
+def redundant(run_one, tiny_checkpoint: Path) -> Cluster:
+    """Two attention replicas, three shards, two copies of every expert."""
     config = config_of(tiny_checkpoint, num_attention=2, num_shards=3)
     exchange = ExchangeConfig(timeout_base_s=HANG_S, timeout_per_row_s=0.0)
-    with Cluster(replace(config, num_redundant_experts=64, exchange=exchange)) as cluster:
-        yield cluster
+    return run_one("redundant", replace(config, num_redundant_experts=64, exchange=exchange))
+
+
+@pytest.fixture
+def growing(run_one, tiny_checkpoint: Path) -> Cluster:
+    """One of each tier while idle, two when busy."""
+    scaling = AutoscalingConfig(
+        max_expert_shards=2,
+        target_busy=0.02,
+        max_attention_replicas=2,
+        target_pressure=0.3,
+        upscale_delay_s=0.5,
+        downscale_delay_s=1.0,
+        cooldown_s=1.0,
+    )
+    config = config_of(tiny_checkpoint, num_attention=1, num_shards=1)
+    config = replace(config, autoscaling=scaling, scheduler=replace(config.scheduler, max_num_seqs=4))
+    return run_one("growing", config)
 
 
 class Listener:
@@ -95,10 +137,8 @@ def serving(cluster: Cluster, role: str) -> list[ProcessStatus]:
     return [p for p in state.processes if p.role == role and p.name in state.ranks and p.epoch == state.epoch]
 
 
-def kill_under_streams(cluster: Cluster, role: str, expected: list[list[int]]) -> float:
-    """SIGKILL one member of the role while streams run; the longest pause that a client saw."""
-    config = cluster.config
-    count = config.num_expert_shards if role == "expert" else config.num_attention_replicas
+def kill_under_streams(cluster: Cluster, role: str, count: int, expected: list[list[int]]) -> float:
+    """SIGKILL one of the `count` members of the role while streams run; the longest pause that a client saw."""
     assert eventually(lambda: len(serving(cluster, role)) == count), "a member's first report in the epoch is missing"
     known, suspected_before = {p.name for p in serving(cluster, role)}, cluster.state().num_returned
     victim = serving(cluster, role)[0]
@@ -149,11 +189,6 @@ def under_load(client: Client, expected: list[list[int]]) -> Iterator[None]:
     print(f"\n{len(pauses_s)} streams, the longest pause {max(pauses_s):.3f} s")
 
 
-def test_streams_wait_for_the_only_shards_replacement(tiny_checkpoint: Path, expected: list[list[int]]):
-    with Cluster(config_of(tiny_checkpoint, num_shards=1)) as cluster:
-        kill_under_streams(cluster, "expert", expected)
-
-
 def names_of(cluster: Cluster) -> set[str]:
     return {process.name for process in serving(cluster, "expert")}
 
@@ -163,67 +198,57 @@ def operate(client: Client, method: str, request: object) -> str:
     return summary
 
 
-def test_shards_come_and_go_under_running_streams(tiny_checkpoint: Path, expected: list[list[int]]):
+def test_shards_come_and_go_under_running_streams(plain: Cluster, expected: list[list[int]]):
     """An operator asks for more shards, for one to be drained, for a placement by load, and for fewer shards."""
-    with Cluster(config_of(tiny_checkpoint, num_shards=2)) as cluster:
-        with client_of(cluster) as client, under_load(client, expected):
-            for count in (3, 2):
-                began_at = time.monotonic()
-                assert operate(client, "Scale", pb.ScaleRequest(num_shards=count)) == f"{count} shards"
-                assert eventually(lambda count=count: len(serving(cluster, "expert")) == count, 60.0)
-                print(f"\n{count} shards after {time.monotonic() - began_at:.1f} s")
-            leaving, stays = (process.name for process in serving(cluster, "expert"))
+    with client_of(plain) as client, under_load(client, expected):
+        for count in (3, 2):
+            began_at = time.monotonic()
+            assert operate(client, "Scale", pb.ScaleRequest(num_shards=count)) == f"{count} shards"
+            assert eventually(lambda count=count: len(serving(plain, "expert")) == count, 60.0)
+            print(f"\n{count} shards after {time.monotonic() - began_at:.1f} s")
+        leaving, stays = (process.name for process in serving(plain, "expert"))
+        operate(client, "Drain", pb.DrainRequest(member_id=leaving))
+        assert eventually(lambda: names_of(plain) - {leaving, stays} and len(names_of(plain)) == 2, 60.0)
+        assert stays in names_of(plain)
+        with pytest.raises(InvalidRequest, match=stays):
             operate(client, "Drain", pb.DrainRequest(member_id=leaving))
-            assert eventually(lambda: names_of(cluster) - {leaving, stays} and len(names_of(cluster)) == 2, 60.0)
-            assert stays in names_of(cluster)
-            with pytest.raises(InvalidRequest, match=stays):
-                operate(client, "Drain", pb.DrainRequest(member_id=leaving))
-            assert "x predicted" in operate(client, "Rebalance", pb.RebalanceRequest())
-        assert eventually(lambda: all_idle(cluster))
-        assert [d.text for d in cluster.state().decisions][:3] == [
-            "3 shards: asked for",
-            "2 shards: asked for",
-            f"{leaving} drains: asked for",
-        ]
+        assert "x predicted" in operate(client, "Rebalance", pb.RebalanceRequest())
+    assert eventually(lambda: all_idle(plain))
+    assert [d.text for d in plain.state().decisions][:3] == [
+        "3 shards: asked for",
+        "2 shards: asked for",
+        f"{leaving} drains: asked for",
+    ]
 
 
-def test_a_busy_tier_grows_by_itself_and_shrinks_when_idle(tiny_checkpoint: Path, expected: list[list[int]]):
-    scaling = AutoscalingConfig(
-        max_expert_shards=2, target_busy=0.02, upscale_delay_s=0.5, downscale_delay_s=1.0, cooldown_s=1.0
-    )
-    with Cluster(replace(config_of(tiny_checkpoint, num_shards=1), autoscaling=scaling)) as cluster:
-        with client_of(cluster) as client, under_load(client, expected):
-            assert eventually(lambda: len(serving(cluster, "expert")) == 2, 60.0)
-        assert eventually(lambda: len(serving(cluster, "expert")) == 1, 60.0)
-        assert eventually(lambda: all_idle(cluster))
+def test_streams_wait_for_the_only_shards_replacement(plain: Cluster, expected: list[list[int]]):
+    with client_of(plain) as client:
+        operate(client, "Scale", pb.ScaleRequest(num_shards=1))
+    assert eventually(lambda: len(serving(plain, "expert")) == 1, 60.0)
+    kill_under_streams(plain, "expert", 1, expected)
 
 
-def test_the_attention_tier_grows_when_its_places_are_taken_and_shrinks_when_idle(
-    tiny_checkpoint: Path, expected: list[list[int]]
-):
-    scaling = AutoscalingConfig(
-        max_attention_replicas=2, target_pressure=0.3, upscale_delay_s=0.5, downscale_delay_s=1.0, cooldown_s=1.0
-    )
-    config = config_of(tiny_checkpoint, num_attention=1, num_shards=1)
-    config = replace(config, autoscaling=scaling, scheduler=replace(config.scheduler, max_num_seqs=4))
-    with Cluster(config) as cluster:
-        with client_of(cluster) as client, under_load(client, expected):
-            assert eventually(lambda: len(serving(cluster, "attention")) == 2, 60.0)
-        assert eventually(lambda: len(serving(cluster, "attention")) == 1, 60.0)
-        assert eventually(lambda: all_idle(cluster))
-        grown, shrunk = [d.text for d in cluster.state().decisions if "attention replicas" in d.text][:2]
-        assert grown.endswith("target 0.30: 2 attention replicas")
-        assert shrunk.endswith("target 0.30: 1 attention replicas are enough")
+def test_busy_tiers_grow_by_themselves_and_shrink_when_idle(growing: Cluster, expected: list[list[int]]):
+    """Shards by their busy fraction, attention replicas by the places taken."""
+
+    def sizes() -> tuple[int, int]:
+        return len(serving(growing, "attention")), len(serving(growing, "expert"))
+
+    with client_of(growing) as client, under_load(client, expected):
+        assert eventually(lambda: sizes() == (2, 2), 60.0)
+    assert eventually(lambda: sizes() == (1, 1), 60.0)
+    assert eventually(lambda: all_idle(growing))
+    grown, shrunk = [d.text for d in growing.state().decisions if "attention replicas" in d.text][:2]
+    assert grown.endswith("target 0.30: 2 attention replicas")
+    assert shrunk.endswith("target 0.30: 1 attention replicas are enough")
 
 
 def test_a_killed_shard_changes_no_token_where_copies_live(redundant: Cluster, expected: list[list[int]]):
-    assert eventually(lambda: len(serving(redundant, "expert")) == 3)
-    kill_under_streams(redundant, "expert", expected)
+    kill_under_streams(redundant, "expert", 3, expected)
 
 
 def test_a_killed_attention_replica_changes_no_token(redundant: Cluster, expected: list[list[int]]):
-    assert eventually(lambda: len(serving(redundant, "attention")) == 2)
-    kill_under_streams(redundant, "attention", expected)
+    kill_under_streams(redundant, "attention", 2, expected)
 
 
 def test_a_shard_that_hangs_changes_no_token_and_comes_back(redundant: Cluster, expected: list[list[int]]):
