@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +60,8 @@ class ChaosWorld:
         self.nodes = [RayNode(0, "", gcs_store=self.gcs_store)]  # the head: it has the control store (GCS)
         self._stack.callback(lambda: [node.kill() for node in reversed(self.nodes)])
         address = self.nodes[0].address
-        with ThreadPoolExecutor() as pool:
-            others = [pool.submit(RayNode, i, address) for i in range(1, NUM_NODES)]
-        self.nodes += [node.result() for node in others if node.exception() is None]
-        for node in others:
-            node.result()  # raises what one of them did
+        # One after the other: two that start at once on a host take each other's names.
+        self.nodes += [RayNode(i, address) for i in range(1, NUM_NODES)]
         config = ClusterConfig(
             model=str(DEMO_MODEL),
             num_attention_replicas=NUM_ATTENTION,
