@@ -2,7 +2,6 @@
 layout on the CPU, and on one GPU with the kernels. What only real NCCL shows is in test_exchange_pair_gpu.py."""
 
 import queue
-from collections import defaultdict
 
 import torch
 
@@ -14,8 +13,9 @@ from expertmesh.router.exchange_nccl import NcclExchange
 class World:
     """Who sent what to whom, in order, and how many bytes in all."""
 
-    def __init__(self) -> None:
-        self.between = defaultdict(queue.Queue)
+    def __init__(self, num_ranks: int) -> None:
+        ranks = range(num_ranks)
+        self.between = {(source, to): queue.Queue() for source in ranks for to in ranks}
         self.num_bytes = 0
 
 
@@ -57,7 +57,7 @@ class HandedGroup:
 def make_exchanges(
     epoch: Epoch, shape: RowShape, *, capacity: int = 256, exact_above: int = 64
 ) -> tuple[list[NcclExchange], World]:
-    world = World()
+    world = World(len(epoch.members))
     return [
         NcclExchange(
             HandedGroup(world, rank),
