@@ -40,6 +40,7 @@ from .chart import Chart, Panel
 FEW, MANY = 2, 4  # shards
 PHASES = ((1, 15.0), (64, 60.0), (1, 60.0))  # (streams at a time, seconds)
 NUM_PROMPTS, NUM_TOKENS = 16, 200
+QUIET_S = 3.0  # so far from a change of the epoch or the load a wait has nothing to do with it
 GOAL_SERVING_S, GOAL_STALL_STEPS = 10.0, 2.0
 ROW_US_VARIABLE = "EXPERTMESH_BENCH_ROW_US"
 
@@ -179,16 +180,30 @@ def per_second(load: Load) -> tuple[list[tuple[float, float]], list[tuple[float,
 
 
 def switches(load: Load, seen: Watch) -> list[dict[str, float]]:
-    """For each change of the epoch: the longest wait of any stream around it, and that in steps of that time."""
-    return [found for at, _ in seen.epochs[1:] if (found := longest_wait(load, at)) is not None]
+    """For each change of the epoch: the longest wait of any stream around it, in steps of that time, and by how much
+    that is longer than streams wait without a change (`undisturbed`): on a host of few cores that is no little."""
+    usual = undisturbed(load, seen)["p99.9"]
+    found = [longest_wait(load, at) for at, _ in seen.epochs[1:]]
+    return [wait | {"excess_steps": round(max(0.0, wait["steps"] - usual), 2)} for wait in found if wait is not None]
 
 
-def no_switches(load: Load, seen: Watch) -> list[dict[str, float]]:
-    """The same where no epoch changed and the load did not: what a wait of this host is like by itself."""
+def undisturbed(load: Load, seen: Watch) -> dict[str, float]:
+    """What streams wait for a token in steps of that second, where no epoch changed and the load did not."""
     changes = [at for at, _ in seen.epochs[1:]]
     changes += itertools.accumulate(seconds for _, seconds in PHASES)
-    quiet = [at for at in range(4, int(changes[-1]), 3) if all(abs(at - change) > 3.0 for change in changes)]
-    return [found for at in quiet if (found := longest_wait(load, at)) is not None]
+    by_second: dict[int, list[float]] = {}
+    for came in load.tokens:
+        for a, b in itertools.pairwise(came):
+            if b > QUIET_S and all(abs(b - change) > QUIET_S for change in changes):
+                by_second.setdefault(int(b), []).append(b - a)
+    waits = sorted(wait / statistics.median(all_of) for all_of in by_second.values() for wait in all_of)
+    if not waits:
+        return {"p50": 0.0, "p99.9": 0.0, "most": 0.0}
+    return {
+        "p50": round(waits[len(waits) // 2], 2),
+        "p99.9": round(waits[int(0.999 * (len(waits) - 1))], 2),
+        "most": round(waits[-1], 2),
+    }
 
 
 def longest_wait(load: Load, at: float) -> dict[str, float] | None:
@@ -267,7 +282,7 @@ def main() -> int:
     with started(arguments.row_us, arguments.model) as cluster:
         load, seen = asyncio.run(measure(cluster))
     counts, p99 = per_second(load)
-    changes, quiet, added = switches(load, seen), no_switches(load, seen), starts(seen)
+    changes, added = switches(load, seen), starts(seen)
     most = max(n for _, n in seen.shards)
     figures = {
         "model": arguments.model.name,
@@ -280,12 +295,8 @@ def main() -> int:
         "starts_s": added,
         "switches": changes,
         "longest_stall_steps": max((c["steps"] for c in changes), default=None),
-        "longest_wait_steps_without_a_switch": {
-            "median": statistics.median(q["steps"] for q in quiet),
-            "most": max(q["steps"] for q in quiet),
-        }
-        if quiet
-        else None,
+        "longest_stall_excess_steps": max((c["excess_steps"] for c in changes), default=None),
+        "wait_steps_without_a_switch": undisturbed(load, seen),
     }
     name = "demo model" if arguments.model == DEMO_MODEL else arguments.model.name
     chart = Chart(
@@ -321,7 +332,11 @@ def goals_missed(added: Sequence[dict[str, Any]], changes: Sequence[dict[str, fl
         if a["serving"] > GOAL_SERVING_S
     ]
     stalls = [c for c in changes if c["steps"] > GOAL_STALL_STEPS]
-    return missed + [f"a stall of {c['steps']} steps at {c['at_s']} s, goal {GOAL_STALL_STEPS}" for c in stalls]
+    return missed + [
+        f"a stall of {c['steps']} steps at {c['at_s']} s, {c['excess_steps']} more than without a switch, "
+        f"goal {GOAL_STALL_STEPS}"
+        for c in stalls
+    ]
 
 
 def say(line: str) -> None:
