@@ -9,7 +9,8 @@
 
 Every stream's tokens are compared with those of a run of the same requests that nothing disturbs. Streams that move to
 another rank change its batch, so engines are in batch-invariant mode (with --plain (a) may differ). Real meshes,
-engines, agents and membership, without Ray. Exits 1 where a token differs. (CPU: --device cpu --case tiny --layers 2.)"""
+engines, agents and membership, without Ray. Exits 1 where a token differs.
+(CPU: --device cpu --case tiny --layers 2.)"""
 
 import argparse
 import json
