@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..cluster.app import Cluster, stop_ray
+from ..cluster.app import RAY_START_S, Cluster, stop_ray
 from ..cluster.commands.serve import DEMO_MODEL
 from ..config import NODE, CacheConfig, ClusterConfig, ExchangeConfig, NetworkConfig
 from ..errors import Unavailable
@@ -23,7 +23,7 @@ from .valkey import HOST, ValkeyProcess, free_port
 NUM_NODES, NUM_ATTENTION, NUM_SHARDS = 3, 2, 4
 NUM_EXPERTS = 32  # of the demo model: one redundant copy of each
 HANG_S = 3.0  # after so long a silent peer breaks the epoch
-START_S = 60.0
+START_S = 150.0
 SETTLE_S = 90.0
 _LOGGED = 20  # leftovers named at most
 
@@ -52,7 +52,7 @@ class ChaosWorld:
     def _start(self) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_worker_niceness", "0")
+        os.environ.setdefault("RAY_raylet_start_wait_time_s", str(RAY_START_S))
         self.redis = ValkeyProcess(self._folder / "redis", "--appendonly", "yes")
         self._stack.callback(self.redis.kill)
         self.gcs_store = ValkeyProcess(self._folder / "gcs", "--appendonly", "yes")
@@ -61,7 +61,8 @@ class ChaosWorld:
         self._stack.callback(lambda: [node.kill() for node in reversed(self.nodes)])
         address = self.nodes[0].address
         # One after the other: two that start at once on a host take each other's names.
-        self.nodes += [RayNode(i, address) for i in range(1, NUM_NODES)]
+        for i in range(1, NUM_NODES):
+            self.nodes.append(RayNode(i, address))
         config = ClusterConfig(
             model=str(DEMO_MODEL),
             num_attention_replicas=NUM_ATTENTION,
