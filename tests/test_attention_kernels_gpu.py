@@ -189,7 +189,7 @@ def test_heads_of_a_token_do_not_depend_on_other_tokens():
 # ------------------------------------------------------------------------------------------------------ thin products
 @pytest.mark.parametrize(
     ("num_outputs", "k"),
-    [(5120, 2048), (2048, 4096), (4096, 8192), (8, 64), (1000, 96), (264, 2560), (2112, 128), (151936, 2048)],
+    [(5120, 2048), (2048, 4096), (8, 64), (1000, 96), (264, 2560), (2112, 128), (151936, 2048)],
 )
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 7, 8])
 def test_thin_linear_equals_the_product(num_rows, num_outputs, k):
