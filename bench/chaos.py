@@ -250,10 +250,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", metavar="FAULT,...", help=f"of {', '.join(f.name for f in FAULTS)}")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # ends what it started
     mark_processes()
     before = processes_now()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder, ChaosWorld(Path(folder), say) as world:
+        # SIGTERM ends what was started; set here, since Ray's start puts its own handler, which ends at once.
+        signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
         figures = asyncio.run(run(arguments, world))
         figures["left"] = world.not_settled()
     figures["left"] += leftovers(before)
