@@ -244,7 +244,7 @@ def test_a_long_prompt_leaves_half_of_the_budget_to_others():
 
 
 def test_prompt_tokens_far_into_a_context_count_for_more_where_decodes_wait():
-    desk = Desk(num_blocks=4000, attention_parity=100)
+    desk = Desk(num_blocks=4000, attention_parity=100, max_prefill_tokens_per_step=120)
     desk.add(1)
     assert desk.step() == {"r0": 1}
     long = desk.add(900)
@@ -253,8 +253,26 @@ def test_prompt_tokens_far_into_a_context_count_for_more_where_decodes_wait():
         count = min(pending, int(120 / (1 + computed / 100)))
         if computed >= 100 and count < pending:
             count -= (computed + count) % BLOCK  # most of it is attention: whole blocks
-        assert desk.step(max_prefill=120) == {"r0": 1, "r1": count}
+        assert desk.scheduler.bid() == (1, count), "a step is no larger than what runs in it"
+        assert desk.step(max_tokens=1 + count, max_prefill=count) == {"r0": 1, "r1": count}
     assert computed > 800
+
+
+def test_what_another_replica_is_granted_makes_no_token_dearer():
+    desk = Desk(num_blocks=4000, attention_parity=100, max_prefill_tokens_per_step=120)
+    desk.add(1)
+    desk.step()
+    desk.add(900)
+    while desk.step()["r1"] == 120:
+        pass
+    assert desk.scheduler.bid()[1] > 40
+    assert desk.step(max_prefill=40) == {"r0": 1, "r1": 40}, "tokens are shared, the cost of attention is not"
+    desk.add(900, first=1000)
+    decodes, prefill = desk.scheduler.bid()
+    taken = desk.step(max_tokens=decodes + prefill, max_prefill=prefill)
+    assert decodes == 1
+    assert sum(taken.values()) == 1 + prefill
+    assert set(taken) == {"r0", "r1", "r2"}
 
 
 def test_a_prompt_alone_takes_the_whole_budget_whatever_its_context():

@@ -100,21 +100,18 @@ class Scheduler:
             self._waiting.remove(sequence)
 
     def bid(self) -> tuple[int, int]:
-        """(decode tokens, prefill tokens) that the next `schedule` could use at most."""
-        budget = self.config.max_num_batched_tokens
-        num_decode = num_prefill = 0
-        for sequence in self._running:
-            pending = sequence.num_tokens - sequence.num_computed_tokens
-            if pending > 1:
-                num_prefill += pending
-            elif self._goes_on(sequence):
-                num_decode += 1
-        if self._waiting and num_prefill + num_decode < budget and self._can_admit(self._waiting[0]):
+        """(decode tokens, prefill tokens) that the next `schedule` could use at most: a step is as large as its header
+        says, so what a long context makes too dear is not asked for."""
+        num_decode = sum(1 for s in self._running if s.num_pending_tokens == 1 and self._goes_on(s))
+        prompts = [s for s in self._running if s.num_pending_tokens > 1]
+        left = self._prefill_budget(self.config.max_num_batched_tokens - num_decode, beside_decodes=num_decode > 0)
+        num_prefill = sum(left.take(s, alone=len(prompts) == 1 and not self._waiting) for s in prompts)
+        if self._waiting and not left.is_spent and self._can_admit(self._waiting[0]):
             for sequence in self._waiting:
-                num_prefill += sequence.num_pending_tokens
-                if num_prefill + num_decode >= budget:
+                if left.is_spent:
                     break
-        return num_decode, min(num_prefill, budget - num_decode)
+                num_prefill += left.take(sequence, alone=len(self._waiting) == 1)
+        return num_decode, num_prefill
 
     def schedule(self, max_tokens: int, max_prefill: int) -> list[ScheduledTokens]:
         """Choose at most `max_tokens` tokens, at most `max_prefill` of them of prompts or replays, with their blocks.
@@ -124,12 +121,12 @@ class Scheduler:
         max_tokens = min(max_tokens, self.config.max_num_batched_tokens)
         scheduled = self._schedule_decodes(max_tokens)
         budget = min(max_tokens - len(scheduled), max_prefill)
-        left = _PrefillBudget(budget, self._parity if scheduled else 0, self.cache.block_size)
+        left = self._prefill_budget(budget, beside_decodes=bool(scheduled))
         prompts = [s for s in self._running if s.num_pending_tokens > 1]
         for sequence in prompts:
             if (count := left.take(sequence, alone=len(prompts) == 1 and not self._waiting)) > 0:
                 scheduled.append(ScheduledTokens.next_of(sequence, count))
-        while left.cost >= 1 and self._waiting and self._admit(self._waiting[0]):
+        while not left.is_spent and self._waiting and self._admit(self._waiting[0]):
             sequence = self._running[-1]
             count = left.take(sequence, alone=not self._waiting)
             scheduled.append(ScheduledTokens.next_of(sequence, count))
@@ -171,6 +168,10 @@ class Scheduler:
         for s in self._running:
             assert s.num_computed_tokens < s.num_tokens
             assert s.num_computed_tokens <= s.table.num_blocks * self.cache.block_size
+
+    def _prefill_budget(self, num_tokens: int, *, beside_decodes: bool) -> "_PrefillBudget":
+        most = self.config.max_prefill_tokens_per_step
+        return _PrefillBudget(min(num_tokens, most), most, self._parity if beside_decodes else 0, self.cache.block_size)
 
     def _schedule_decodes(self, max_tokens: int) -> list[ScheduledTokens]:
         scheduled: list[ScheduledTokens] = []
@@ -228,26 +229,32 @@ class Scheduler:
 
 
 class _PrefillBudget:
-    """What one step may spend on prompts, in tokens of a short context. A token far into a long prompt costs more, by
-    its attention: where decodes wait for the step it counts for more, so that the step's time stays what the budget
-    says, and where attention is most of the cost a chunk ends with a block: attention's tiles hold as many tokens or a
-    part of them, so 98 would take the time of 112. A long prompt leaves half to the others, so that nobody waits for
-    its end. Idea: Sarathi-Serve's bounded chunks, by cost."""
+    """What one step may spend on prompts: tokens, and their cost, in tokens of a short context. A token far into a long
+    prompt costs more, by its attention: where decodes wait for the step it counts for more, so that the step's time
+    stays what the budget says, and where attention is most of the cost a chunk ends with a block: attention's tiles
+    hold as many tokens or a part of them, so 98 would take the time of 112. A long prompt leaves half to the others, so
+    that nobody waits for its end. Tokens are shared by all replicas, who share the experts; cost is this one's, whose
+    attention runs beside that of others. Idea: Sarathi-Serve's bounded chunks, by cost."""
 
-    def __init__(self, num_tokens: int, parity: int, block_size: int) -> None:
-        self.cost = float(num_tokens)
+    def __init__(self, num_tokens: int, cost: int, parity: int, block_size: int) -> None:
+        self._tokens, self._cost = num_tokens, float(cost)
         self._whole, self._parity, self._block_size = num_tokens, parity, block_size
+
+    @property
+    def is_spent(self) -> bool:
+        return self._tokens < 1 or self._cost < 1
 
     def take(self, sequence: Sequence, *, alone: bool) -> int:
         """Tokens of this sequence that run in the step; at least one where a token of the budget is left."""
-        if self.cost < 1:
+        if self.is_spent:
             return 0
-        share = self.cost
+        tokens, cost = self._tokens, self._cost
         if not alone and sequence.num_pending_tokens > _LONG_PROMPT * self._whole:
-            share = max(1.0, self.cost // 2)
+            tokens, cost = max(1, tokens // 2), max(1.0, cost // 2)
         price = 1.0 + sequence.num_computed_tokens / self._parity if self._parity else 1.0
-        count = min(max(1, int(share / price)), sequence.num_pending_tokens)
-        self.cost -= count * price
+        count = min(max(1, int(cost / price)), tokens, sequence.num_pending_tokens)
+        self._cost -= count * price
         if price >= 2 and self._block_size < count < sequence.num_pending_tokens:
             count -= (sequence.num_computed_tokens + count) % self._block_size
+        self._tokens -= count
         return count
