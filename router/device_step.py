@@ -160,7 +160,8 @@ class DeviceStep:
             return None
         exchange_key = self._exchange.graph_key(self.header)
         version = 0 if self._experts is None else self._experts.graph_version
-        return None if exchange_key is None else (exchange_key, version, self.stride)
+        stride = self.stride if self._exchange.capacity else 0  # without other ranks nothing depends on it
+        return None if exchange_key is None else (exchange_key, version, stride)
 
     # -- ends
 

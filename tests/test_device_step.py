@@ -128,5 +128,9 @@ def test_the_key_of_a_graph_changes_with_exchange_pools_and_bucket():
     assert one.graph_key == one._key()
     one._experts.graph_version = 4
     assert one.graph_key != one._key()
+    before, one.stride = one._key(), one.stride + 1
+    assert one._key() == before, "with one rank a layer is the same in every bucket's step"
+    one._exchange.capacity = 8
+    assert one._key() != before
     one._experts.capturable = False
     assert one._key() is None
