@@ -14,12 +14,14 @@ from ..checkpoint import Checkpoint
 from ..cluster.attention.engine import Engine, StepObserver
 from ..cluster.attention.grammar import GrammarCompiler
 from ..cluster.attention.load import load_runner
+from ..cluster.attention.warm_up import WarmUp
 from ..config import CacheConfig, SchedulerConfig
 from ..experts.device_experts import NUM_SPARE
 from ..experts.mlp import LocalExpertMLP
 from ..experts.weights import expert_bytes_on_disk
 from ..request import EngineRequest, FinishReason, RequestOutput
 from ..router.exchange import RowShape
+from ..router.heap import freeze_heap
 from ..router.mesh import ClusterMesh, LocalMesh
 from ..router.placement import uniform
 from ..startup_phases import StartupPhases
@@ -63,6 +65,7 @@ class LocalEngine:
         device = torch.device(device)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         max_model_len = max_model_len or config.max_position_embeddings
+        self._scheduler, self._max_model_len = scheduler, max_model_len
         runner = self.runner = load_runner(
             checkpoint,
             cache,
@@ -76,11 +79,12 @@ class LocalEngine:
         )
         with phases.phase("experts"):
             self.mesh = mesh or _alone(checkpoint, scheduler, dtype, device)
+        self._warm_up = WarmUp(self._take)
         self.engine = Engine(
             runner,
             self.mesh,
             scheduler=scheduler,
-            publish=self._take,
+            publish=self._warm_up.publish,
             max_model_len=max_model_len,
             attention_parity=config.attention_parity_tokens,
             enable_prefix_cache=cache.enable_prefix_cache,
@@ -100,6 +104,12 @@ class LocalEngine:
         self.engine.stop()
         self.mesh.close()
 
+    def warm_up(self) -> float:
+        """As a replica before it serves; seconds."""
+        seconds = self._warm_up.run(self.engine, self._scheduler, max_model_len=self._max_model_len)
+        freeze_heap()
+        return seconds
+
     def submit(self, request: EngineRequest) -> Stream:
         stream = self.streams[request.request_id] = Stream(submitted_s=time.perf_counter())
         self.engine.submit(request)
@@ -110,6 +120,19 @@ class LocalEngine:
         with self._changed:
             if not self._changed.wait_for(lambda: all(self.streams[n].end for n in names), timeout_s):
                 raise TimeoutError(f"not ended after {timeout_s} s: {[n for n in names if not self.streams[n].end]}")
+
+    def wait_for_any(self, request_ids: Iterable[str], timeout_s: float = 600.0) -> list[str]:
+        """Those of them that have ended; at least one."""
+        names, ended = list(request_ids), list[str]()
+
+        def found() -> bool:
+            ended[:] = [n for n in names if self.streams[n].end]
+            return bool(ended)
+
+        with self._changed:
+            if not self._changed.wait_for(found, timeout_s):
+                raise TimeoutError(f"none of {len(names)} requests ended in {timeout_s} s")
+        return ended
 
     def wait_for_step_after_now(self, timeout_s: float = 60.0) -> None:
         """Until tokens come out, or nothing runs any more."""

@@ -184,6 +184,7 @@ class AttentionReplica:
                     await asyncio.to_thread(experts.compile_ahead)
             with self._phases.phase("first tokens"):
                 await asyncio.to_thread(warm_up.run, engine, config.scheduler, max_model_len=max_model_len)
+            freeze_heap()  # graphs and what else the first steps made
         except Exception:  # a step will meet it too, and say it to whom it concerns
             _log.exception("%s was not warmed up: its first requests will be slow", self.member_id)
         finally:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from .epoch import Epoch, StepHeader
 
-# Sizes of steps that hold prompts, few, since each is captured for itself; above, a GPU's work hides its launches.
-PROMPT_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+# Sizes of steps that hold prompts, few, since each is captured for itself: up to 512 as far apart as steps cost the
+# same, then an eighth of the largest. Above, a GPU's work hides its launches.
+PROMPT_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1536, 1792, 2048)
 
 
 @dataclass(frozen=True, slots=True)

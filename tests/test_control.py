@@ -231,11 +231,13 @@ def test_steps_with_prompts_have_few_buckets():
     leader = Leader(max_prefill_tokens=1000, buckets=(1, 2, 4, 8, 12, 16, 20, 24))
     leader.step(EpochInstalled(epoch(["a1", "e1"])), 0.0)
     named = []
-    for step_id, (decode, prefill) in enumerate([(1, 0), (9, 0), (9, 1), (2, 40), (30, 482), (30, 483)]):
+    for step_id, (decode, prefill) in enumerate([(1, 0), (9, 0), (9, 1), (2, 40), (30, 482), (30, 995)]):
         (command,) = leader.step(BidPlaced("a1", decode, prefill, step_id), 1.0)
         named.append(command.header.bucket)
         leader.step(StepDone("a1", step_id + 1), 2.0)
-    assert named == [1, 12, 16, 64, 512, 0]
+    assert named == [1, 12, 16, 64, 512, 1152]
+    (command,) = leader.step(BidPlaced("a1", 1100, 1000, 6), 3.0)
+    assert command.header.bucket == 0, "above the largest"
 
 
 def test_a_new_epoch_is_named_when_the_step_in_flight_is_over():

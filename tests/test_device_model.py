@@ -267,5 +267,5 @@ def test_a_bucket_is_captured_when_it_is_met_again_and_held_for_its_key(moe_mode
 def test_a_rank_pads_to_what_holds_its_own_tokens():
     assert [prompt_graphs.bucket_of(n, 512) for n in (1, 16, 17, 300, 512)] == [16, 16, 32, 384, 512]
     assert prompt_graphs.bucket_of(20, 24) == 24, "never above the largest source's"
-    assert prompt_graphs.bucket_of(600, 1024) == 0
+    assert [prompt_graphs.bucket_of(n, 2048) for n in (1056, 2048, 2049)] == [1152, 2048, 0]
     assert prompt_graphs.bucket_of(20, 0) == 0

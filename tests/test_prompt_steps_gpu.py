@@ -13,6 +13,7 @@ from expertmesh.config import CacheConfig, SchedulerConfig
 from expertmesh.errors import KernelError
 from expertmesh.make_checkpoint import make_checkpoint
 from expertmesh.request import EngineRequest, SamplingParams
+from expertmesh.router.leader import PROMPT_BUCKETS
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -43,7 +44,7 @@ MOE = {
     "initializer_range": 0.05,
 }
 DENSE = {**MOE, "model_type": "qwen3", "num_experts": None, "num_experts_per_tok": None, "moe_intermediate_size": None}
-LENGTHS = (2, 16, 5, 17, 40, 40, 64, 100, 130, 200, 130, 500, 300, 384, 450, 513, 600)
+LENGTHS = (2, 16, 5, 17, 40, 40, 64, 100, 130, 200, 130, 500, 300, 384, 450, 513, 600, 1000, 900, 1024, 897)
 
 
 @pytest.fixture(scope="module", params=["moe", "dense"])
@@ -96,7 +97,7 @@ def test_a_replayed_step_is_the_eager_one_bit_for_bit(folder, batch_invariant, m
     engine = engine_of(folder, batch_invariant=batch_invariant)
     logits, tokens = logits_of(engine, LENGTHS)
     graphs = engine.runner.prompt_graphs
-    assert (graphs.num_captures, graphs.num_replays) == (5, 7), "buckets 16, 64, 192, 384, 512 came again"
+    assert (graphs.num_captures, graphs.num_replays) == (7, 11), "buckets 16, 64, 192, 384, 512, 640, 1024 came again"
     monkeypatch.setattr(PromptGraphs, "_capture", lambda self, key, line, step: None)
     other = engine_of(folder, batch_invariant=batch_invariant)
     eager, eager_tokens = logits_of(other, LENGTHS)
@@ -148,6 +149,24 @@ def test_of_too_many_sets_the_oldest_is_dropped_and_made_again(folder, monkeypat
     by_length = {}
     for length, one in zip(lengths, logits, strict=True):
         assert one.equal(by_length.setdefault(length, one))
+
+
+def test_a_warm_engine_captures_no_step_with_prompts_beside_streams(folder):
+    with engine_of(folder, max_num_seqs=16) as engine:
+        engine.warm_up()
+        graphs, runner = engine.runner.prompt_graphs, engine.runner
+        captures, met, replays = graphs.num_captures, set(graphs._met), graphs.num_replays
+        assert len(met) == len([size for size in PROMPT_BUCKETS if size <= 1152]) == captures
+        short = [request(f"short{i}", 20 + i, max_tokens=300, seed=i) for i in range(8)]
+        for one in short:
+            engine.submit(one)
+        for length in (3000, 700, 90, 1500, 1024):
+            engine.run([request(f"long{length}", length)])
+        engine.wait([one.request_id for one in short])
+        assert (graphs.num_captures, graphs._met) == (captures, met)
+        assert graphs.num_replays >= replays + 8
+        assert runner.num_replays > 200
+        assert engine.books_balance
 
 
 CHUNKS = {

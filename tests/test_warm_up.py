@@ -7,7 +7,8 @@ import pytest
 from expertmesh.bench.fake_engine import FakeEngine
 from expertmesh.bench.local_engine import LocalEngine
 from expertmesh.cluster.attention import warm_up
-from expertmesh.cluster.attention.warm_up import WarmUp, lengths
+from expertmesh.cluster.attention.step_stats import StepStats
+from expertmesh.cluster.attention.warm_up import Round, WarmUp, rounds
 from expertmesh.config import CacheConfig, SchedulerConfig
 from expertmesh.errors import KVCacheExhausted
 from expertmesh.kernels import compile_ahead, jit
@@ -17,23 +18,45 @@ from expertmesh.kernels.plan import choose_plan
 from expertmesh.request import EngineRequest, RequestOutput, SamplingParams
 from expertmesh.router.leader import PROMPT_BUCKETS
 
-BUCKETS = sorted(2 * PROMPT_BUCKETS)
+UP_TO_1024 = [Round(size) for size in PROMPT_BUCKETS if size <= 1024 for _ in range(2)]
 
 
 @pytest.mark.parametrize(
-    ("batched", "prefill", "length", "expected"),
+    ("batched", "prefill", "num_seqs", "length", "expected"),
     [
-        (16384, 16384, 4096, [*BUCKETS, 1024, 2048]),
-        (2048, 1024, 40960, [*BUCKETS, 1024]),
-        (512, 400, 64, [16, 16, 32, 32, 61, 61]),
+        (16384, 16384, 256, 4096, [Round(size) for size in PROMPT_BUCKETS for _ in range(2)]),
+        (2048, 1024, 256, 40960, [*UP_TO_1024, *2 * [Round(1024, 1)], *2 * [Round(1024, 129)]]),
+        (2048, 1024, 33, 40960, [*UP_TO_1024, *2 * [Round(1024, 1)]]),
+        (1100, 1024, 256, 40960, [*UP_TO_1024, *2 * [Round(1024, 1)]]),
+        (512, 400, 256, 64, [Round(size) for size in (16, 16, 32, 32, 61, 61)]),
     ],
     ids=str,
 )
-def test_prompts_fill_each_bucket_twice_and_the_longest_fills_a_step(
-    batched: int, prefill: int, length: int, expected: list[int]
+def test_each_bucket_is_met_twice_the_largest_by_a_whole_step_beside_decodes(
+    batched: int, prefill: int, num_seqs: int, length: int, expected: list[Round]
 ):
-    scheduler = SchedulerConfig(max_num_batched_tokens=batched, max_prefill_tokens_per_step=prefill)
-    assert lengths(scheduler, length) == expected
+    scheduler = SchedulerConfig(
+        max_num_batched_tokens=batched, max_prefill_tokens_per_step=prefill, max_num_seqs=num_seqs
+    )
+    assert list(rounds(scheduler, length)) == expected
+
+
+def test_decodes_beside_the_longest_prompt_fill_the_buckets_above_it(tiny_checkpoint):
+    steps: list[tuple[int, int]] = []  # decodes, tokens of prompts
+
+    class Observer:
+        def observe(self, stats: StepStats) -> None:
+            steps.append((stats.num_decode_tokens, stats.num_prefill_tokens))
+
+    scheduler = SchedulerConfig(max_num_batched_tokens=100, max_prefill_tokens_per_step=30, max_num_seqs=40)
+    cache = CacheConfig(kv_memory_bytes=4 << 20)
+    local = LocalEngine(tiny_checkpoint, cache=cache, scheduler=scheduler, observer=Observer(), max_model_len=90)
+    with local:
+        local.warm_up()
+        assert local.books_balance
+        assert local.streams == {}
+    beside = [decodes for decodes, tokens in steps if tokens == 30]
+    assert [beside.count(num_decodes) for num_decodes in (1, 3, 35)] == [2, 2, 2]
 
 
 def test_an_engine_answers_itself_and_nobody_else_hears_of_it(tiny_checkpoint):

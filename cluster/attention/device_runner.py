@@ -6,11 +6,13 @@ time it is met and is captured the second time; of too many graphs the one used 
 prompts in them have buckets too and are graphs between their attentions (`prompt_graphs.py`); larger ones are eager:
 their work hides their launches. What a graph holds is its key: bucket, form of the attention plan, and what the step
 says of experts and exchange. Where that changes, after an epoch or with a new pool of experts, steps run at once,
-eagerly, and are captured again.
+eagerly, and are captured again. What an eager step may allocate is the allocator's from the first step on: no step
+waits for the driver's memory.
 
 Nothing waits inside a step. Ids are drawn on the device and copied to pinned memory behind it; `collect` waits for that
 copy alone. Idea: vLLM's full CUDA graphs and asynchronous scheduling."""
 
+import logging
 from collections import OrderedDict, deque
 from collections.abc import Hashable
 from collections.abc import Sequence as Seq
@@ -37,6 +39,7 @@ from .runner import Flight, Landed, StepResult, attention_weight_bytes, size_kv_
 from .sampler import Sampled, Sampler
 from .sequence import UNSEEN, Sequence
 
+_log = logging.getLogger(__name__)
 MAX_GRAPHS = 64
 _NUM_STAGES = 3  # pinned inputs and outputs: two steps in flight and one being made
 _MEMORY_SHARE = 0.96  # of the GPU; the rest is the allocator's and the driver's
@@ -56,7 +59,9 @@ class DeviceRunner:
         block_size: int,
         vocab_size: int,
         max_num_seqs: int,
+        step_bytes: int = 0,
     ) -> None:
+        """`step_bytes`: what the largest step may allocate; the allocator gets it before the first one."""
         self.model, self.attention = model, attention
         self.num_blocks, self.block_size, self.vocab_size = num_blocks, block_size, vocab_size
         self.device = model.device
@@ -72,10 +77,12 @@ class DeviceRunner:
         self._pool = torch.cuda.graph_pool_handle()
         self._capturing = torch.cuda.Stream(self.device)
         self._max_num_seqs = max_num_seqs
-        self._inputs = _Inputs(max(max_num_seqs, MOST_TOKENS), self.device)
+        self._inputs = _Inputs(max_num_seqs, self.device)
         self.prompt_graphs: PromptGraphs | None = None
         if isinstance(attention, FlashAttention):
+            self._prompt_inputs = _Inputs(max(max_num_seqs, MOST_TOKENS), self.device)
             self.prompt_graphs = PromptGraphs(model, self.kv_pages, attention, pool=self._pool, stream=self._capturing)
+        self._bytes_to_reserve = step_bytes
         self._stages = deque(_Stage() for _ in range(_NUM_STAGES))
 
     @classmethod
@@ -102,13 +109,14 @@ class DeviceRunner:
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         usable = free_bytes - int((1 - _MEMORY_SHARE) * total_bytes)
         step_bytes = activation_bytes(config, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
-        available = usable - expert_bytes - step_bytes
+        graph_bytes = activation_bytes(config, min(MOST_TOKENS, scheduler.max_num_batched_tokens), 0)
+        available = usable - expert_bytes - step_bytes - graph_bytes
         if available <= weight_bytes:
             raise StartupError(
                 f"this replica needs {_gib(weight_bytes)} of attention weights, {_gib(expert_bytes)} of experts and "
-                f"{_gib(step_bytes)} for a step of {scheduler.max_num_batched_tokens} tokens; {_gib(usable)} of "
-                f"{_gib(total_bytes)} on the GPU can be used: more shards, a quantised checkpoint or a smaller "
-                "scheduler.max_num_batched_tokens (`expertmesh plan` does this arithmetic)"
+                f"{_gib(step_bytes + graph_bytes)} for a step of {scheduler.max_num_batched_tokens} tokens; "
+                f"{_gib(usable)} of {_gib(total_bytes)} on the GPU can be used: more shards, a quantised checkpoint or "
+                "a smaller scheduler.max_num_batched_tokens (`expertmesh plan` does this arithmetic)"
             )
         if not cache.num_blocks:
             cache = replace(cache, kv_memory_bytes=available - weight_bytes)
@@ -144,6 +152,7 @@ class DeviceRunner:
                 block_size=cache.block_size,
                 vocab_size=vocab_size or tokenizer_vocab_size(checkpoint),
                 max_num_seqs=scheduler.max_num_seqs,
+                step_bytes=step_bytes,
             )
             if isinstance(attention, FlashAttention):
                 attention.load(*runner.kv_pages[0])
@@ -158,6 +167,7 @@ class DeviceRunner:
     def launch(self, batch: StepBatch, scheduled: Seq[ScheduledTokens], step: StepContext) -> Flight:
         assert isinstance(step, DeviceStep), "a mesh of GPU members gives device steps"
         started = perf_counter()
+        self._reserve()
         samplers = [item.sequence for item in scheduled if item.samples]
         token_ids = self._token_ids(batch, scheduled)
         if any(self.device_sampler.needs_host(sequence) for sequence in samplers):
@@ -167,9 +177,9 @@ class DeviceRunner:
         bucket = step.header.bucket if self.attention.capturable else 0
         if 0 < bucket <= self._max_num_seqs and batch.num_tokens == batch.num_reqs == len(samplers):
             ids, flags = self._run_bucket(bucket, batch, token_ids, slots, step, stage)
-        elif self.prompt_graphs is not None and (own := bucket_of(batch.num_tokens, bucket)):
+        elif self.prompt_graphs and step.graph_key is not None and (own := bucket_of(batch.num_tokens, bucket)):
             logits = self._run_prompts(self.prompt_graphs, own, batch, token_ids, slots, step, stage)
-            ids, flags = self.device_sampler.sample(logits, self._inputs.slots[: len(slots)])
+            ids, flags = self.device_sampler.sample(logits, self._prompt_inputs.slots[: len(slots)])
         else:
             self.num_eager += 1
             logits = self._forward(batch, token_ids, step, stage)
@@ -212,6 +222,22 @@ class DeviceRunner:
         torch.cuda.synchronize(self.device)
 
     # -- a step
+
+    def _reserve(self) -> None:
+        """Once, when the experts of this process have their memory: a block that the allocator keeps and cuts up."""
+        num_bytes, self._bytes_to_reserve = self._bytes_to_reserve, 0
+        if not num_bytes:
+            return
+        try:
+            torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError:
+            free_bytes, _ = torch.cuda.mem_get_info(self.device)
+            _log.warning(
+                "%s for the largest step cannot be set aside, %s of the GPU are free: such a step may find no memory; "
+                "lower cache.kv_memory_bytes or scheduler.max_num_batched_tokens",
+                _gib(num_bytes),
+                _gib(free_bytes),
+            )
 
     def _token_ids(self, batch: StepBatch, scheduled: Seq[ScheduledTokens]) -> np.ndarray:
         """[T] int64, with -1 - slot for a token that only the device knows."""
@@ -304,11 +330,12 @@ class DeviceRunner:
         stage: "_Stage",
     ) -> torch.Tensor:
         """Any lengths, up to `bucket` tokens -> logits [S, vocab]."""
-        stage.fill(self._inputs, batch, token_ids, slots)
+        inputs = self._prompt_inputs
+        stage.fill(inputs, batch, token_ids, slots)
         rows = stage.send(batch.logits_rows.numpy(), self.device)
         self.attention.plan(batch.q_lens.numpy(), batch.seq_lens.numpy(), batch.block_table.numpy())
         last_token = self.device_sampler.last_token
-        x, replayed = graphs.run(self._inputs.batch(bucket), batch.num_tokens, step, last_token)
+        x, replayed = graphs.run(inputs.batch(bucket), batch.num_tokens, step, last_token)
         self.num_eager += not replayed
         return self.model.logits(x, rows, bucket)
 

@@ -6,8 +6,9 @@ else has a number of tokens and no more. So what stands between two attentions i
 pieces), a step is padded to its header's bucket, and attention is planned and launched as in any other step, for the
 tokens that are there. Padding rows are routed nowhere, written nowhere and attend to nothing.
 
-A bucket runs eagerly, in the same shapes, the first time it is met, and is captured the second time; of too many sets
-the one used longest ago is dropped. Steps above the largest bucket hide their launches.
+A bucket runs eagerly, in the same shapes, the first time it is met, and is captured the second time: no step waits for
+both. A replica has met all of them before it serves (`warm_up.py`). Of too many sets the one used longest ago is
+dropped. Steps above the largest bucket hide their launches.
 Idea: vLLM's piecewise graphs."""
 
 from collections import OrderedDict
@@ -23,7 +24,7 @@ from .device_model import AttentionRooms, DeviceBatch, DeviceModel, KVPages, Lin
 from .flash import FlashAttention
 
 MOST_TOKENS = PROMPT_BUCKETS[-1]
-MAX_SETS = 16  # buckets, and those of the exchange and experts before a change
+MAX_SETS = 32  # buckets, and those of the exchange and experts before a change
 
 
 @dataclass(frozen=True, slots=True)
