@@ -29,6 +29,7 @@ INVARIANT_TILE = 64  # decode and prefill alike
 INVARIANT_CHUNK = 4096
 SHORT = 512  # tokens of the longest context of the "short" form
 _CTAS_PER_SM = 2
+_ROUNDS = 4  # of the whole GPU that chunks may add to a step with prompts: few tokens far into a context need some
 _WIDE, _NARROW = 4, 1  # shares of KV that a warp takes at a time; narrow ones let more CTAs be at work on an SM
 
 
@@ -249,7 +250,7 @@ class FlashAttention:
                     tiles,
                     slots=self.slots,
                     kv_heads=self.num_kv_heads,
-                    most_items=int(tiles.sum()) + self.slots,
+                    most_items=int(tiles.sum()) + _ROUNDS * self.slots,
                     num_rows=int(q_lens.sum()),
                 )
             items = make_items(q_lens, seq_lens, group_size=self.group_size, tile_q=tile_q, chunk=chunk, chosen=~long)
