@@ -3,7 +3,7 @@
 After a replica's own warm-up short streams decode undisturbed; then prompts of 32K and 128K tokens (YaRN) come, one
 after the other, while they go on. Chunks of a long prompt share steps with the decodes, so their size sets everybody's
 time; the scheduler makes them smaller as the context grows (`scheduler.py`). Goal: p99 at most 3 x undisturbed.
-The last line is JSON.
+The longest steps beside each prompt are shown with what was in them (`step_watch.py`). The last line is JSON.
 
     python -m expertmesh.bench.long_prompt --prompts 32768,131000 --streams 32"""
 
@@ -14,20 +14,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..cluster.attention.warm_up import OUTPUT, lengths
 from ..config import CacheConfig, SchedulerConfig
 from ..request import EngineRequest, SamplingParams
 from .local_engine import LocalEngine, Stream
 from .step_cases import CASES, open_case
+from .step_watch import StepWatch
 
 GOAL = 3.0  # x undisturbed p99
 UNDISTURBED_S = 3.0
+NUM_SHOWN = 10  # of the longest steps
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         on_gpu = arguments.device != "cpu"
         kv_bytes = 0 if on_gpu else 2 * longest * checkpoint.config.kv_bytes_per_token(4)
+        watch = StepWatch()
         engine = LocalEngine(
             checkpoint,
             cache=CacheConfig(enable_prefix_cache=False, kv_memory_bytes=max(kv_bytes, 64 << 20)),
@@ -57,26 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             batch_invariant=not on_gpu,
             device=arguments.device,
             max_model_len=longest + 1,
+            observer=watch,
         )
+        watch.watch(engine.runner)
         with engine:
             vocab_size = min(checkpoint.config.vocab_size, engine.engine.vocab_size)
-            warm_up(engine, scheduler, longest, vocab_size)
-            result = measure(engine, arguments.streams, arguments.prompts, vocab_size)
+            print(f"warm after {engine.warm_up():.1f} s", flush=True)
+            result = measure(engine, watch, arguments.streams, arguments.prompts, vocab_size)
     name = torch.cuda.get_device_name() if on_gpu else "cpu"
     print(json.dumps({"device": name, "streams": arguments.streams, "chunk": arguments.chunk} | result))
     return 0 if all(p["complete"] for p in result["prompts"]) else 1
 
 
-def warm_up(engine: LocalEngine, scheduler: SchedulerConfig, longest: int, vocab_size: int) -> None:
-    """The requests by which a replica gets warm."""
-    draw = np.random.default_rng(1)
-    for turn, length in enumerate(lengths(scheduler, longest)):
-        ids = tuple(draw.integers(0, vocab_size, length).tolist())
-        sampling = SamplingParams(max_tokens=OUTPUT)
-        engine.run([EngineRequest(request_id=f"warm{turn}", prompt_ids=ids, sampling=sampling)])
-
-
-def measure(engine: LocalEngine, num_streams: int, prompts: Sequence[int], vocab_size: int) -> dict[str, object]:
+def measure(
+    engine: LocalEngine, watch: StepWatch, num_streams: int, prompts: Sequence[int], vocab_size: int
+) -> dict[str, Any]:
     rng = np.random.default_rng(0)
 
     def request(name: str, length: int, max_tokens: int) -> EngineRequest:
@@ -89,10 +87,11 @@ def measure(engine: LocalEngine, num_streams: int, prompts: Sequence[int], vocab
     began = time.perf_counter()
     time.sleep(UNDISTURBED_S)
     undisturbed = company.gaps(began, time.perf_counter())
-    found = []
+    found: list[dict[str, Any]] = []
     for length in prompts:
+        long = request(f"long{length}", length, 2)
         began = time.perf_counter()
-        stream = engine.submit(request(f"long{length}", length, 2))
+        stream = engine.submit(long)
         engine.wait([f"long{length}"])
         ended = time.perf_counter()
         gaps = company.gaps(began, ended)
@@ -103,51 +102,63 @@ def measure(engine: LocalEngine, num_streams: int, prompts: Sequence[int], vocab
                 "seconds": ended - began,
                 "itl_p50_ms": 1e3 * statistics.median(gaps),
                 "itl_p99_ms": p99,
+                "itl_max_ms": 1e3 * max(gaps),
                 "times_undisturbed": p99 / (1e3 * float(np.quantile(undisturbed, 0.99))),
                 "complete": len(stream.token_ids) == 2,
             }
         )
         print(found[-1], flush=True)
+        longest = watch.longest(NUM_SHOWN, began, ended)
+        for step in longest:
+            print(f"  at {step.at_s - began:6.3f} s, {step}", flush=True)
+        found[-1]["longest_steps"] = [str(step) for step in longest]
     company.stop()
+    watch.close()
     return {
         "undisturbed_p50_ms": 1e3 * statistics.median(undisturbed),
         "undisturbed_p99_ms": 1e3 * float(np.quantile(undisturbed, 0.99)),
         "prompts": found,
         "goal_times_undisturbed": GOAL,
-        "goal_met": all(float(str(p["times_undisturbed"])) <= GOAL for p in found),
+        "goal_met": all(p["times_undisturbed"] <= GOAL for p in found),
     }
 
 
 class _Company:
     """Short streams, each replaced by another when it ends."""
 
-    def __init__(self, engine: LocalEngine, make, count: int) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, engine: LocalEngine, make: Callable[[int], EngineRequest], count: int) -> None:
         self._engine, self._make, self._count = engine, make, count
         self._streams: list[Stream] = []
         self._ended = False
-        self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(count)]
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+        self._thread.start()
 
     def stop(self) -> None:
         self._ended = True
-        for thread in self._threads:
-            thread.join()
+        self._thread.join()
 
     def gaps(self, began: float, ended: float) -> list[float]:
         """Seconds between two tokens of one stream, of tokens that came in this time."""
         times = [[t for t in list(s.token_times_s) if began <= t <= ended] for s in list(self._streams)]
         return [gap for one in times for gap in np.diff(one).tolist()]
 
-    def _run(self, i: int) -> None:
-        turn = 0
-        while not self._ended:
-            request = self._make(i + self._count * turn)
-            self._streams.append(self._engine.submit(request))
-            self._engine.wait([request.request_id])
-            turn += 1
+    def _run(self) -> None:
+        """One thread for all: many would want the interpreter whenever the engine does."""
+        running = {self._submit(i) for i in range(self._count)}
+        turn = self._count
+        while running:
+            for name in self._engine.wait_for_any(running):
+                running.remove(name)
+                if not self._ended:
+                    running.add(self._submit(turn))
+                    turn += 1
+
+    def _submit(self, turn: int) -> str:
+        request = self._make(turn)
+        self._streams.append(self._engine.submit(request))
+        return request.request_id
 
 
 if __name__ == "__main__":
