@@ -227,9 +227,12 @@ def test_answers_are_packed_as_in_torch(roles, row, num_tokens):
     _, answers = case.both(call, answers)
     assert answers[0].equal(answers[1])
     assert num_answers == 0 or answers[0].any()
-    messages[:, sizes.row_bytes : sizes.row_bytes + 4] = 0x7F  # as after an abort: nothing is written outside
-    call(case.packs[0], case.facts, answers[0])
-    torch.cuda.synchronize()
+    memory = torch.zeros(num_answers + 2 * sizes.top_k, sizes.hidden, dtype=sizes.dtype, device=GPU)
+    for number in (num_answers - 1, 0x7F7F7F7F):  # as after an abort: nothing is written outside
+        wild = torch.tensor([max(number, 0)], dtype=torch.int32, device=GPU).view(torch.uint8)
+        messages[:, sizes.row_bytes : sizes.row_bytes + 4] = wild
+        call(case.packs[0], case.facts, memory[:num_answers])
+        assert not memory[num_answers:].any()
 
 
 @cases
