@@ -30,6 +30,7 @@ STALL_S = 90.0  # the gateway's limit in this bench
 STEP_S = 0.04  # a token a stream: 25 a second
 FLOOD_STEP_S = 0.001  # while stalled clients are filled up
 NUM_IDS = 20_000  # of a stalled client's stream: more than its window, its socket and the gateway's buffer take
+M_ARENA_MAX = -8  # of glibc's mallopt
 WINDOW = [("grpc.http2.lookahead_bytes", 16 << 10), ("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
 
 
@@ -61,12 +62,14 @@ async def engine_process(pipe: Connection) -> None:
 
 
 async def gateway_process(pipe: Connection, link_address: str) -> None:
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(M_ARENA_MAX, 1)  # with glibc's 8 a core what is free is in too many pieces to be given back
     tier = AttentionTier(gateway_id="bench", cluster_token=TOKEN)
     tier.set_replicas({"fake": link_address})
     await tier.wait_connected(20)
     config = GenerationConfig(model="fake", max_model_len=1 << 20, vocab_size=151_936)
     server = GatewayServer(config, tokenizer=Tokenizer(QWEN3_FOLDER), tier=tier, stall_s=STALL_S)
-    process, libc = psutil.Process(), ctypes.CDLL("libc.so.6")
+    process = psutil.Process()
 
     def tell(trim: float) -> None:
         if trim:

@@ -7,7 +7,8 @@ clients that read one event and then no more, each of them blocked (its window a
 round is measured. Their work goes on in the engine and over the link, and is in the figure; after that the engine gives
 them all that they asked for, so what is queued for each is known and does not hang on how fast the machine is.
 
-Memory is told in three parts, each time of a process that gave its free memory back: a connection that says nothing; a
+Memory is told in three parts, each time of a process that gave its free memory back
+(one malloc arena): a connection that says nothing; a
 client whose stream is read, as many of them as of the stalled ones at the same gateway; what a stalled one holds beyond
 that: ids that wait for it, ids that were sent (kept for a failover, as any stream's), and buffers.
 

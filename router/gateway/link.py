@@ -403,6 +403,7 @@ class LinkClient:
             self._on_change()
             while (message := await call.read()) is not grpc.aio.EOF:
                 self._take(message)
+                message = None  # a step's records may be megabytes; the next message may be a while
             await call
         except asyncio.InvalidStateError as error:  # the call ended under a pending read
             raise TimeoutError from error
