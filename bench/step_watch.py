@@ -6,6 +6,7 @@ last, and what may hold either up: a graph that was captured in the step, memory
 driver for, and Python's search for garbage."""
 
 import gc
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -24,7 +25,7 @@ class Watched:
     """One step. `ms` is known once its tokens are out."""
 
     step_id: int
-    at_s: float  # perf_counter, when it was launched
+    at_s: float  # when it was launched, by the watch's clock
     num_decodes: int
     chunks: tuple[tuple[int, int], ...]  # of each prompt: tokens, and the context at their end
     bucket: int  # of the header
@@ -48,7 +49,8 @@ class Watched:
 class StepWatch:
     """An engine's observer that has its runner's launches told. `watch` before the engine starts."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
+        self._clock = clock
         self.steps: list[Watched] = []  # in the order in which their tokens came out
         self._flying: dict[int, Watched] = {}
         self._last_s = 0.0
@@ -61,10 +63,10 @@ class StepWatch:
         self._device = device if device.type == "cuda" else None
 
         def watched(batch: StepBatch, scheduled: Seq[ScheduledTokens], step: StepContext) -> Flight:
-            one = self._flying[step.header.step_id] = _begun(scheduled, step)
+            one = self._flying[step.header.step_id] = _begun(scheduled, step, self._clock())
             counts, mallocs, began = _counts(anything), self._num_mallocs(), self._event()
             flight = launch(batch, scheduled, step)
-            one.host_ms = 1e3 * (perf_counter() - one.at_s)
+            one.host_ms = 1e3 * (self._clock() - one.at_s)
             one.how = _how(counts, _counts(anything))
             one.num_mallocs = self._num_mallocs() - mallocs
             one._events = began and (began, self._event())
@@ -74,9 +76,9 @@ class StepWatch:
         gc.callbacks.append(self._collected)
 
     def observe(self, stats: StepStats) -> None:
-        one, now = self._flying.pop(stats.header.step_id, None), perf_counter()
+        one, now = self._flying.pop(stats.header.step_id, None), self._clock()
         if one is not None and stats.error is None:
-            one.ms = 1e3 * (now - max(self._last_s, 0.0)) if self._last_s else 0.0
+            one.ms = 1e3 * (now - self._last_s) if self._last_s else 0.0
             one.gc_ms, self._gc_s = 1e3 * self._gc_s, 0.0
             self.steps.append(one)
         self._last_s = now
@@ -86,6 +88,7 @@ class StepWatch:
         found = sorted((s for s in self.steps if began_s <= s.at_s <= ended_s), key=lambda s: -s.ms)[:count]
         for one in found:
             if one._events is not None:
+                one._events[1].synchronize()
                 one.device_ms, one._events = one._events[0].elapsed_time(one._events[1]), None
         return found
 
@@ -94,9 +97,9 @@ class StepWatch:
 
     def _collected(self, phase: str, _info: dict[str, int]) -> None:
         if phase == "start":
-            self._gc_began_s = perf_counter()
+            self._gc_began_s = self._clock()
         else:
-            self._gc_s += perf_counter() - self._gc_began_s
+            self._gc_s += self._clock() - self._gc_began_s
 
     def _num_mallocs(self) -> int:
         if self._device is None:
@@ -112,11 +115,11 @@ class StepWatch:
         return event
 
 
-def _begun(scheduled: Seq[ScheduledTokens], step: StepContext) -> Watched:
+def _begun(scheduled: Seq[ScheduledTokens], step: StepContext, at_s: float) -> Watched:
     chunks = tuple((item.num_tokens, item.end) for item in scheduled if item.num_tokens > 1)
     return Watched(
         step_id=step.header.step_id,
-        at_s=perf_counter(),
+        at_s=at_s,
         num_decodes=len(scheduled) - len(chunks),
         chunks=chunks,
         bucket=step.header.bucket,
