@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..cluster.app import RAY_START_S, Cluster, stop_ray
+from ..cluster.app import Cluster, stop_ray
 from ..cluster.commands.serve import DEMO_MODEL
 from ..config import NODE, CacheConfig, ClusterConfig, ExchangeConfig, NetworkConfig
 from ..errors import Unavailable
@@ -52,7 +52,6 @@ class ChaosWorld:
     def _start(self) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_raylet_start_wait_time_s", str(RAY_START_S))
         self.redis = ValkeyProcess(self._folder / "redis", "--appendonly", "yes")
         self._stack.callback(self.redis.kill)
         self.gcs_store = ValkeyProcess(self._folder / "gcs", "--appendonly", "yes")
@@ -159,12 +158,14 @@ class RayNode:
         command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *where]
         if gcs_store is None:
             command.append("--block")  # which ends the node when a process of it ends
-        environment = dict(os.environ)
+        environment = os.environ | {"RAY_raylet_start_wait_time_s": str(int(START_S))}
         if gcs_store is not None:
             environment["RAY_REDIS_ADDRESS"] = f"{HOST}:{gcs_store.port}"
             environment["RAY_external_storage_namespace"] = f"chaos-{port}"
         command += ["--node-ip-address", node_address(index), "--num-cpus", "8", "--disable-usage-stats"]
-        command += ["--object-store-memory", str(80 << 20), "--dashboard-agent-listen-port", str(free_port())]
+        command += ["--object-store-memory", str(80 << 20), "--metrics-export-port", str(free_port())]
+        for agent in ("dashboard-agent-listen", "dashboard-agent-grpc", "runtime-env-agent"):
+            command += [f"--{agent}-port", str(free_port())]  # unknown, the raylet gives up after 15 s of waiting
         with tempfile.TemporaryFile() as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, cwd="/", env=environment, start_new_session=True

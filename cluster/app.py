@@ -37,7 +37,6 @@ from .tier_policy import AttentionTierPolicy, TierPolicy
 
 OBJECT_STORE_BYTES = 80 << 20  # nothing of ours travels through Ray's object store
 REPLICA_NUM_CPUS = 0.01  # Serve replicas share the cores; Ray's count must not stop a laptop from starting them
-RAY_START_S = 120  # its own 30 s are too few on a host that is busy
 POLL_S = 0.2
 MOST_SHARDS = 256  # Serve wants a bound
 AUTOSCALING_PUSH_S = 1.0  # how often a replica's busy fraction reaches the policy
@@ -268,7 +267,6 @@ def start_ray(address: str = "") -> None:
         # A local Ray listens on this machine for this user only; `ray up` clusters set token authentication themselves.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_raylet_start_wait_time_s", str(RAY_START_S))
         os.environ.setdefault("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", str(AUTOSCALING_PUSH_S))
     local: dict[str, Any] = {
         "address": "local",  # of our own, whatever other Ray runs on this host
@@ -286,7 +284,7 @@ def start_ray(address: str = "") -> None:
             if "timed out during startup" not in str(error):
                 raise
             waiting, cores = os.getloadavg()[0], os.cpu_count()
-            told = f"Ray was not up within {RAY_START_S} s (load average {waiting:.0f} on {cores} cores)"
+            told = f"Ray was not up within its 30 s (load average {waiting:.0f} on {cores} cores)"
             raise StartupError(f"{told}: start again when this host has time") from error
 
 

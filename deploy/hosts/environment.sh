@@ -4,7 +4,6 @@ export RAY_AUTH_MODE=token                                     # without it host
 export RAY_enable_autoscaler_v2=0                              # v2 counts the head among the local provider's workers
 export RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S=1  # how soon the policy sees a shard's load
 export RAY_USAGE_STATS_ENABLED=0
-export RAY_raylet_start_wait_time_s=120                        # its own 30 s are too few on a host that is busy
 ulimit -n 65536 2> /dev/null || true                           # a connection a stream; as far as the host allows
 HOST_IP=$(echo "$SSH_CONNECTION" | cut -d' ' -f3)              # the address by which the other hosts reach this one
 
