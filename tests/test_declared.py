@@ -1,5 +1,6 @@
 """A cluster that Serve builds from import paths and arguments, as KubeRay's RayService does it."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,11 @@ def test_a_declared_cluster_says_what_one_process_says(tiny_checkpoint: Path):
             with Client(conductor.state_now().gateways, cluster_token="secret") as client:
                 said = token_ids(greedy(client, PROMPT, NUM_TOKENS))
         finally:
+            with contextlib.suppress(Unavailable):
+                conductor.close()  # members need not wait for one another
             for name in reversed(APPLICATIONS):
+                serve.delete(name, _blocking=False)
+            for name in APPLICATIONS:
                 serve.delete(name)
             conductor.kill()
     assert said == solo_tokens(tiny_checkpoint, [PROMPT], NUM_TOKENS)[0]
