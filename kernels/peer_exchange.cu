@@ -6,8 +6,9 @@
 // Signals are system-scope counters: every block of a kernel adds its part of SIGNAL with a system release, so a turn
 // is whole when SIGNAL more are there, whatever the grid.  Block 0 then waits for the counters of this rank.  What is
 // expected is counted in device memory, so a CUDA graph replays. Every wait ends: by the counter, a deadline on
-// %globaltimer, or `poison`, which who gives up writes to all. Needs: HIDDEN * element size % 16 == 0, TOP_K <= 32, at
-// most 64 sources and 64 owners.
+// %globaltimer, or `poison`, which who gives up writes to all.  After a wait that did not end well a rank signals no
+// more: who comes late must not take what was left undone for rows and answers, but wait, and find the poison.
+// Needs: HIDDEN * element size % 16 == 0, TOP_K <= 32, at most 64 sources and 64 owners.
 #include "exchange_rows.cuh"
 
 #ifndef NUM_SOURCES
@@ -83,6 +84,8 @@ __device__ __forceinline__ u64 now_ns() {
   return t;
 }
 __device__ __forceinline__ bool is_named(const Mesh& mesh, int source) { return mesh.own->sources >> source & 1; }
+// No wait of a kernel before this one ended badly.
+__device__ __forceinline__ bool is_live(const Mesh& mesh) { return mesh.own->error == NONE; }
 
 // Waits until `counter` has reached `wanted`.  Where it does not end well all ranks are told, and the error names
 // `rank`.
@@ -120,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(64)
   if (i == 0)
     own->sources = sources, own->timeout_ns = timeout_ns, own->key_shift = key_shift, own->bad_dispatch = NONE;
   if (mesh.own_source >= 0 && sources >> mesh.own_source & 1 && i < NUM_OWNERS) own->expected_credit[i] += 1;
-  if (mesh.own_owner >= 0 && i < NUM_SOURCES && sources >> i & 1)
+  if (mesh.own_owner >= 0 && i < NUM_SOURCES && sources >> i & 1 && is_live(mesh))
     add_release(&mesh.source[i]->credit[mesh.own_owner], 1);
 }
 
@@ -133,8 +136,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
   wait_for_previous_kernel();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   Control* own = mesh.own;
-  const bool sends = mesh.own_source >= 0 && is_named(mesh, mesh.own_source);
-  if (sends) {
+  if (mesh.own_source >= 0 && is_named(mesh, mesh.own_source) && is_live(mesh)) {
     bool granted = true;
     if (is_first && threadIdx.x < NUM_OWNERS)
       granted = wait_for(mesh, &own->credit[threadIdx.x], own->expected_credit[threadIdx.x], layer, CREDIT,
@@ -173,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
       }
     }
     __syncthreads();
-    if (threadIdx.x < NUM_OWNERS) add_release(&mesh.owner[threadIdx.x]->arrived[mesh.own_source], my_part());
+    if (granted && threadIdx.x < NUM_OWNERS) add_release(&mesh.owner[threadIdx.x]->arrived[mesh.own_source], my_part());
   }
   if (blockIdx.x == 0 && mesh.own_owner >= 0) {
     for (int s = 0; s < NUM_SOURCES; ++s)
@@ -202,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
   wait_for_previous_kernel();
   const int lane = threadIdx.x & 31, s = blockIdx.y;
   Control* own = mesh.own;
-  if (mesh.own_owner >= 0 && is_named(mesh, s)) {
+  if (mesh.own_owner >= 0 && is_named(mesh, s) && is_live(mesh)) {
     const int* slots = mesh.slots[mesh.own_owner] + (i64)s * stride * TOP_K;
     const u8* from = expert_rows + (i64)s * stride * TOP_K * ROW_BYTES;
     const int num_units = stride * TOP_K * CHUNKS, step = gridDim.x * WARPS;
