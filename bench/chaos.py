@@ -128,6 +128,8 @@ async def strike_whole(world: ChaosWorld, draw: random.Random, count: int) -> tu
     nobody had struck."""
     reports: list[FaultReport] = []
     num_stopped = 0
+    if not count:
+        return reports, 0
     await asyncio.to_thread(world.wait_whole)  # who was stopped before is back
     before = await asyncio.to_thread(world.num_returned)
     by_name = {fault.name: fault for fault in FAULTS}
