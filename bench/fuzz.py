@@ -139,6 +139,7 @@ async def _rest(report: Report, process: TargetProcess) -> None:
     report.phases.append(books)
     print(
         f"phase {len(report.phases)}: {report.num_cases} cases, {books.rss_bytes >> 20} MiB, {books.num_tasks} tasks, "
+        f"{books.heap_bytes >> 20} MiB and {books.num_python_blocks} Python blocks in use, "
         f"{books.num_threads} threads, {books.num_fds} descriptors, {len(report.findings)} findings",
         flush=True,
     )

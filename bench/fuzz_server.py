@@ -5,8 +5,6 @@ work, what is free, and the errors that handlers logged (each is a bug of ours, 
 
 import asyncio
 import contextlib
-import ctypes
-import gc
 import logging
 import multiprocessing as mp
 import os
@@ -37,6 +35,7 @@ from ..router.gateway.tokenizer import Tokenizer
 from ..router.gateway.waiting_room import WaitingRoomConfig
 from ..router.mesh import LocalMesh
 from ..router.placement import uniform
+from . import malloc
 
 MODEL = Path(__file__).resolve().parent.parent / "deploy" / "demo_model" / "checkpoint"
 API_KEYS = {"key-of-alice": "alice", "key-of-bob": "bob"}
@@ -60,6 +59,8 @@ class Books:
     num_threads: int
     num_fds: int  # without those of established connections, which may be the attacker's to close
     peer_ports: tuple[int, ...]  # of established connections, but those to itself
+    heap_bytes: int  # malloc's, in use
+    num_python_blocks: int  # objects of at most 512 bytes, which are not malloc's
     rss_bytes: int
     errors: tuple[str, ...]  # logged by handlers, since the start
 
@@ -112,6 +113,7 @@ class _ErrorLog(logging.Handler):
 
 def _main(pipe: Connection, redis_url: str) -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    malloc.use_one_arena()
     torch.set_num_threads(1)
     asyncio.run(_serve(pipe, redis_url))
 
@@ -147,11 +149,10 @@ async def _serve(pipe: Connection, redis_url: str) -> None:
         resume_grace_s=GRACE_S,
     )
     pipe.send(await server.start())
-    process, libc = psutil.Process(), ctypes.CDLL(None)
+    process = psutil.Process()
 
     def books() -> Books:
-        gc.collect()
-        libc.malloc_trim(0)  # what glibc keeps for later is no leak
+        malloc.give_back()  # what glibc keeps for later is no leak
         load = engine.load()
         return Books(
             num_running=server.num_running,
@@ -164,6 +165,8 @@ async def _serve(pipe: Connection, redis_url: str) -> None:
             num_threads=process.num_threads(),
             num_fds=process.num_fds() - len(_peer_ports(process)),
             peer_ports=_peer_ports(process),
+            heap_bytes=malloc.in_use_bytes(),
+            num_python_blocks=sys.getallocatedblocks(),
             rss_bytes=process.memory_info().rss,
             errors=tuple(errors.lines),
         )

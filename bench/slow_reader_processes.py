@@ -2,7 +2,6 @@
 connect, read, or stop reading."""
 
 import asyncio
-import ctypes
 import gc
 import os
 import time
@@ -23,6 +22,7 @@ from ..router.gateway.server import GatewayServer
 from ..router.gateway.tier import AttentionTier
 from ..router.gateway.tokenizer import QWEN3_FOLDER, Tokenizer
 from ..router.heap import freeze_heap
+from . import malloc
 from .fake_engine import FakeEngine
 from .gateway import METHOD, TEXT, TOKEN, Server, until_ended
 
@@ -30,7 +30,6 @@ STALL_S = 90.0  # the gateway's limit in this bench
 STEP_S = 0.04  # a token a stream: 25 a second
 FLOOD_STEP_S = 0.001  # while stalled clients are filled up
 NUM_IDS = 20_000  # of a stalled client's stream: more than its window, its socket and the gateway's buffer take
-M_ARENA_MAX = -8  # of glibc's mallopt
 WINDOW = [("grpc.http2.lookahead_bytes", 16 << 10), ("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
 
 
@@ -62,8 +61,7 @@ async def engine_process(pipe: Connection) -> None:
 
 
 async def gateway_process(pipe: Connection, link_address: str) -> None:
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(M_ARENA_MAX, 1)  # with glibc's 8 a core what is free is in too many pieces to be given back
+    malloc.use_one_arena()
     tier = AttentionTier(gateway_id="bench", cluster_token=TOKEN)
     tier.set_replicas({"fake": link_address})
     await tier.wait_connected(20)
@@ -73,8 +71,7 @@ async def gateway_process(pipe: Connection, link_address: str) -> None:
 
     def tell(trim: float) -> None:
         if trim:
-            gc.collect()
-            libc.malloc_trim(0)  # else the next clients would live in what the last ones left
+            malloc.give_back()  # else the next clients would live in what the last ones left
         connections = [c for c in process.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED]
         books = Books(
             num_running=server.num_running,
