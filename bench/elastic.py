@@ -194,7 +194,7 @@ def undisturbed(load: Load, seen: Watch) -> dict[str, float]:
     by_second: dict[int, list[float]] = {}
     for came in load.tokens:
         for a, b in itertools.pairwise(came):
-            if b > QUIET_S and all(abs(b - change) > QUIET_S for change in changes):
+            if a < b > QUIET_S and all(abs(b - change) > QUIET_S for change in changes):
                 by_second.setdefault(int(b), []).append(b - a)
     waits = sorted(wait / statistics.median(all_of) for all_of in by_second.values() for wait in all_of)
     if not waits:
@@ -207,7 +207,12 @@ def undisturbed(load: Load, seen: Watch) -> dict[str, float]:
 
 
 def longest_wait(load: Load, at: float) -> dict[str, float] | None:
-    pairs = [pair for came in load.tokens for pair in itertools.pairwise(came) if at - 2.0 < pair[1] < at + 2.0]
+    pairs = [
+        pair
+        for came in load.tokens
+        for pair in itertools.pairwise(came)
+        if at - 2.0 < pair[1] < at + 2.0 and pair[0] < pair[1]
+    ]
     near = [b - a for a, b in pairs if at - 1.0 < b < at + 0.5]
     if not near:
         return None
