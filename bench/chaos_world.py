@@ -180,7 +180,7 @@ class RayNode:
             while b"Ray runtime started" not in (text := _read(log)):
                 if self._process.poll() or time.monotonic() > deadline:
                     self.kill()
-                    return text.decode(errors="replace")[-2000:]
+                    return text.decode(errors="replace")[-2000:] or "it said nothing"
                 time.sleep(0.1)
         return ""
 
