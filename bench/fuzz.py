@@ -35,7 +35,7 @@ NUM_WORKERS = 16
 PHASE_S = 30.0
 REST_S = 90.0  # until everything has come to rest; resumable streams have a grace before
 NUM_CUTS = 100_000
-MAX_GROWTH = {"num_tasks": 2, "num_threads": 4, "num_fds": 16, "rss_bytes": 24 << 20}  # over the last two thirds
+MAX_GROWTH = {"num_tasks": 2, "num_threads": 4, "num_fds": 16, "rss_bytes": 12 << 20}  # over the last two thirds
 MAX_SHOWN = 20
 
 
