@@ -196,11 +196,36 @@ __device__ __forceinline__ void announce(const Tile& tile, Ring& q) {
   q.next(QUEUE);
 }
 
+// Addresses that a loop over the ring keeps in registers: asked for anew they are a read of a special register each.
+struct Slots {
+  u32 base, full, empty;
+};
+
+__device__ __forceinline__ Slots kept_slots() {
+  return {keep(ring_base()), keep(at(barriers.full[0])), keep(at(barriers.empty[0]))};
+}
+
+// The next `count` k-blocks of a tile's weights. Nothing else is in the loop: its length bounds how fast a narrow tile
+// streams.
+__device__ __forceinline__ void stream_weights(const u8*& from, int count, const Slots& slots, Ring& ring, u64 policy) {
+#pragma unroll 1
+  for (; count > 0; --count, from += 16384, ring.next(STAGES)) {
+    const u32 full = slots.full + ring.slot * 8, to = slots.base + ring.slot * STAGE_BYTES;
+    barrier_wait(slots.empty + ring.slot * 8, ring.parity ^ 1);
+    barrier_arrive_expect(full, A_BYTES);
+    if constexpr (TILE <= 64)  // few rows: every weight is read once
+      bulk_load_once(to, from, A_BYTES, full, policy);
+    else
+      bulk_load(to, from, A_BYTES, full);
+  }
+}
+
 // One thread: claims tiles, or hears of them, and streams weights. The next tile is claimed and announced while this
 // one's weights are on their way: the answers of two reads of memory would else be waited for at every tile.
 __device__ __forceinline__ void produce_weights(bool claims, const u8* w13, const u8* w2, const int4* tiles, int* state,
                                                 Tile next, u32 num_entries) {
   const u64 policy = evict_first_policy();
+  const Slots slots = kept_slots();
   Ring ring, q;
   u32 t = 0;
   if (claims) announce(next, q);
@@ -211,30 +236,31 @@ __device__ __forceinline__ void produce_weights(bool claims, const u8* w13, cons
     }
     const Tile tile = next;
     if (tile.expert < 0) return;
-    const int k_blocks = tile.second ? K_BLOCKS_2 : K_BLOCKS_1, row = tile.m_tile * M_ROWS;
+    const int k_blocks = tile.second ? K_BLOCKS_2 : K_BLOCKS_1, row = tile.m_tile * M_ROWS, third = (k_blocks - 1) / 3;
     const i64 block = (i64)tile.expert * ((tile.second ? HIDDEN : 2 * INTERMEDIATE) / 128) + row / 128;
-    const u8* source = (tile.second ? w2 : w13) + block * k_blocks * 16384 + row % 128 * 128;
-    for (int kb = 0; kb < k_blocks; ++kb, ring.next(STAGES)) {
-      barrier_wait(at(barriers.empty[ring.slot]), ring.parity ^ 1);
-      const u32 full = at(barriers.full[ring.slot]);
-      barrier_arrive_expect(full, A_BYTES);
-      if constexpr (TILE <= 64)  // few rows: every weight is read once
-        bulk_load_once(stage_a(ring.slot), source + (i64)kb * 16384, A_BYTES, full, policy);
-      else
-        bulk_load(stage_a(ring.slot), source + (i64)kb * 16384, A_BYTES, full);
-      if (claims) {
-        if (kb == 0) t = atomicAdd((u32*)state + 3, 1);
-        if (kb == k_blocks / 3) next = claimed_tile(t, num_entries, tiles);
-        if (kb == k_blocks * 2 / 3) announce(next, q);
-      }
-    }
+    const u8* from = (tile.second ? w2 : w13) + block * k_blocks * 16384 + row % 128 * 128;
+    stream_weights(from, 1, slots, ring, policy);
+    if (claims) t = atomicAdd((u32*)state + 3, 1);
+    stream_weights(from, third, slots, ring, policy);
+    if (claims) next = claimed_tile(t, num_entries, tiles);
+    stream_weights(from, third, slots, ring, policy);
+    if (claims) announce(next, q);
+    stream_weights(from, k_blocks - 1 - 2 * third, slots, ring, policy);
   }
+}
+
+// How many w13 tiles of the next tile's rows are finished, as far as it is known already.
+__device__ __forceinline__ u32 next_finished(const Ring& q, const u32* ready) {
+  if (!barrier_try_wait(at(barriers.queue_full[q.slot]), q.parity)) return 0;
+  const Tile& next = queue[q.slot];
+  return next.expert >= 0 && next.second ? load_acquire(ready + next.entry) : 0;
 }
 
 // One thread: streams the rows of each tile: x for w13, the SwiGLU rows for w2 once they are complete.
 __device__ __forceinline__ void produce_rows(const u8* x, const u8* h, const float* x_scales, const float* h_scales,
                                              const u32* ready, i64 capacity) {
   const u32 rank = CLUSTER == 1 ? 0 : cluster_rank();
+  const Slots slots = kept_slots();
   Ring ring, q;
   u32 finished = 0;  // w13 tiles of the next tile's rows, as seen a while ago
   while (true) {
@@ -255,32 +281,32 @@ __device__ __forceinline__ void produce_rows(const u8* x, const u8* h, const flo
     const int k_blocks = tile.second ? K_BLOCKS_2 : K_BLOCKS_1, rows = round_up_8(tile.num_rows);
     const int half = CLUSTER == 1 ? rows : round_up_8(rows / 2);  // this CTA brings rows [begin, begin + count)
     const int begin = rank * half, count = rank ? rows - half : half;
-    const u8* source = (tile.second ? h : x) + (i64)(tile.first_row + begin) * 128;
-    for (int kb = 0; kb < k_blocks; ++kb, ring.next(STAGES)) {
-      barrier_wait(at(barriers.empty[ring.slot]), ring.parity ^ 1);
-      const u32 full = at(barriers.full[ring.slot]);
+    const u8* from = (tile.second ? h : x) + (i64)(tile.first_row + begin) * 128;
+#if FP8
+    const float* scales = (tile.second ? h_scales : x_scales) + tile.first_row;
+#endif
+#pragma unroll 1
+    for (int kb = 0; kb < k_blocks; ++kb, from += capacity * 128, ring.next(STAGES)) {
+      const u32 full = slots.full + ring.slot * 8, to = slots.base + ring.slot * STAGE_BYTES + A_BYTES;
+      barrier_wait(slots.empty + ring.slot * 8, ring.parity ^ 1);
 #if FP8
       barrier_arrive_expect(full, rows * (tile.second ? 136 : 132));
-      const float* scales = tile.second ? h_scales + 2 * kb * capacity : x_scales + kb * capacity;
-      bulk_load(stage_scales(ring.slot), scales + tile.first_row, rows * 4, full);
-      if (tile.second)
-        bulk_load(stage_scales(ring.slot) + TILE * 4, scales + capacity + tile.first_row, rows * 4, full);
+      const u32 scales_to = slots.base + STAGES * STAGE_BYTES + ring.slot * SCALE_BYTES;
+      bulk_load(scales_to, scales, rows * 4, full);
+      scales += capacity;
+      if (tile.second) {
+        bulk_load(scales_to + TILE * 4, scales, rows * 4, full);
+        scales += capacity;
+      }
 #else
       barrier_arrive_expect(full, rows * 128);
 #endif
-      if (kb == k_blocks - 1) {
-        finished = 0;
-        if (barrier_try_wait(at(barriers.queue_full[q.slot]), q.parity)) {
-          const Tile& next = queue[q.slot];
-          if (next.expert >= 0 && next.second) finished = load_acquire(ready + next.entry);
-        }
-      }
-      const u8* from = source + kb * capacity * 128;
       if constexpr (CLUSTER == 1)
-        bulk_load(stage_b(ring.slot), from, rows * 128, full);
+        bulk_load(to, from, rows * 128, full);
       else if (count > 0)
-        bulk_load_both(stage_b(ring.slot) + begin * 128, from, count * 128, full);
+        bulk_load_both(to + begin * 128, from, count * 128, full);
     }
+    finished = next_finished(q, ready);
   }
 }
 
@@ -350,9 +376,9 @@ extern "C" __global__ void CLUSTER_OF_TWO __launch_bounds__(THREADS, 1)
       const bool claims = CLUSTER == 1 || cluster_rank() == 0;
       const u32 num_entries = __ldg(state);
       const Tile first = first_tile(claims, num_entries, tiles, state, lane);
-      if (lane == 0) produce_weights(claims, w13, w2, tiles, state, first, num_entries);
+      if (elect_one()) produce_weights(claims, w13, w2, tiles, state, first, num_entries);
     }
-    if (warp == 1 && lane == 0) produce_rows(x, h, x_scales, h_scales, ready, capacity);
+    if (warp == 1 && elect_one()) produce_rows(x, h, x_scales, h_scales, ready, capacity);
     if (STAGED && warp == 2) drain_chunks(lane, out);
     __syncwarp();
   } else {

@@ -3,11 +3,17 @@
 #pragma once
 
 #if !FP8
+// K-blocks whose products are under way while the next one's begin. Few rows: a product is short, its start is not.
+constexpr int IN_FLIGHT = TILE == 8 && STAGES > 4 ? 3 : 1;
+
+__device__ __forceinline__ int slot_before(int slot, int steps) {
+  return slot >= steps ? slot - steps : slot + STAGES - steps;
+}
+
 template <int N>
 __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Tile& tile, int group, Ring& ring, const Outputs&) {
   const int k_blocks = tile.second ? K_BLOCKS_2 : K_BLOCKS_1;
   const bool leader = arrives(threadIdx.x & 31);
-  int previous = 0;
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) acc[i] = 0.0f;  // else ptxas keeps every width's registers alive between tiles
   for (int kb = 0; kb < k_blocks; ++kb, ring.next(STAGES)) {
@@ -17,13 +23,13 @@ __device__ __forceinline__ void multiply(float (&acc)[N / 2], const Tile& tile, 
 #pragma unroll
     for (int k = 0; k < 4; ++k) Wgmma<N>::bf16(acc, a + 2 * k, b + 2 * k, 1);
     wgmma_commit();
-    wgmma_wait<1>();
-    if (kb && leader) hand_back(previous);
-    previous = ring.slot;
+    wgmma_wait<IN_FLIGHT>();
+    if (kb >= IN_FLIGHT && leader) hand_back(slot_before(ring.slot, IN_FLIGHT));
   }
   wgmma_wait<0>();
   pin_registers(acc);
-  if (leader) hand_back(previous);
+  if (leader)
+    for (int i = min(IN_FLIGHT, k_blocks); i; --i) hand_back(slot_before(ring.slot, i));
 }
 #else
 // A group of k columns has its own product, scaled in float32: acc += product * row scale * block scale. Two products
@@ -84,9 +90,46 @@ struct ScaledSum {
     }
   }
 
+  static constexpr int OTHER = GROUPS - 1, STEP = 3 - GROUPS;  // of two products: the other's part; their k-blocks
+
+  // Two products whose instructions alternate, so that neither waits for its own last sum.
+  __device__ __forceinline__ void issue_two(float (&product)[2][N / 2]) {
+    u64 a[2], b[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (i == 0 || GROUPS == 1) barrier_wait(at(barriers.full[issued.slot]), issued.parity);
+      a[i] = operand_descriptor(stage_a(issued.slot) + group * 8192) + 4 * OTHER * i;
+      b[i] = operand_descriptor(stage_b(issued.slot)) + 4 * OTHER * i;
+      if (i == 1 || GROUPS == 1) issued.next(STAGES);
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4 / GROUPS; ++k)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) Wgmma<N>::e4m3(product[i], a[i] + 2 * k, b[i] + 2 * k, k);
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void add_two(float (&product)[2][N / 2], int kb) {
+    add<0>(product[0], kb);
+    add<OTHER>(product[1], kb + STEP - 1);
+  }
+
+  // Few rows: a product is short but for its chain of waits, so four are in flight.
+  __device__ __forceinline__ void run_four() {
+    float even[2][N / 2], odd[2][N / 2];
+    for (int kb = 0; kb < K_BLOCKS; kb += 2 * STEP) {
+      issue_two(even);
+      issue_two(odd);
+      wgmma_wait<1>();
+      add_two(even, kb);
+      wgmma_wait<0>();
+      add_two(odd, kb + STEP);
+    }
+  }
+
   // GROUPS 2: the parts of a k-block alternate; GROUPS 1: k-blocks do.
   __device__ __forceinline__ void run() {
-    constexpr int OTHER = GROUPS - 1, STEP = 3 - GROUPS;  // part of `odd`; k-blocks in a turn
     static_assert(K_BLOCKS % STEP == 0, "whole turns");
     float even[N / 2], odd[N / 2];
     for (int kb = 0; kb < K_BLOCKS; kb += STEP) {  // ptxas serialises products that are in flight around a loop
@@ -107,7 +150,10 @@ __device__ __forceinline__ void multiply_groups(float (&acc)[N / 2], const float
   for (int i = 0; i < N / 2; ++i) acc[i] = 0.0f;
   ScaledSum<N, GROUPS, K_BLOCKS> sum{acc, group, (int)(threadIdx.x & 31), ring, ring};
   sum.keep_scales(low_scales, high_scales);
-  sum.run();
+  if constexpr (TILE == 8 && K_BLOCKS % (2 * sum.STEP) == 0 && STAGES >= 2 * sum.STEP)
+    sum.run_four();
+  else
+    sum.run();
 }
 
 template <int N>

@@ -69,8 +69,11 @@ class GemmPlan:
         }
 
 
-FEW_PAIRS = 16  # up to here narrow tiles reach more multiprocessors, and all of w2's k-blocks of a tile fit the ring
-NARROW = GemmPlan(m_rows=64, tile=8, stages=24, form="bf16")
+# For few pairs: most of w2's k-blocks of a tile fit the ring; bf16 also reaches more multiprocessors.
+NARROW: dict[WeightForm, tuple[float, GemmPlan]] = {  # most expected pairs, plan
+    "bf16": (16, GemmPlan(m_rows=64, tile=8, stages=24, form="bf16")),
+    "fp8": (4, GemmPlan(m_rows=128, tile=8, stages=12, form="fp8")),
+}
 # (most expected rows per expert, plan), ascending
 PLANS: dict[WeightForm, tuple[tuple[float, GemmPlan], ...]] = {
     "bf16": (
@@ -86,7 +89,7 @@ PLANS: dict[WeightForm, tuple[tuple[float, GemmPlan], ...]] = {
 
 
 def all_plans(form: WeightForm) -> list[GemmPlan]:
-    return [*([NARROW] if form == "bf16" else []), *(plan for _, plan in PLANS[form])]
+    return [NARROW[form][1], *(plan for _, plan in PLANS[form])]
 
 
 def choose_plan(
@@ -94,8 +97,9 @@ def choose_plan(
 ) -> GemmPlan:
     """The plan for about `expected_pairs` (row, expert) pairs over `num_local_experts` experts, or where it does not
     fit these sizes the next narrower one that does."""
-    if form == "bf16" and expected_pairs <= FEW_PAIRS:
-        return NARROW
+    most, narrow = NARROW[form]
+    if expected_pairs <= most:
+        return narrow
     rows = expected_pairs / num_local_experts
     wanted = next(i for i, (limit, _) in enumerate(PLANS[form]) if rows <= limit)
     return next(plan for _, plan in PLANS[form][wanted::-1] if plan.fits(hidden_size, intermediate_size))

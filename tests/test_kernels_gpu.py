@@ -21,6 +21,7 @@ jit.set_debug(WATCHDOG=1)  # a hang becomes an error
 BF16_PLANS = [
     *all_plans("bf16"),
     GemmPlan(m_rows=32, tile=16, stages=32, form="bf16"),  # these are not chosen, but promised to be right
+    GemmPlan(m_rows=32, tile=8, stages=40, form="bf16"),
     GemmPlan(m_rows=128, tile=8, stages=13, form="bf16"),
     GemmPlan(m_rows=64, tile=16, stages=20, form="bf16"),
     GemmPlan(m_rows=128, tile=160, stages=5, form="bf16"),
