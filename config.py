@@ -43,6 +43,7 @@ class SchedulerConfig:
     max_prefill_tokens_per_step: int = (
         1024  # over all attention replicas: any prefill sets everybody's inter-token time
     )
+    max_step_stretch: float = 2.5  # GPUs: a step with prompts, in steps of its decodes alone; its chunks are learned
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -6,6 +6,7 @@ import pytest
 
 from expertmesh.cluster.attention.batch import build
 from expertmesh.cluster.attention.kv_cache import KVCache
+from expertmesh.cluster.attention.pace import Allowance, Work
 from expertmesh.cluster.attention.scheduler import Scheduler
 from expertmesh.cluster.attention.sequence import Sequence
 from expertmesh.config import SchedulerConfig
@@ -250,12 +251,50 @@ def test_prompt_tokens_far_into_a_context_count_for_more_where_decodes_wait():
     long = desk.add(900)
     while long.num_pending_tokens > 1:
         computed, pending = long.num_computed_tokens, long.num_pending_tokens
-        count = min(pending, int(120 / (1 + computed / 100)))
+        count = min(pending, Allowance(120, 100).num_tokens(computed))
         if computed >= 100 and count < pending:
             count -= (computed + count) % BLOCK  # most of it is attention: whole blocks
         assert desk.scheduler.bid() == (1, count), "a step is no larger than what runs in it"
         assert desk.step(max_tokens=1 + count, max_prefill=count) == {"r0": 1, "r1": count}
     assert computed > 800
+
+
+def test_what_steps_took_sets_the_chunk_beside_decodes_and_never_that_of_prompts_alone():
+    desk = Desk(num_blocks=4000, max_prefill_tokens_per_step=400, max_num_seqs=64)
+    pace = desk.scheduler.pace
+    for size in (1, 64):
+        pace.observe(Work(size), 0.010)
+    for tokens in (100, 200, 400):
+        pace.observe(Work(0, tokens), 0.010 + 0.0001 * tokens)
+    desk.add(900)
+    assert desk.step() == {"r0": 400}
+    desk.add(1)
+    assert desk.step() == {"r0": 400}
+    assert desk.step() == {"r0": 100, "r1": 1}
+    desk.add(900)
+    assert desk.scheduler.bid() == (2, 150), "2.5 x 10 ms leave 15 ms, and a token takes 0.1 ms"
+    assert desk.step() == {"r0": 1, "r1": 1, "r2": 150}
+
+
+def test_a_step_without_prompts_is_made_now_and_then_and_the_prompt_goes_on():
+    desk = Desk(num_blocks=6000, max_prefill_tokens_per_step=400, max_num_seqs=64)
+    desk.scheduler.pace.observe(Work(64), 0.010)
+    desk.scheduler.pace.observe(Work(0, 400), 0.050)
+    desk.add(1)
+    desk.step()
+    long, without = desk.add(19_900), 0
+    while long.num_pending_tokens > 1:
+        bid = desk.scheduler.bid()
+        scheduled = desk.scheduler.schedule(sum(bid), bid[1])
+        assert sum(item.num_tokens for item in scheduled) == sum(bid)
+        desk.scheduler.advance(scheduled)
+        for item in scheduled:
+            if item.samples:
+                item.sequence.see(1)
+        desk.scheduler.settle(scheduled)
+        desk.scheduler.observe(scheduled, num_others=0, seconds=0.010 + 0.0001 * (sum(bid) - 1))
+        without += bid == (1, 0)
+    assert without == 3
 
 
 def test_what_another_replica_is_granted_makes_no_token_dearer():

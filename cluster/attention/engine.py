@@ -364,6 +364,8 @@ class Engine:
             self._void(launched, error)
             return
         if launched.pending is not None and result is not None:
+            num_others = sum(launched.step.header.num_tokens) - launched.pending.num_tokens
+            self.scheduler.observe(launched.pending.scheduled, num_others=max(0, num_others), seconds=result.step_s)
             self._commit(launched.pending, result)
         self._offer()  # before publishing: the leader decides on the next step meanwhile
         self._observe(launched, result)

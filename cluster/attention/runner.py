@@ -40,11 +40,13 @@ class TokenModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Row i of `sampled` belongs to the i-th scheduled item that samples."""
+    """Row i of `sampled` belongs to the i-th scheduled item that samples. `step_s`: all of it by the device's clock, 0
+    = not known, or not as other steps of its kind are (a graph was captured)."""
 
     sampled: Sampled
     forward_s: float  # exchange and own expert work included
     sample_s: float
+    step_s: float = 0.0
 
 
 class Flight(Protocol):

@@ -15,6 +15,7 @@ from ...config import SchedulerConfig
 from ...errors import InvalidRequest, KVCacheExhausted, QueueFull
 from .batch import ScheduledTokens
 from .kv_cache import KVCache
+from .pace import Allowance, Pace, Work
 from .sequence import Sequence
 
 _LONG_PROMPT = 4  # steps' whole prefill budgets: a prompt that needs more leaves half to others
@@ -31,6 +32,11 @@ class Scheduler:
         self.config = config
         self.cache = cache
         self._parity = attention_parity
+        self.pace = Pace(
+            config.max_step_stretch,
+            most_decodes=min(config.max_num_seqs, config.max_num_batched_tokens),
+            parity=attention_parity,
+        )
         # The end of the context: the checkpoint's, or what the whole KV pool holds. The last token needs no KV.
         self.max_model_len = min(max_model_len, cache.num_blocks * cache.block_size + 1)
         self._model_len = max_model_len
@@ -104,7 +110,7 @@ class Scheduler:
         says, so what a long context makes too dear is not asked for."""
         num_decode = sum(1 for s in self._running if s.num_pending_tokens == 1 and self._goes_on(s))
         prompts = [s for s in self._running if s.num_pending_tokens > 1]
-        left = self._prefill_budget(self.config.max_num_batched_tokens - num_decode, beside_decodes=num_decode > 0)
+        left = self._prefill_budget(self.config.max_num_batched_tokens - num_decode, num_decode)
         num_prefill = sum(left.take(s, alone=len(prompts) == 1 and not self._waiting) for s in prompts)
         if self._waiting and not left.is_spent and self._can_admit(self._waiting[0]):
             for sequence in self._waiting:
@@ -121,7 +127,7 @@ class Scheduler:
         max_tokens = min(max_tokens, self.config.max_num_batched_tokens)
         scheduled = self._schedule_decodes(max_tokens)
         budget = min(max_tokens - len(scheduled), max_prefill)
-        left = self._prefill_budget(budget, beside_decodes=bool(scheduled))
+        left = self._prefill_budget(budget, len(scheduled))
         prompts = [s for s in self._running if s.num_pending_tokens > 1]
         for sequence in prompts:
             if (count := left.take(sequence, alone=len(prompts) == 1 and not self._waiting)) > 0:
@@ -131,6 +137,17 @@ class Scheduler:
             count = left.take(sequence, alone=not self._waiting)
             scheduled.append(ScheduledTokens.next_of(sequence, count))
         return scheduled
+
+    def observe(self, scheduled: list[ScheduledTokens], *, num_others: int, seconds: float) -> None:
+        """A step took so long, with so many tokens of other replicas in it; 0 = it was not as others of its kind."""
+        chunks = [item for item in scheduled if item.num_tokens > 1]
+        work = Work(
+            num_decodes=len(scheduled) - len(chunks),
+            num_prompt_tokens=sum(item.num_tokens for item in chunks),
+            reach=sum(item.num_tokens * (item.start + item.num_tokens // 2) for item in chunks),
+            num_others=num_others,
+        )
+        self.pace.observe(work, seconds)
 
     @property
     def may_preempt(self) -> bool:
@@ -169,9 +186,12 @@ class Scheduler:
             assert s.num_computed_tokens < s.num_tokens
             assert s.num_computed_tokens <= s.table.num_blocks * self.cache.block_size
 
-    def _prefill_budget(self, num_tokens: int, *, beside_decodes: bool) -> "_PrefillBudget":
+    def _prefill_budget(self, num_tokens: int, num_decodes: int) -> "_PrefillBudget":
         most = self.config.max_prefill_tokens_per_step
-        return _PrefillBudget(min(num_tokens, most), most, self._parity if beside_decodes else 0, self.cache.block_size)
+        allowance = Allowance(most, self._parity if num_decodes else 0)
+        if num_decodes:
+            allowance = self.pace.allowance(num_decodes) or allowance
+        return _PrefillBudget(min(num_tokens, most), allowance, self.cache.block_size)
 
     def _schedule_decodes(self, max_tokens: int) -> list[ScheduledTokens]:
         scheduled: list[ScheduledTokens] = []
@@ -229,16 +249,17 @@ class Scheduler:
 
 
 class _PrefillBudget:
-    """What one step may spend on prompts: tokens, and their cost, in tokens of a short context. A token far into a long
+    """What one step may spend on prompts: tokens, and their cost, in tokens of no context. A token far into a long
     prompt costs more, by its attention: where decodes wait for the step it counts for more, so that the step's time
-    stays what the budget says, and where attention is most of the cost a chunk ends with a block: attention's tiles
-    hold as many tokens or a part of them, so 98 would take the time of 112. A long prompt leaves half to the others, so
-    that nobody waits for its end. Tokens are shared by all replicas, who share the experts; cost is this one's, whose
-    attention runs beside that of others. Idea: Sarathi-Serve's bounded chunks, by cost."""
+    stays what the allowance says (`pace.py`; by arithmetic until that has been learned, as on a CPU), and where
+    attention is most of the cost a chunk ends with a block: attention's tiles hold as many tokens or a part of them, so
+    98 would take the time of 112. A long prompt leaves half to the others, so that nobody waits for its end. Tokens are
+    shared by all replicas, who share the experts; cost is this one's, whose attention runs beside that of others.
+    Idea: Sarathi-Serve's bounded chunks, by cost."""
 
-    def __init__(self, num_tokens: int, cost: int, parity: int, block_size: int) -> None:
-        self._tokens, self._cost = num_tokens, float(cost)
-        self._whole, self._parity, self._block_size = num_tokens, parity, block_size
+    def __init__(self, num_tokens: int, allowance: Allowance, block_size: int) -> None:
+        self._tokens, self._cost = num_tokens, allowance.cost
+        self._whole, self._allowance, self._block_size = num_tokens, allowance, block_size
 
     @property
     def is_spent(self) -> bool:
@@ -248,13 +269,13 @@ class _PrefillBudget:
         """Tokens of this sequence that run in the step; at least one where a token of the budget is left."""
         if self.is_spent:
             return 0
-        tokens, cost = self._tokens, self._cost
+        tokens, cost, context = self._tokens, self._cost, sequence.num_computed_tokens
         if not alone and sequence.num_pending_tokens > _LONG_PROMPT * self._whole:
-            tokens, cost = max(1, tokens // 2), max(1.0, cost // 2)
-        price = 1.0 + sequence.num_computed_tokens / self._parity if self._parity else 1.0
-        count = min(max(1, int(cost / price)), tokens, sequence.num_pending_tokens)
-        self._cost -= count * price
-        if price >= 2 and self._block_size < count < sequence.num_pending_tokens:
-            count -= (sequence.num_computed_tokens + count) % self._block_size
+            tokens, cost = max(1, tokens // 2), max(1.0, cost / 2)
+        count = min(max(1, self._allowance.num_tokens(context, cost)), tokens, sequence.num_pending_tokens)
+        self._cost -= self._allowance.cost_of(context, count)
+        mostly_attention = 0 < self._allowance.parity <= context
+        if mostly_attention and self._block_size < count < sequence.num_pending_tokens:
+            count -= (context + count) % self._block_size
         self._tokens -= count
         return count
