@@ -20,6 +20,7 @@ class CacheConfig:
     """Paged KV."""
 
     block_size: int = 16  # tokens a block; the batch-invariant attention tile is one block
+    kv_dtype: Literal["auto", "bf16", "fp8"] = "auto"  # auto: the model's; fp8: e4m3, half of bf16's bytes
     num_blocks: int = 0  # 0 = sized from kv_memory_bytes (CPU) or from free memory (GPU)
     kv_memory_bytes: int = 256 << 20
     enable_prefix_cache: bool = True
@@ -27,6 +28,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if self.block_size < 1 or self.block_size & (self.block_size - 1):
             raise ConfigError("cache.block_size", self.block_size, "a power of two")
+        if self.kv_dtype not in ("auto", "bf16", "fp8"):
+            raise ConfigError("cache.kv_dtype", self.kv_dtype, "auto, bf16 or fp8")
         if self.num_blocks < 0:
             raise ConfigError("cache.num_blocks", self.num_blocks, "0 (automatic) or a positive count")
 

@@ -79,11 +79,12 @@ class InProcessModel:
         batch_invariant: bool = True,
         num_blocks: int = 512,
         block_size: int = 16,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         checkpoint = Checkpoint(folder)
         config = checkpoint.config
         self.config, self.block_size = config, block_size
-        self.model = Model.load(checkpoint, batch_invariant=batch_invariant, block_size=block_size)
+        self.model = Model.load(checkpoint, batch_invariant=batch_invariant, block_size=block_size, kv_dtype=kv_dtype)
         self.kv_cache = self.model.new_kv_cache(num_blocks)
         self.free_blocks = list(range(num_blocks))
         self.placement = placement or uniform(

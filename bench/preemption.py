@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,18 +47,20 @@ def blocks_of(requests: Sequence[EngineRequest], block_size: int) -> int:
     return sum(-(-(len(r.prompt_ids) + r.sampling.max_tokens) // block_size) for r in requests)
 
 
-def run(folder: str | Path, *, count: int = 64, longest: int = 128, block_size: int = 16) -> dict[str, object]:
+def run(
+    folder: str | Path, *, count: int = 64, longest: int = 128, block_size: int = 16, kv_dtype: Any = "auto"
+) -> dict[str, object]:
     """Solo runs with room and no prefix cache, then all at once on a third of the room, chunked."""
-    with LocalEngine(folder, cache=CacheConfig(num_blocks=64, block_size=16, enable_prefix_cache=False)) as solo:
+    roomy = CacheConfig(num_blocks=64, block_size=16, kv_dtype=kv_dtype, enable_prefix_cache=False)
+    with LocalEngine(folder, cache=roomy) as solo:
         vocab_size = solo.engine.vocab_size
         requests = mixed_requests(count, vocab_size, longest=longest)
         alone = [solo.run([request])[0].token_ids for request in requests]
     needed = blocks_of(requests, block_size)
     scheduler = SchedulerConfig(max_num_batched_tokens=160, max_prefill_tokens_per_step=100)
     started = time.perf_counter()
-    with LocalEngine(
-        folder, cache=CacheConfig(num_blocks=needed // 3, block_size=block_size), scheduler=scheduler
-    ) as busy:
+    scarce = CacheConfig(num_blocks=needed // 3, block_size=block_size, kv_dtype=kv_dtype)
+    with LocalEngine(folder, cache=scarce, scheduler=scheduler) as busy:
         together = busy.run(requests)
         seconds = time.perf_counter() - started
         balanced = busy.books_balance and busy.engine.wait_until_idle(10)
@@ -82,13 +85,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="checkpoint folder (default: a seeded random small one)")
     parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--kv-dtype", choices=("auto", "bf16", "fp8"), default="auto")
     options = parser.parse_args()
     torch.set_num_threads(1)  # what batch-invariant mode stands on
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model or scratch
         if not options.model:
             make_checkpoint(scratch, {**PRESETS["tiny-moe"], "vocab_size": 8192}, seed=3)
-        figures = run(folder, count=options.requests)
+        figures = run(folder, count=options.requests, kv_dtype=options.kv_dtype)
     print(json.dumps(figures))
     return 0 if figures["ok"] else 1
 

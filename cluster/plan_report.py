@@ -26,7 +26,7 @@ def report(config: ModelConfig, found: list[Plan], ways: list[str], workload: Wo
 def _processes(config: ModelConfig, p: Plan, workload: Workload) -> list[str]:
     lines = [f"  {_split(p)}"]
     weights, reserve = _gb(p.attention_weight_bytes), _gb(p.reserved_bytes)
-    kv = f"KV {_gb(p.kv_bytes)} = {p.kv_tokens:,} tokens"
+    kv = f"KV {_gb(p.kv_bytes)} = {p.kv_tokens:,} tokens" + (" in fp8" if workload.kv_element_bytes == 1 else "")
     if p.layout == "colocated":
         mine = f", experts {_gb(p.expert_weight_bytes)}" if p.num_shards else ""
         lines.append(f"  each rank: attention weights {weights}{mine}, reserve {reserve}, {kv}")

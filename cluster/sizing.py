@@ -23,6 +23,7 @@ GIB = 1 << 30
 NUM_SPARE = 2  # places of a layer beyond a rank's slots, as `experts/device_experts.py` has them
 USABLE = 0.99  # of a GPU's nominal memory: what the driver leaves
 CONTEXT_BYTES = 3 * GIB  # CUDA context, kernels, cuBLAS and exchange buffers, CUDA graphs, the allocator's rest
+WIDE_TOKENS = 65536  # of fp8 KV that are bf16 at once for long queries, unless one sequence may be longer
 SHORT_CONTEXT = 192  # tokens a sequence, at which floors are compared: prompt 128 + half of an output of 128
 
 
@@ -120,6 +121,11 @@ def activation_bytes(config: ModelConfig, num_tokens: int, num_seqs: int) -> int
     return experts + dense + 2 * num_seqs * config.vocab_size * (2 + 4) + (512 << 20)
 
 
+def widened_kv_bytes(config: ModelConfig, longest: int) -> int:
+    """fp8 KV: K and V of one layer in bf16, as `cluster/attention/flash.py` widens them for long queries."""
+    return 2 * 2 * config.kv_size * max(longest, WIDE_TOKENS)
+
+
 # --------------------------------------------------------------------------------------------------------------- plans
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
@@ -128,7 +134,7 @@ class Workload:
     context: int = 32768  # tokens of the longest sequence, prompt and answer
     num_batched_tokens: int = 2048  # of one step and replica
     num_seqs: int = 256
-    kv_element_bytes: int = 2
+    kv_element_bytes: int = 2  # 1: cache.kv_dtype=fp8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +193,8 @@ def make_plan(
     colocated, num_experts = layout == "colocated", config.num_experts
     weights = 2 * attention_parameters(config)
     reserved = CONTEXT_BYTES + activation_bytes(config, workload.num_batched_tokens, workload.num_seqs)
+    if workload.kv_element_bytes == 1:
+        reserved += widened_kv_bytes(config, workload.context)
     layers = len(config.moe_layer_ids)
     per_slot = layers * expert_bytes(config, form, zero_points=zero_points)  # one slot of every layer
     least = -(-num_experts // num_shards) if num_shards else 0

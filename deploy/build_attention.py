@@ -4,7 +4,7 @@
 
 Needs nvcc (CUDA 12.8 or newer) and a C++ compiler; of FlashInfer only the headers in its wheel, which pip fetches
 without its dependencies unless they are installed or named. Makes the package `expertmesh_attention` in FOLDER
-(site-packages by default): copy it into an image, or put its parent on PYTHONPATH. Takes about 2 minutes and 4 GB on
+(site-packages by default): copy it into an image, or put its parent on PYTHONPATH. Takes about 3 minutes and 4 GB on
 one idle core, most of it for paged_prefill.cu. Why ahead of time: FlashInfer compiles at first use, which would be a
 replica's first request."""
 
@@ -26,6 +26,7 @@ from ..kernels.paged_attention import (
     FLASHINFER,
     HEAD_SIZES,
     KEY_FILE,
+    KV_FP8,
     PACKAGE,
     PREFILL_HEAD_SIZES,
     library_name,
@@ -81,7 +82,7 @@ def build(archs: list[str], out: Path, *, flashinfer: Path | None = None, jobs: 
 def wanted(arch: str) -> list[tuple[str, int]]:
     """(kernel, head size) of the libraries of an architecture."""
     prefill = [("paged_prefill", d) for d in PREFILL_HEAD_SIZES if arch in PREFILL_ARCHS]
-    return [*prefill, *(("paged_attention", d) for d in HEAD_SIZES)]
+    return [*prefill, *(("paged_attention" + kv, d) for kv in ("", KV_FP8) for d in HEAD_SIZES)]
 
 
 def command(nvcc: str, kernel: str, head_dim: int, arch: str, *, includes: list[Path], out: Path) -> list[str]:
@@ -92,9 +93,10 @@ def command(nvcc: str, kernel: str, head_dim: int, arch: str, *, includes: list[
         f"-gencode=arch=compute_{arch.removeprefix('sm_')},code={arch}",
         f"-DHEAD_SIZE={head_dim}",
         f"-DSHARED_KIB_PER_SM={SHARED_KIB[arch]}",
+        f"-DKV_FP8={int(kernel.endswith(KV_FP8))}",
         *(f"-I{folder}" for folder in includes),
         *("-Xcompiler", "-fPIC", "-shared", "-Xlinker", "-s"),
-        str(_KERNELS / f"{kernel}.cu"),
+        str(_KERNELS / f"{kernel.removesuffix(KV_FP8)}.cu"),
         *("-o", str(out / library_name(kernel, head_dim, arch))),
     ]
 

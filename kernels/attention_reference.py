@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from . import reference
 from .checks import require_sizes
+from .kv_numbers import as_moved, from_kv, to_kv
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -61,8 +62,17 @@ def qk_norm_rope(
     turned = torch.cat([first * cos + second * -sin, second * cos + first * sin], dim=-1).to(qkv.dtype)
     written = slot_mapping >= 0
     for cache, values in ((k_cache, turned[:, num_heads:]), (v_cache, heads[:, num_heads + num_kv_heads :])):
-        cache.view(-1, num_kv_heads, head_dim)[slot_mapping[written]] = values[written]
+        rows = as_moved(to_kv(values[written], cache.dtype))
+        as_moved(cache).view(-1, num_kv_heads, head_dim)[slot_mapping[written]] = rows
     return turned[:, :num_heads]
+
+
+def widen_kv(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, pages: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor
+) -> None:
+    """As the kernel: the first pages of out_k and out_v become the named ones of the caches."""
+    for cache, out in ((k_cache, out_k), (v_cache, out_v)):
+        out[: len(pages)] = from_kv(as_moved(cache)[pages.long()], out.dtype)
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:

@@ -47,14 +47,24 @@ constexpr float E4M3_MAX = 448.0f;
 // The scale of a group whose largest magnitude is `peak`; a group of zeros gets 1. NaN and infinity pass through.
 __device__ __forceinline__ float fp8_scale(float peak) { return peak == 0.0f ? 1.0f : __fdiv_rn(peak, E4M3_MAX); }
 
-// Two floats to e4m3, nearest even, saturating; `low` goes to the lower address.
+// Two floats to e4m3, nearest even, saturating, NaN stays NaN; `low` goes to the lower address. SOFT_E4M3: without the
+// instruction, as before sm_89.
+__device__ __forceinline__ u32 soft_e4m3(float x) {
+  const u32 bits = __float_as_uint(x), sign = bits >> 24 & 0x80u;
+  u32 rest = bits & 0x7fffffffu;
+  if (rest > 0x7f800000u) return sign | 0x7fu;
+  rest = min(rest, __float_as_uint(E4M3_MAX));
+  if (rest < __float_as_uint(0.015625f)) return sign | __float2uint_rn(__uint_as_float(rest) * 512.0f);  // subnormal
+  rest += 0x7ffffu + (rest >> 20 & 1u);
+  return sign | ((rest >> 20) - (120u << 3));
+}
+
 __device__ __forceinline__ u16 pack_e4m3(float low, float high) {
-#if __CUDA_ARCH__ >= 890
+#if __CUDA_ARCH__ >= 890 && !defined(SOFT_E4M3)
   u16 pair;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
   return pair;
 #else
-  (void)low, (void)high;
-  return 0;
+  return (u16)(soft_e4m3(low) | soft_e4m3(high) << 8);
 #endif
 }

@@ -1,4 +1,6 @@
 // paged_attention.cu: o[t] = softmax(scale * q[t] k^T) v over the pages of t's sequence, causal; bf16, fp32 accumulate.
+// With KV_FP8 pages hold e4m3 numbers, which become bf16 between shared memory and the products: exactly, so the result
+// is that of bf16 pages with those values.
 // The kernels are FlashInfer's FA2 template (its headers, pinned; compiled by nvcc ahead of time, never by NVRTC): one
 // CTA takes an item (request, query tile, KV chunk) of one KV head, a query tile being TILE_Q rows of (token, head of
 // group). The list of items is ours (cluster/attention/schedule.py), hence the Params below: lengths and starts are
@@ -10,18 +12,23 @@
 #include "flashinfer/attention/prefill.cuh"
 #include "paged_attention_call.cuh"
 
+#ifndef KV_FP8
+#define KV_FP8 0
+#endif
+
 namespace fi = flashinfer;
 using bf16 = __nv_bfloat16;
+using Kv = std::conditional_t<KV_FP8, __nv_fp8_e4m3, bf16>;
 
 namespace {
 
 struct Params {
   using DTypeQ = bf16;
-  using DTypeKV = bf16;
+  using DTypeKV = Kv;
   using DTypeO = bf16;
   using IdType = int32_t;
   bf16* q;
-  fi::paged_kv_t<bf16, int32_t> paged_kv;
+  fi::paged_kv_t<Kv, int32_t> paged_kv;
   int32_t* q_indptr;
   bf16* o;
   float* lse;
@@ -48,11 +55,12 @@ using Variant =
     fi::DefaultAttention</*custom_mask=*/false, /*sliding_window=*/false, /*soft_cap=*/false, /*alibi=*/false>;
 
 // KV positions a warp takes at a time, in 16s: what was asked for, if two CTAs an SM have room and the template allows
-// it.
+// it (four warps that load rows of bytes together need two).
 template <uint32_t TILE_Q, uint32_t WANTED>
 constexpr uint32_t mma_kv() {
-  constexpr uint32_t room = (SHARED_KIB_PER_SM * 1024 / 2 - TILE_Q * HEAD_SIZE * 2) / (2 * HEAD_SIZE * 16 * 2);
-  constexpr uint32_t by_shared = room / fi::get_num_warps_kv(TILE_Q), least = HEAD_SIZE == 64 ? 2 : 1;
+  constexpr uint32_t room = (SHARED_KIB_PER_SM * 1024 / 2 - TILE_Q * HEAD_SIZE * 2) / (2 * HEAD_SIZE * 16 * sizeof(Kv));
+  constexpr uint32_t by_shared = room / fi::get_num_warps_kv(TILE_Q);
+  constexpr uint32_t least = HEAD_SIZE == 64 || (KV_FP8 && TILE_Q > 16) ? 2 : 1;
   constexpr uint32_t most = by_shared < WANTED ? by_shared : WANTED;
   return most >= 4 ? 4 : most >= 2 ? 2 : least;
 }
@@ -74,7 +82,7 @@ cudaError_t attend(const Fa2Call& call, Params params) {
   constexpr uint32_t WARPS_Q = fi::get_num_warps_q(TILE_Q), WARPS_KV = fi::get_num_warps_kv(TILE_Q);
   using Traits = fi::KernelTraits<fi::MaskMode::kCausal, TILE_Q, fi::get_num_mma_q(TILE_Q), mma_kv<TILE_Q, WANTED>(),
                                   HEAD_SIZE / 16, HEAD_SIZE / 16, WARPS_Q, WARPS_KV, fi::PosEncodingMode::kNone, bf16,
-                                  bf16, bf16, float, int32_t, Variant>;
+                                  Kv, bf16, float, int32_t, Variant>;
   static_assert(!Traits::IsInvalid());
   auto kernel = fi::BatchPrefillWithPagedKVCacheKernel<Traits, Params>;
   constexpr size_t shared = sizeof(typename Traits::SharedStorage);
@@ -148,9 +156,9 @@ cudaError_t run(const Fa2Call& call) {
   Params params = {};
   params.q = static_cast<bf16*>(call.q);
   const int64_t strides[3] = {call.page_stride, call.kv_stride_n, call.kv_stride_h};
-  params.paged_kv = fi::paged_kv_t<bf16, int32_t>(
-      call.num_kv_heads, call.page_size, HEAD_SIZE, call.num_requests, fi::QKVLayout::kNHD, static_cast<bf16*>(call.k),
-      static_cast<bf16*>(call.v), strides, call.pages, call.page_starts, nullptr);
+  params.paged_kv = fi::paged_kv_t<Kv, int32_t>(call.num_kv_heads, call.page_size, HEAD_SIZE, call.num_requests,
+                                                fi::QKVLayout::kNHD, static_cast<Kv*>(call.k), static_cast<Kv*>(call.v),
+                                                strides, call.pages, call.page_starts, nullptr);
   params.q_indptr = call.q_starts, params.q_lens = call.q_lens, params.kv_lens = call.kv_lens;
   params.o = static_cast<bf16*>(split ? call.partial_o : call.o);
   params.lse = split ? call.partial_lse : nullptr;
@@ -163,13 +171,16 @@ cudaError_t run(const Fa2Call& call) {
   cudaError_t error;
   switch (call.tile_q) {
     case 16:
-      error = call.mma_kv > 1 ? attend<16, 2>(call, params) : attend<16, 1>(call, params);
+      // e4m3: twice the positions, so that as many bytes are on their way
+      error = call.mma_kv > 2   ? attend<16, KV_FP8 ? 4 : 2>(call, params)
+              : call.mma_kv > 1 ? attend<16, 2>(call, params)
+                                : attend<16, 1>(call, params);
       break;
     case 64:
       error = call.mma_kv > 1 ? attend<64, 4>(call, params) : attend<64, 1>(call, params);
       break;
     default:
-      error = attend<128, 4>(call, params);
+      error = attend<128, KV_FP8 ? 2 : 4>(call, params);  // 4 would spill registers
   }
   return error || !split ? error : merge(call);
 }

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import KernelError
+from .widen_kv import widen_kv
 
 PACKAGE = "expertmesh_attention"  # holds the libraries and KEY_FILE
 KEY_FILE = "key.txt"
@@ -36,6 +37,7 @@ FIXES = (
 )
 HEAD_SIZES = (64, 128)
 PREFILL_HEAD_SIZES = (128,)  # paged_prefill.cu
+KV_FP8 = "_fp8"  # ending of the kernel's name where pages hold e4m3
 _BUILD = "build it with `python -m expertmesh.deploy.build_attention` (docs/deploy.md), or choose attention='torch'"
 
 
@@ -83,7 +85,7 @@ assert (ctypes.sizeof(AttentionCall), ctypes.sizeof(PrefillCall)) == (8 * 21 + 4
 
 @dataclass(frozen=True, slots=True)
 class AttentionLibrary:
-    """The two kernels for one head size and device."""
+    """The two kernels for one head size and device, and what turns pages of e4m3 into bf16 for the second."""
 
     attention: Any
     prefill: Any | None  # None: not for this head size or architecture
@@ -99,12 +101,14 @@ class AttentionLibrary:
         assert self.prefill is not None
         _run(self.prefill, call)
 
+    widen = staticmethod(widen_kv)
 
-def load_library(head_dim: int, device: torch.device) -> AttentionLibrary:
-    """Raises KernelError, with what to do, where there is none for this head size and GPU."""
+
+def load_library(head_dim: int, device: torch.device, kv_dtype: torch.dtype = torch.bfloat16) -> AttentionLibrary:
+    """Raises KernelError, with what to do, where there is none for this head size, KV and GPU."""
     if device.type != "cuda":
         raise KernelError(f"the attention kernels run on a GPU, not on {device}; choose attention='torch'")
-    return _load(head_dim, architecture(*torch.cuda.get_device_capability(device)))
+    return _load(head_dim, architecture(*torch.cuda.get_device_capability(device)), kv_dtype == torch.float8_e4m3fn)
 
 
 def architecture(major: int, minor: int) -> str:
@@ -128,12 +132,13 @@ def library_name(kernel: str, head_dim: int, arch: str) -> str:
 
 
 @functools.cache
-def _load(head_dim: int, arch: str) -> AttentionLibrary:
+def _load(head_dim: int, arch: str, kv_fp8: bool = False) -> AttentionLibrary:
     folder = _folder()
-    path = folder / library_name("paged_attention", head_dim, arch)
+    path = folder / library_name("paged_attention" + (KV_FP8 if kv_fp8 else ""), head_dim, arch)
     if not path.is_file():
         raise KernelError(
-            f"{folder} has no attention kernel for head size {head_dim} on {arch} ({path.name}); {_BUILD}"
+            f"{folder} has no attention kernel for head size {head_dim} and {'fp8' if kv_fp8 else 'bf16'} KV on {arch} "
+            f"({path.name}); {_BUILD}"
         )
     found, expected = (folder / KEY_FILE).read_text().strip(), source_key()
     if found != expected:

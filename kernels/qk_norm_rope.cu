@@ -2,7 +2,8 @@
 // rounded to bf16; q to its own tensor, k and v to the slot of the paged cache. Float32 inside, in the order of the
 // plain model. A head is HEAD_DIM / 8 lanes of 8 columns; the other half of a pair is a shuffle away. Grid: (tokens,
 // spans of heads), 128 threads; PER_GROUP heads a group of lanes, so that prefill reads a position's cos and sin once
-// for several heads. Needs: HEAD_DIM of 16, 32, 64, 128 or 256.
+// for several heads. KV_FP8: the cache holds e4m3 numbers, rounded from the bf16 ones, without a scale.
+// Needs: HEAD_DIM of 16, 32, 64, 128 or 256.
 #include "common.cuh"
 
 #ifndef HEAD_DIM
@@ -16,6 +17,15 @@
 #endif
 #ifndef PER_GROUP
 #define PER_GROUP 1
+#endif
+#ifndef KV_FP8
+#define KV_FP8 0
+#endif
+
+#if KV_FP8
+using Kv = u8;
+#else
+using Kv = u16;
 #endif
 
 constexpr int LANES = HEAD_DIM / 8, GROUPS = 128 / LANES, HALF = HEAD_DIM / 2;
@@ -32,9 +42,21 @@ __device__ __forceinline__ uint4 pack_8(const float (&v)[8]) {
   return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
 }
 
+// Eight numbers of a head to where the cache has them.
+__device__ __forceinline__ void store_kv(Kv* to, uint4 words) {
+#if KV_FP8
+  float v[8];
+  unpack_8(words, v);
+  *(uint2*)to = make_uint2((u32)pack_e4m3(v[0], v[1]) | (u32)pack_e4m3(v[2], v[3]) << 16,
+                           (u32)pack_e4m3(v[4], v[5]) | (u32)pack_e4m3(v[6], v[7]) << 16);
+#else
+  *(uint4*)to = words;
+#endif
+}
+
 extern "C" __global__ void __launch_bounds__(128)
     qk_norm_rope(const u16* qkv, const u16* __restrict__ qk_norm, float eps, const float* cos_sin, const i64* positions,
-                 const i64* slot_mapping, u16* k_cache, u16* v_cache, u16* q) {
+                 const i64* slot_mapping, Kv* k_cache, Kv* v_cache, u16* q) {
   allow_next_kernel();
   const int lane = threadIdx.x % LANES;
   const int first_head = blockIdx.y * (GROUPS * PER_GROUP) + threadIdx.x / LANES;
@@ -96,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(128)
     } else if (head < ALL && slot >= 0) {
       const bool is_key = head < NORMED;
       const int kv_head = head - (is_key ? NUM_HEADS : NORMED);
-      u16* cache = is_key ? k_cache : v_cache;
-      *(uint4*)(cache + (slot * NUM_KV_HEADS + kv_head) * HEAD_DIM + lane * 8) = is_key ? turned : raw[i];
+      Kv* cache = is_key ? k_cache : v_cache;
+      store_kv(cache + (slot * NUM_KV_HEADS + kv_head) * HEAD_DIM + lane * 8, is_key ? turned : raw[i]);
     }
   }
 }

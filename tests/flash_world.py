@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from expertmesh.kernels import attention_reference
+from expertmesh.kernels.kv_numbers import as_moved, from_kv, to_kv
 from expertmesh.kernels.paged_attention import AttentionCall, PrefillCall
 
 
@@ -30,8 +32,8 @@ class Step:
         for r, (q_len, seq_len) in enumerate(zip(self.q_lens.tolist(), self.seq_lens.tolist())):
             blocks = self.block_table[r][: -(-seq_len // self.k.shape[1])]
             pages = torch.from_numpy(blocks.astype(np.int64)).to(self.k.device)
-            k = self.k[pages].flatten(0, 1)[:seq_len].double().repeat_interleave(group, 1)  # [L, heads, D]
-            v = self.v[pages].flatten(0, 1)[:seq_len].double().repeat_interleave(group, 1)
+            k, v = (from_kv(as_moved(cache)[pages], torch.float64) for cache in (self.k, self.v))
+            k, v = (x.flatten(0, 1)[:seq_len].repeat_interleave(group, 1) for x in (k, v))  # [L, heads, D]
             for first in range(0, q_len, 512):  # no more scores at a time than memory holds
                 rows = slice(begin + first, begin + min(first + 512, q_len))
                 scores = torch.einsum("qhd,khd->hqk", self.q[rows].double(), k) * k.shape[2] ** -0.5
@@ -53,6 +55,7 @@ def random_step(
     device: str = "cpu",
     seed: int = 0,
     width: int | None = None,
+    kv_dtype: torch.dtype = torch.bfloat16,
 ) -> Step:
     """`lengths`: (new tokens, tokens in KV) of each request; pages of all requests are mixed, their rests poisoned."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -72,27 +75,31 @@ def random_step(
             for cache in (k, v):
                 cache[int(table[r, count - 1]), rest:] = torch.nan
     q = torch.randn(int(q_lens.sum()), num_heads, head_dim, device=device, generator=generator)
-    return Step(q_lens, seq_lens, table, q.bfloat16(), k.bfloat16(), v.bfloat16())
+    return Step(q_lens, seq_lens, table, q.bfloat16(), to_kv(k, kv_dtype), to_kv(v, kv_dtype))
 
 
 class NumpyKernels:
     """An AttentionLibrary in memory of the host."""
 
-    def __init__(self, head_dim: int, *, num_sms: int = 6, has_prefill: bool = True) -> None:
-        self.head_dim, self.num_sms, self.has_prefill = head_dim, num_sms, has_prefill
+    widen = staticmethod(attention_reference.widen_kv)
+
+    def __init__(
+        self, head_dim: int, *, num_sms: int = 6, has_prefill: bool = True, kv_dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        self.head_dim, self.num_sms, self.has_prefill, self.kv_dtype = head_dim, num_sms, has_prefill, kv_dtype
         self.calls: list[Any] = []
 
     def attend(self, call: AttentionCall) -> None:
         self.calls.append(call)
         heads, kv_heads, dim = call.num_heads, call.num_kv_heads, self.head_dim
         group = heads // kv_heads
-        q_starts, q_lens, kv_lens = (_ints(p, call.num_requests) for p in (call.q_starts, call.q_lens, call.kv_lens))
-        page_starts = _ints(call.page_starts, call.num_requests + 1)
-        chunk = int(_ints(call.chunk_size, 1)[0])
-        items = zip(*(_ints(p, call.num_items) for p in (call.item_request, call.item_q_tile, call.item_chunk)))
+        q_starts, q_lens, kv_lens = (ints(p, call.num_requests) for p in (call.q_starts, call.q_lens, call.kv_lens))
+        page_starts = ints(call.page_starts, call.num_requests + 1)
+        chunk = int(ints(call.chunk_size, 1)[0])
+        items = zip(*(ints(p, call.num_items) for p in (call.item_request, call.item_q_tile, call.item_chunk)))
         cut = bool(call.partial_o)
         if cut:
-            o_starts, merge = _ints(call.o_starts, call.num_requests), _ints(call.merge_starts, call.num_rows + 1)
+            o_starts, merge = ints(call.o_starts, call.num_requests), ints(call.merge_starts, call.num_rows + 1)
             partial_o = np.full((int(merge[-1]), heads, dim), np.nan)
             partial_lse = np.full((int(merge[-1]), heads), np.nan)
         for r, tile, c in items:
@@ -123,10 +130,10 @@ class NumpyKernels:
 
     def attend_long(self, call: PrefillCall) -> None:
         self.calls.append(call)
-        starts = _ints(call.work_starts, self.num_sms + 1)
+        starts = ints(call.work_starts, self.num_sms + 1)
         group = call.num_heads // call.num_kv_heads
         names = ("head", "q_tile", "q_start", "page_start", "q_len", "kv_len")
-        works = zip(*(_ints(getattr(call, f"work_{n}"), int(starts[-1])) for n in names))
+        works = zip(*(ints(getattr(call, f"work_{n}"), int(starts[-1])) for n in names))
         for head, tile, q_start, page_start, q_len, kv_len in works:
             k, v, positions = self._pages(call, page_start, 0, kv_len)
             for token in range(tile * 128, min((tile + 1) * 128, q_len)):
@@ -140,11 +147,12 @@ class NumpyKernels:
         positions = np.arange(begin, max(begin, end))
         if not len(positions):
             return *np.zeros((2, 0, call.num_kv_heads, self.head_dim)), positions
-        blocks = _ints(call.pages, int(start) + (int(end) - 1) // call.page_size + 1)[int(start) :]
+        blocks = ints(call.pages, int(start) + (int(end) - 1) // call.page_size + 1)[int(start) :]
         at = blocks[positions // call.page_size].astype(np.int64) * call.page_stride
         at += positions % call.page_size * call.kv_stride_n
         index = at[:, None, None] + np.arange(call.num_kv_heads)[:, None] * call.kv_stride_h + np.arange(self.head_dim)
-        k, v = (_bf16(address, 0, int(index.max()) + 1)[index] for address in (call.k, call.v))
+        dtype = self.kv_dtype if isinstance(call, AttentionCall) else torch.bfloat16
+        k, v = (_numbers(address, 0, int(index.max()) + 1, dtype)[index] for address in (call.k, call.v))
         return k, v, positions
 
 
@@ -156,14 +164,19 @@ def _attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> tup
     return weights @ v / weights.sum(), float(scores.max() + np.log(weights.sum()))
 
 
-def _ints(address: int | None, count: int) -> np.ndarray:
+def ints(address: int | None, count: int) -> np.ndarray:
     assert address
     return np.ctypeslib.as_array((ctypes.c_int32 * int(count)).from_address(address)).copy()
 
 
 def _bf16(address: int, offset: int, count: int) -> np.ndarray:
-    raw = (ctypes.c_char * (2 * count)).from_address(address + 2 * int(offset))
-    return torch.frombuffer(raw, dtype=torch.bfloat16, count=count).double().numpy()
+    return _numbers(address, offset, count, torch.bfloat16)
+
+
+def _numbers(address: int, offset: int, count: int, dtype: torch.dtype) -> np.ndarray:
+    size = dtype.itemsize
+    raw = (ctypes.c_char * (size * count)).from_address(address + size * int(offset))
+    return torch.frombuffer(raw, dtype=dtype, count=count).double().numpy()
 
 
 def _store(address: int, offset: int, values: np.ndarray) -> None:

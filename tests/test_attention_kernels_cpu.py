@@ -1,6 +1,8 @@
 """What can be promised of the attention tier's kernels without a GPU: references that equal the plain model, wrappers
 that refuse what no kernel takes, and sources that compile for every architecture without spills."""
 
+import math
+
 import pytest
 import torch
 
@@ -11,7 +13,9 @@ from expertmesh.kernels import attention_reference as reference
 from expertmesh.kernels import jit, thin_linear
 from expertmesh.kernels.add_norm import add_rms_norm, norm_threads
 from expertmesh.kernels.gate_linear import gate_linear_kernel
-from expertmesh.kernels.qk_norm_rope import qk_norm_rope
+from expertmesh.kernels.kv_numbers import E4M3, as_moved, from_kv, to_kv
+from expertmesh.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_kernel
+from expertmesh.kernels.widen_kv import widen_kv
 from expertmesh.model_config import RopeConfig
 from expertmesh.numerics import rms_norm, silu_mul
 
@@ -40,8 +44,9 @@ def test_norm_reference_is_the_models_own():
     assert torch.equal(reference.add_rms_norm(None, residual, weight, EPS)[1], rms_norm(residual, weight, EPS))
 
 
+@pytest.mark.parametrize("kv_dtype", [BF16, E4M3])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 16), (4, 4, 32), (16, 2, 128)])
-def test_qk_norm_rope_reference_is_the_models_own(heads, kv_heads, head_dim):
+def test_qk_norm_rope_reference_is_the_models_own(heads, kv_heads, head_dim, kv_dtype):
     num_tokens, block_size = 7, 4
     rotary = RotaryTable(RopeConfig(theta=10000.0), head_dim)
     positions = torch.tensor([0, 5, 1, 900, 2, 3, 1023])
@@ -51,7 +56,7 @@ def test_qk_norm_rope_reference_is_the_models_own(heads, kv_heads, head_dim):
     rotary.rows(positions)
     cos, sin = rotary._cos, rotary._sin  # [P, D], the halves of cos equal, the first half of sin negated
     cos_sin = torch.cat([cos[:, : head_dim // 2], sin[:, head_dim // 2 :]], dim=1)
-    caches = [torch.full((3, block_size, kv_heads, head_dim), 7.0, dtype=BF16) for _ in range(2)]
+    caches = [torch.full((3, block_size, kv_heads, head_dim), 7.0).to(kv_dtype) for _ in range(2)]
     q = reference.qk_norm_rope(
         qkv, qk_norm, EPS, cos_sin, positions, slots, *caches, num_heads=heads, num_kv_heads=kv_heads
     )
@@ -62,7 +67,32 @@ def test_qk_norm_rope_reference_is_the_models_own(heads, kv_heads, head_dim):
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
             expected[0][slot], expected[1][slot] = qk[token, heads:], rows[token, heads + kv_heads :]
-    assert all(torch.equal(c.view(-1, kv_heads, head_dim), e) for c, e in zip(caches, expected))
+    for cache, rows in zip(caches, expected):
+        assert torch.equal(as_moved(cache).view(-1, kv_heads, head_dim), as_moved(to_kv(rows, kv_dtype)))
+
+
+def test_kv_numbers_are_rounded_as_the_gpu_does_it():
+    x = torch.tensor(
+        [0.0, -0.0, 1.0, 1.0625, 1.1875, 2**-9, 2**-10, 1.5 * 2**-9, -447.0, 464.0, 1e30, -math.inf, math.nan]
+    )
+    stored = to_kv(x, E4M3)
+    expected = [0.0, -0.0, 1.0, 1.0, 1.25, 2**-9, 0.0, 2 * 2**-9, -448.0, 448.0, 448.0, -448.0, math.nan]
+    assert torch.equal(from_kv(stored, torch.float32).nan_to_num(7.0), torch.tensor(expected).nan_to_num(7.0))
+    every = torch.arange(256, dtype=torch.uint8).view(E4M3)
+    for dtype in (torch.float32, BF16):
+        assert torch.equal(from_kv(every, dtype).nan_to_num(7.0), every.to(dtype).nan_to_num(7.0))
+    again, is_nan = as_moved(to_kv(from_kv(every, BF16), E4M3)), every.float().isnan()
+    assert torch.equal(again[~is_nan], as_moved(every)[~is_nan]), "nothing is lost"
+    assert to_kv(x, BF16).dtype == BF16
+
+
+def test_pages_are_widened_in_the_order_that_is_asked_for():
+    caches = [to_kv(noise(6, 4, 2, 16, seed=seed), E4M3) for seed in (0, 1)]
+    outs = [torch.full((5, 4, 2, 16), 7.0, dtype=BF16) for _ in range(2)]
+    reference.widen_kv(*caches, torch.tensor([4, 0, 4], dtype=torch.int32), *outs)
+    for cache, out in zip(caches, outs):
+        assert torch.equal(out[:3], as_moved(cache)[[4, 0, 4]].view(E4M3).to(BF16))
+        assert bool((out[3:] == 7.0).all())
 
 
 def test_combine_norm_reference_is_the_weighted_sum_then_the_norm():
@@ -100,6 +130,8 @@ def test_wrappers_say_what_they_want():
         norm_threads(100)
     one = torch.zeros(1, dtype=torch.int64)
     cache = noise(1, 1, 1, 24)
+    with pytest.raises(KernelError, match="pages must be contiguous"):
+        widen_kv(noise(1, 1, 1, 16), noise(1, 1, 1, 16), one.int(), noise(1, 1, 1, 16), noise(1, 1, 1, 16))
     with pytest.raises(KernelError, match="head_dim must be"):
         qk_norm_rope(
             noise(1, 72), noise(2, 24), EPS, torch.zeros(1, 24), one, one, cache, cache, num_heads=1, num_kv_heads=1
@@ -107,8 +139,8 @@ def test_wrappers_say_what_they_want():
 
 
 # --------------------------------------------------------------------------------------------------------- compilation
-def heads(num_heads, num_kv_heads, head_dim, per_group):
-    return {"NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "PER_GROUP": per_group}
+def heads(num_heads, num_kv_heads, head_dim, per_group, kv_fp8=False):
+    return qk_norm_rope_kernel(num_heads, num_kv_heads, head_dim, per_group, kv_fp8).defines
 
 
 @pytest.mark.parametrize("arch", jit.SUPPORTED_ARCHS)
@@ -119,6 +151,9 @@ def heads(num_heads, num_kv_heads, head_dim, per_group):
         ("add_norm.cu", {"HIDDEN": 12288, "THREADS": 1024}),
         ("qk_norm_rope.cu", heads(64, 4, 128, 4)),
         ("qk_norm_rope.cu", heads(16, 2, 64, 4)),
+        ("qk_norm_rope.cu", heads(64, 4, 128, 4, kv_fp8=True)),
+        ("qk_norm_rope.cu", heads(32, 4, 128, 1, kv_fp8=True)),
+        ("widen_kv.cu", {"PAGE": 8192}),
         ("combine_norm.cu", {"HIDDEN": 2048, "THREADS": 256, "TOP_K": 8}),
         ("combine_norm.cu", {"HIDDEN": 6144, "THREADS": 768, "TOP_K": 3}),
         ("silu_mul.cu", {}),

@@ -1,20 +1,26 @@
 """The attention tier's kernels on a GPU: every ugly shape against plain torch, rows that do not see each other, and the
 same bits from a captured graph."""
 
+import math
+
 import pytest
 import torch
 
 from expertmesh.errors import KernelError
 from expertmesh.kernels import attention_reference as reference
+from expertmesh.kernels import qk_norm_rope as qk_norm_rope_module
 from expertmesh.kernels.add_norm import add_rms_norm
 from expertmesh.kernels.combine import combine
 from expertmesh.kernels.combine_norm import combine_add_rms_norm
 from expertmesh.kernels.embed_norm import embed_rms_norm
 from expertmesh.kernels.gate_linear import gate_linear
 from expertmesh.kernels.gate_topk import gate_topk
-from expertmesh.kernels.qk_norm_rope import qk_norm_rope
+from expertmesh.kernels.jit import Kernel
+from expertmesh.kernels.kv_numbers import E4M3, as_moved, from_kv, to_kv
+from expertmesh.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_kernel
 from expertmesh.kernels.silu_mul import silu_mul
 from expertmesh.kernels.thin_linear import thin_linear
+from expertmesh.kernels.widen_kv import widen_kv
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -153,6 +159,47 @@ def run_heads(function, given):
     caches = [c.clone() for c in given["caches"]]
     arguments = [given[name] for name in ("cos_sin", "positions", "slot_mapping")]
     return function(given["qkv"], given["qk_norm"], EPS, *arguments, *caches, **given["sizes"]), *caches
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize("num_tokens", [*TOKENS, 600])
+def test_fp8_kv_is_the_rounding_of_bf16_kv(num_tokens, heads, kv_heads, head_dim):
+    given = head_inputs(num_tokens, heads, kv_heads, head_dim)
+    given["qkv"][:1, -8:] = torch.tensor([500, -1e30, math.inf, -math.inf, NAN, 0.002, -0.001, 0.0])  # of v
+    q, k, v = run_heads(qk_norm_rope, given)
+    in_fp8 = given | {"caches": [to_kv(cache, E4M3) for cache in given["caches"]]}
+    q8, k8, v8 = run_heads(qk_norm_rope, in_fp8)
+    assert torch.equal(q8, q)
+    assert torch.equal(as_moved(k8), as_moved(to_kv(k, E4M3)))
+    assert torch.equal(as_moved(v8) & 0x7F, as_moved(to_kv(v, E4M3)) & 0x7F)  # NaN has a sign
+    assert torch.equal(from_kv(v8, BF16).nan_to_num(7), from_kv(to_kv(v, E4M3), BF16).nan_to_num(7))
+
+
+def test_e4m3_without_the_instruction_is_the_same(monkeypatch):
+    given = head_inputs(600, 32, 4, 128)
+    given["qkv"][:, -128:] *= torch.logspace(-12, 12, 600, base=2, device=DEVICE)[:, None].to(BF16)
+    given["caches"] = [to_kv(cache, E4M3) for cache in given["caches"]]
+    hard = run_heads(qk_norm_rope, given)
+    kernel = qk_norm_rope_kernel(32, 4, 128, 4, True)
+    soft = Kernel(kernel.file, kernel.name, kernel.defines | {"SOFT_E4M3": 1})
+    monkeypatch.setattr(qk_norm_rope_module, "qk_norm_rope_kernel", lambda *sizes: soft)
+    for a, b in zip(hard, run_heads(qk_norm_rope, given)):
+        assert torch.equal(as_moved(a), as_moved(b))
+
+
+@pytest.mark.parametrize("page", [(16, 4, 128), (16, 2, 64), (1, 1, 16), (32, 8, 128)])
+def test_pages_are_widened_exactly(page):
+    every = torch.arange(256, dtype=torch.uint8)
+    every[every & 0x7F == 0x7F] = 0  # NaN is in no page that is read
+    order = torch.randint(256, (2, 50, *page), generator=torch.Generator().manual_seed(0))
+    k, v = every[order].view(E4M3).to(DEVICE)
+    pages = torch.tensor([7, 0, 49, 7, 13], dtype=torch.int32, device=DEVICE)
+    outs = torch.full((2, 2, 6, *page), 7.0, dtype=BF16, device=DEVICE)
+    widen_kv(k, v, pages, *outs[0])
+    reference.widen_kv(k, v, pages, *outs[1])
+    assert torch.equal(outs[0], outs[1])
+    assert bool((outs[0, :, 5] == 7.0).all())
+    widen_kv(k, v, pages[:0], *outs[0])
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)

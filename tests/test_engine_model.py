@@ -1,12 +1,21 @@
 """The engine on the real model: busy streams equal solo runs, and the prefix cache saves what it promises."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from expertmesh.bench.in_process import InProcessModel
 from expertmesh.bench.local_engine import LocalEngine
 from expertmesh.bench.preemption import run as run_preemption
 from expertmesh.checkpoint import Checkpoint
-from expertmesh.cluster.attention.runner import Runner, attention_weight_bytes, size_kv_pool, tokenizer_vocab_size
+from expertmesh.cluster.attention.runner import (
+    Runner,
+    attention_weight_bytes,
+    kv_dtype_of,
+    size_kv_pool,
+    tokenizer_vocab_size,
+)
 from expertmesh.config import CacheConfig, SchedulerConfig
 from expertmesh.errors import StartupError
 from expertmesh.make_checkpoint import PRESETS, make_checkpoint
@@ -29,32 +38,36 @@ def greedy(name: str, prompt, max_tokens: int = 16) -> EngineRequest:
     return EngineRequest(request_id=name, prompt_ids=tuple(prompt), sampling=sampling)
 
 
-def test_64_mixed_requests_on_a_third_of_the_kv_equal_their_solo_runs(folder):
-    figures = run_preemption(folder, longest=24, block_size=4)
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_64_mixed_requests_on_a_third_of_the_kv_equal_their_solo_runs(folder, kv_dtype):
+    figures = run_preemption(folder, longest=24, block_size=4, kv_dtype=kv_dtype)
     assert figures["streams_that_differ"] == 0
     assert figures["preemptions"] > 0
     assert figures["all_blocks_free"]
 
 
-def test_second_turn_of_a_long_conversation_is_cached_and_the_same(folder):
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_second_turn_of_a_long_conversation_is_cached_and_the_same(folder, kv_dtype):
     prompt = [(i * 7919) % 500 for i in range(2000)]
-    cache = CacheConfig(num_blocks=300)
+    cache = CacheConfig(num_blocks=300, kv_dtype=kv_dtype)
     with LocalEngine(folder, cache=cache) as engine:
         first = engine.run([greedy("turn 1", prompt, 40)])[0]
         follow_up = prompt + first.token_ids + [1, 2, 3]
         second = engine.run([greedy("turn 2", follow_up)])[0]
         assert second.num_cached_tokens >= 2040 - cache.block_size
         assert engine.books_balance
-    with LocalEngine(folder, cache=CacheConfig(num_blocks=300, enable_prefix_cache=False)) as plain:
+    with LocalEngine(folder, cache=replace(cache, enable_prefix_cache=False)) as plain:
         assert plain.run([greedy("turn 2", follow_up)])[0].token_ids == second.token_ids
 
 
-def test_any_chunking_gives_the_same_tokens(folder):
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_any_chunking_gives_the_same_tokens(folder, kv_dtype):
+    cache = CacheConfig(num_blocks=100, kv_dtype=kv_dtype)
     prompts = [[(i * k) % 500 for i in range(40 + 9 * k)] for k in range(1, 6)]
     streams = []
     for chunk in (7, 64, 1024):
         scheduler = SchedulerConfig(max_num_batched_tokens=chunk + 8, max_prefill_tokens_per_step=chunk)
-        with LocalEngine(folder, cache=CacheConfig(num_blocks=100), scheduler=scheduler) as engine:
+        with LocalEngine(folder, cache=cache, scheduler=scheduler) as engine:
             streams.append([s.token_ids for s in engine.run([greedy(f"r{k}", p) for k, p in enumerate(prompts)])])
     assert streams[0] == streams[1] == streams[2]
 
@@ -67,14 +80,30 @@ def test_model_that_cannot_fit_is_refused_with_the_numbers(folder):
         Runner.load(checkpoint, CacheConfig(num_blocks=10**9))
 
 
-def test_pool_is_sized_from_its_bytes(folder):
+@pytest.mark.parametrize(("kv_dtype", "num_blocks"), [("auto", 10), ("bf16", 20), ("fp8", 40)])
+def test_pool_is_sized_from_its_bytes(folder, kv_dtype, num_blocks):
     config = Checkpoint(folder).config
     block_bytes = 16 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
-    cache = CacheConfig(kv_memory_bytes=10 * block_bytes + 5)
-    assert size_kv_pool(config, cache, dtype=torch.float32, weight_bytes=0, available_bytes=None) == 10
+    cache = CacheConfig(kv_memory_bytes=10 * block_bytes + 5, kv_dtype=kv_dtype)
+    stored = kv_dtype_of(cache, torch.float32)
+    assert size_kv_pool(config, cache, kv_dtype=stored, weight_bytes=0, available_bytes=None) == num_blocks
     runner = Runner.load(Checkpoint(folder), cache)
-    assert runner.num_blocks == 10
+    assert runner.num_blocks == num_blocks
     assert sum(k.nbytes + v.nbytes for k, v in runner.kv_pages) == 10 * block_bytes
+
+
+def test_fp8_kv_changes_logits_by_its_rounding_alone(folder):
+    """e4m3 has four bits fewer than bf16: so much larger is what it does to the logits of a token, and no more."""
+    prompt = [(i * 7919) % 500 for i in range(200)]
+    logits = {}
+    for kv_dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
+        model = InProcessModel(folder, kv_dtype=kv_dtype)
+        logits[kv_dtype] = model.run([(model.open(prompt), len(prompt))], all_rows=True)[0]
+    exact = logits.pop(torch.float32)
+    rows = {kv_dtype: (found - exact).norm(dim=1) / exact.norm(dim=1) for kv_dtype, found in logits.items()}
+    bf16, fp8 = (float(rows[kv_dtype].median()) for kv_dtype in (torch.bfloat16, torch.float8_e4m3fn))
+    assert 0 < bf16 < 1e-2
+    assert 8 < fp8 / bf16 < 32
 
 
 def test_only_ids_of_the_tokenizer_are_sampled(folder, tiny_checkpoint):

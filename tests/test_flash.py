@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flash_world import NumpyKernels, Step, random_step
+from flash_world import NumpyKernels, Step, ints, random_step
 
 from expertmesh.cluster.attention import flash
 from expertmesh.cluster.attention.flash import FlashAttention
@@ -16,6 +16,7 @@ from expertmesh.errors import KernelError
 from expertmesh.kernels import paged_attention
 
 HEADS, KV_HEADS, DIM = 4, 2, 64
+E4M3 = torch.float8_e4m3fn
 
 
 def make(kernels: NumpyKernels, **options) -> FlashAttention:
@@ -23,8 +24,9 @@ def make(kernels: NumpyKernels, **options) -> FlashAttention:
     return FlashAttention(HEADS, KV_HEADS, DIM, 16, "cpu", library=kernels, num_sms=kernels.num_sms, **options)
 
 
-def step_of(*lengths: tuple[int, int], seed: int = 0) -> Step:
-    return random_step(list(lengths), num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, seed=seed)
+def step_of(*lengths: tuple[int, int], seed: int = 0, kv_dtype: torch.dtype = torch.bfloat16) -> Step:
+    sizes = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": DIM}
+    return random_step(list(lengths), **sizes, seed=seed, kv_dtype=kv_dtype)
 
 
 def attend(attention: FlashAttention, step: Step, bucket: int | None = None) -> torch.Tensor:
@@ -95,6 +97,32 @@ def test_every_kernel_is_launched_once_before_anybody_waits_for_it():
     assert sorted(short) == [(16, 1), (16, 4), (64, 1), (64, 4), (128, 1), (128, 4)]
     assert all(c.partial_o for c in kernels.calls[:-1]), "and the kernel that adds chunks up"
     assert isinstance(kernels.calls[-1], paged_attention.PrefillCall)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_fp8_kv_is_read_as_it_is_by_short_queries_and_widened_for_long_ones(invariant):
+    kernels = NumpyKernels(DIM, num_sms=16, kv_dtype=E4M3)
+    attention = make(kernels, kv_dtype=E4M3, invariant=invariant)
+    mixed = step_of((1, 400), (70, 70), (200, 900), (130, 140), (1, 1), (20, 300), (128, 128), kv_dtype=E4M3)
+    assert_close(attend(attention, mixed), mixed)
+    assert [type(c).__name__ for c in kernels.calls] == ["AttentionCall", "PrefillCall"][: 1 if invariant else 2]
+    decode = step_of((1, 900), (1, 3), (1, 64), kv_dtype=E4M3)
+    assert_close(attend(attention, decode, bucket=4)[:3], decode)
+
+
+def test_long_queries_whose_pages_find_no_room_go_the_other_way(monkeypatch):
+    monkeypatch.setattr(flash, "WIDE_TOKENS", 32 * 16)
+    kernels = NumpyKernels(DIM, kv_dtype=E4M3)
+    attention = make(kernels, kv_dtype=E4M3, max_num_blocks=32)
+    step = step_of((200, 200), (128, 300), (150, 150), (128, 128), kv_dtype=E4M3)  # 13, 19, 10 and 8 pages; 32 fit
+    assert_close(attend(attention, step), step)
+    short, long = kernels.calls
+    assert set(ints(short.item_request, short.num_items).tolist()) == {2, 3}
+    assert long.work_starts
+    with pytest.raises(KernelError, match=r"k_cache: torch\.bfloat16 on cpu; expected torch\.float8_e4m3fn"):
+        attend(attention, step_of((1, 5)))
+    with pytest.raises(KernelError, match=r"KV of torch\.float16"):
+        make(kernels, kv_dtype=torch.float16)
 
 
 def test_a_graph_key_means_the_same_addresses_and_grid():
@@ -272,8 +300,10 @@ def test_a_library_of_other_sources_is_refused(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(KernelError, match=r"of sources other"):
         paged_attention._load(64, "sm_90a")
-    with pytest.raises(KernelError, match="no attention kernel for head size 128"):
+    with pytest.raises(KernelError, match="no attention kernel for head size 128 and bf16 KV"):
         paged_attention._load(128, "sm_90a")
+    with pytest.raises(KernelError, match="head size 64 and fp8 KV on sm_90a"):
+        paged_attention._load(64, "sm_90a", True)
     (package / "key.txt").write_text(paged_attention.source_key())
     with pytest.raises(KernelError, match="cannot be loaded"):
         paged_attention._load(64, "sm_90a")
@@ -292,9 +322,10 @@ def test_torch_path_is_chosen_loudly(caplog):
             select_attention(choice, HEADS, KV_HEADS, DIM, 16, "cpu", invariant=invariant)
 
 
-def test_torch_path_gives_the_same():
-    attention = select_attention("torch", HEADS, KV_HEADS, DIM, 16, "cpu")
-    step = step_of((1, 400), (70, 70), (3, 35), (130, 140), (1, 1), (20, 300))
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, E4M3])
+def test_torch_path_gives_the_same(kv_dtype):
+    attention = select_attention("torch", HEADS, KV_HEADS, DIM, 16, "cpu", kv_dtype=kv_dtype)
+    step = step_of((1, 400), (70, 70), (3, 35), (130, 140), (1, 1), (20, 300), kv_dtype=kv_dtype)
     attention.plan(step.q_lens, step.seq_lens, step.block_table)
     assert_close(attention.attend(step.q, step.k, step.v), step)
 
@@ -302,11 +333,20 @@ def test_torch_path_gives_the_same():
 # ---------------------------------------------------------------------------------------------------------- the build
 def test_build_commands():
     names = [build_attention.wanted(arch) for arch in ("sm_90a", "sm_80")]
-    assert names[0] == [("paged_prefill", 128), ("paged_attention", 64), ("paged_attention", 128)]
-    assert names[1] == [("paged_attention", 64), ("paged_attention", 128)]
+    short = [
+        ("paged_attention", 64),
+        ("paged_attention", 128),
+        ("paged_attention_fp8", 64),
+        ("paged_attention_fp8", 128),
+    ]
+    assert names == [[("paged_prefill", 128), *short], short]
     line = build_attention.command("nvcc", "paged_attention", 64, "sm_89", includes=[Path("/x")], out=Path("/y"))
     assert {"-gencode=arch=compute_89,code=sm_89", "-DHEAD_SIZE=64", "-DSHARED_KIB_PER_SM=100", "-I/x"} <= set(line)
     assert line[-1] == "/y/paged_attention_64_sm_89.so"
+    line = build_attention.command("nvcc", "paged_attention_fp8", 128, "sm_90a", includes=[], out=Path("/y"))
+    assert "-DKV_FP8=1" in line
+    assert line[-3].endswith("/paged_attention.cu")
+    assert line[-1] == "/y/paged_attention_fp8_128_sm_90a.so"
 
 
 def test_headers_are_fixed_or_refused(tmp_path):

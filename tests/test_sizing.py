@@ -22,6 +22,7 @@ from expertmesh.cluster.sizing import (
     plans,
     step_floor,
     what_would_fit,
+    widened_kv_bytes,
 )
 from expertmesh.errors import ConfigError
 from expertmesh.model_config import ModelConfig
@@ -178,6 +179,28 @@ def test_a_context_that_no_replica_holds_is_a_problem():
     workload = Workload(context=1_000_000)
     (plan,) = plans(MODELS["32b"], H100, 1, workload=workload)
     assert "one sequence of 1,000,000 needs 262.1 GB" in plan.problems[0]
+
+
+def test_fp8_kv_holds_twice_the_tokens(tmp_path, capsys):
+    plans = {
+        bytes_: make_plan(
+            MODELS["30b"],
+            H100,
+            layout="colocated",
+            num_attention=1,
+            num_shards=1,
+            workload=Workload(kv_element_bytes=bytes_),
+        )
+        for bytes_ in (1, 2)
+    }
+    widened = plans[1].reserved_bytes - plans[2].reserved_bytes
+    assert widened == widened_kv_bytes(MODELS["30b"], 32768) == 65536 * 512 * 4
+    assert plans[1].kv_bytes + widened == plans[2].kv_bytes
+    assert plans[1].kv_tokens == pytest.approx(2 * plans[2].kv_tokens, rel=0.02)
+    assert plans[1].floors[-1].ms < plans[2].floors[-1].ms
+    (tmp_path / "config.json").write_text(json.dumps(SHARED | RAW["30b"]))
+    assert cli.main(["plan", str(tmp_path), "--kv-dtype", "fp8"]) == 0
+    assert f"= {plans[1].kv_tokens:,} tokens in fp8" in capsys.readouterr().out
 
 
 def test_a_row_goes_once_to_each_gpu_and_comes_back_for_each_expert():

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ...kernels.kv_numbers import as_moved, from_kv, to_kv
 from ...model_config import ModelConfig
 from ...numerics import Numerics
 from .batch import StepBatch
@@ -99,7 +100,8 @@ class PagedAttention:
     def write(self, plan: AttentionPlan, cache: torch.Tensor, new: torch.Tensor) -> None:
         """new [T, num_kv_heads, head_dim] -> its slots of cache [num_blocks, block_size, num_kv_heads, head_dim]."""
         rows = new if plan.written_rows is None else new[plan.written_rows]
-        cache.view(-1, self.num_kv_heads, self.head_dim).index_copy_(0, plan.written_slots, rows)
+        pages = as_moved(cache).view(-1, self.num_kv_heads, self.head_dim)
+        pages.index_copy_(0, plan.written_slots, as_moved(to_kv(rows, cache.dtype)))
 
     def attend(
         self, plan: AttentionPlan, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
@@ -126,8 +128,8 @@ class PagedAttention:
             group = padded
         q = q.permute(0, 2, 1, 3, 4).reshape(items * heads, 1, queries * group, dim)
         q = q.expand(-1, tiles, -1, -1).reshape(-1, queries * group, dim)  # [I * heads * tiles, rows, dim]
-        k = k_cache.view(-1, dim).index_select(0, bucket.kv_rows).view(-1, TILE, dim)
-        v = v_cache.view(-1, dim).index_select(0, bucket.kv_rows).view(-1, TILE, dim)
+        k = self._read(k_cache, bucket, q.dtype).view(-1, TILE, dim)
+        v = self._read(v_cache, bucket, q.dtype).view(-1, TILE, dim)
         scores = torch.bmm(q, k.transpose(1, 2)).view(items, heads, tiles, queries, group, TILE)
         partial = slice(bucket.first_partial_tile, None)
         scores[:, :, partial] += bucket.distance
@@ -145,11 +147,15 @@ class PagedAttention:
     ) -> torch.Tensor:
         items, queries, dim = bucket.num_items, bucket.num_queries, self.head_dim
         q = q.view(items, queries, self.num_heads, dim).transpose(1, 2)
-        k = k_cache.view(-1, dim).index_select(0, bucket.kv_rows).view(items, self.num_kv_heads, -1, dim)
-        v = v_cache.view(-1, dim).index_select(0, bucket.kv_rows).view(items, self.num_kv_heads, -1, dim)
+        k = self._read(k_cache, bucket, q.dtype).view(items, self.num_kv_heads, -1, dim)
+        v = self._read(v_cache, bucket, q.dtype).view(items, self.num_kv_heads, -1, dim)
         visible = ~bucket.hidden.transpose(1, 2).reshape(items, 1, queries, -1)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=self.scale, enable_gqa=True)
         return out.transpose(1, 2).reshape(-1, self.num_heads, dim)
+
+    def _read(self, cache: torch.Tensor, bucket: Bucket, dtype: torch.dtype) -> torch.Tensor:
+        """[I * num_kv_heads * L, head_dim]"""
+        return from_kv(as_moved(cache).view(-1, self.head_dim).index_select(0, bucket.kv_rows), dtype)
 
     def _items(self, batch: StepBatch) -> dict[tuple[int, int], list[tuple[int, int, int, int]]]:
         """(padded queries, padded tiles) -> items (request, first row of T, first position, number of queries)."""

@@ -71,11 +71,12 @@ class DeviceModel:
         *,
         max_model_len: int,
         block_size: int,
+        kv_dtype: torch.dtype = torch.bfloat16,
         products: Products | None = None,
     ) -> None:
         if weights.embed.dtype != torch.bfloat16:
             raise ConfigError("dtype", str(weights.embed.dtype), "bfloat16: the GPU engine's kernels take no other")
-        self.config, self.weights, self.block_size = config, weights, block_size
+        self.config, self.weights, self.block_size, self.kv_dtype = config, weights, block_size, kv_dtype
         self.device, self.products = weights.embed.device, products or PlainProducts()
         fused = isinstance(self.products, PlainProducts) and _has_fused_gate(config, self.device)
         self._most_gate_tokens = _FUSED_GATE_TOKENS if fused else 0
@@ -89,20 +90,28 @@ class DeviceModel:
         device: torch.device | str,
         max_model_len: int,
         block_size: int,
+        kv_dtype: torch.dtype = torch.bfloat16,
         batch_invariant: bool = False,
         progress: ProgressCallback | None = None,
     ) -> "DeviceModel":
         weights = load_attention_weights(checkpoint, dtype=torch.bfloat16, device=device, progress=progress)
         products = InvariantProducts(_one_of_each_shape(weights)) if batch_invariant else PlainProducts()
-        return cls(checkpoint.config, weights, max_model_len=max_model_len, block_size=block_size, products=products)
+        return cls(
+            checkpoint.config,
+            weights,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            kv_dtype=kv_dtype,
+            products=products,
+        )
 
     def new_kv_cache(self, num_blocks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Pages of every layer, zeroed: a masked slot must hold a number."""
         shape = (num_blocks, self.block_size, self.config.num_kv_heads, self.config.head_dim)
         return [
             (
-                torch.zeros(shape, dtype=torch.bfloat16, device=self.device),
-                torch.zeros(shape, dtype=torch.bfloat16, device=self.device),
+                torch.zeros(shape, dtype=self.kv_dtype, device=self.device),
+                torch.zeros(shape, dtype=self.kv_dtype, device=self.device),
             )
             for _ in range(self.config.num_layers)
         ]

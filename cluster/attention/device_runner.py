@@ -28,14 +28,22 @@ from ...errors import ExchangeError, StartupError
 from ...router.contracts import StepContext
 from ...router.device_step import DeviceStep
 from ...startup_phases import StartupPhases
-from ..sizing import activation_bytes
+from ..sizing import activation_bytes, widened_kv_bytes
 from .batch import ScheduledTokens, StepBatch, build
 from .device_model import DeviceBatch, DeviceModel, Rows
 from .device_sampler import DeviceSampler, decode_flags
 from .flash import FlashAttention
 from .flash_torch import TorchAttention, select_attention
 from .prompt_graphs import MOST_TOKENS, PromptGraphs, bucket_of
-from .runner import Flight, Landed, StepResult, attention_weight_bytes, size_kv_pool, tokenizer_vocab_size
+from .runner import (
+    Flight,
+    Landed,
+    StepResult,
+    attention_weight_bytes,
+    kv_dtype_of,
+    size_kv_pool,
+    tokenizer_vocab_size,
+)
 from .sampler import Sampled, Sampler
 from .sequence import UNSEEN, Sequence
 
@@ -110,6 +118,9 @@ class DeviceRunner:
         usable = free_bytes - int((1 - _MEMORY_SHARE) * total_bytes)
         step_bytes = activation_bytes(config, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
         graph_bytes = activation_bytes(config, min(MOST_TOKENS, scheduler.max_num_batched_tokens), 0)
+        kv_dtype, max_num_blocks = kv_dtype_of(cache, torch.bfloat16), -(-max_model_len // cache.block_size)
+        if kv_dtype != torch.bfloat16:
+            graph_bytes += widened_kv_bytes(config, max_num_blocks * cache.block_size)
         available = usable - expert_bytes - step_bytes - graph_bytes
         if available <= weight_bytes:
             raise StartupError(
@@ -121,7 +132,7 @@ class DeviceRunner:
         if not cache.num_blocks:
             cache = replace(cache, kv_memory_bytes=available - weight_bytes)
         num_blocks = size_kv_pool(
-            config, cache, dtype=torch.bfloat16, weight_bytes=weight_bytes, available_bytes=available
+            config, cache, kv_dtype=kv_dtype, weight_bytes=weight_bytes, available_bytes=available
         )
         phases = phases or StartupPhases()
         with phases.phase("weights"):
@@ -130,6 +141,7 @@ class DeviceRunner:
                 device=device,
                 max_model_len=max_model_len,
                 block_size=cache.block_size,
+                kv_dtype=kv_dtype,
                 batch_invariant=batch_invariant,
                 progress=progress,
             )
@@ -140,8 +152,9 @@ class DeviceRunner:
             config.head_dim,
             cache.block_size,
             device,
+            kv_dtype=kv_dtype,
             max_num_reqs=scheduler.max_num_seqs,
-            max_num_blocks=-(-max_model_len // cache.block_size),
+            max_num_blocks=max_num_blocks,
             invariant=batch_invariant,
         )
         with phases.phase("kv"):

@@ -11,6 +11,9 @@ are sent as they are, since a kernel finds a row by its start.
 With `invariant` a token's bits depend on its own sequence alone: one tile of queries, aligned to positions (a step over
 a KV tile that a row does not see is not quite without effect: its sums are scaled by 1 within rounding), KV chunks of
 a fixed size from position 0 on, and chunks added up in order. So decode, chunked and whole prefill run the same sums.
+
+KV in e4m3 is read as it is by the kernel for short queries. The one for long queries takes bf16 alone, so the pages
+that its requests read are widened before it, layer by layer, into memory of their own (`kernels/widen_kv.py`).
 Ideas: FlashInfer's plan and run; vLLM's persistent buffers for CUDA graphs."""
 
 from collections.abc import Hashable
@@ -21,6 +24,7 @@ import torch
 
 from ...errors import KernelError
 from ...kernels.paged_attention import HEAD_SIZES, AttentionCall, AttentionLibrary, PrefillCall, load_library
+from ..sizing import WIDE_TOKENS
 from .flash_staging import Form, Staging, clamp_pages
 from .schedule import SINGLE, Items, Works, aligned, choose_chunk, make_items, make_works, tile_for
 
@@ -31,6 +35,7 @@ SHORT = 512  # tokens of the longest context of the "short" form
 _CTAS_PER_SM = 2
 _ROUNDS = 4  # of the whole GPU that chunks may add to a step with prompts: few tokens far into a context need some
 _WIDE, _NARROW = 4, 1  # shares of KV that a warp takes at a time; narrow ones let more CTAs be at work on an SM
+_NARROW_FP8 = 2  # as many bytes
 
 
 @dataclass(slots=True)
@@ -41,6 +46,7 @@ class _Planned:
     short: AttentionCall | None
     long: PrefillCall | None
     kept: list[torch.Tensor]  # what the calls point to
+    widened: torch.Tensor | None = None  # [n] int32, pages to widen for `long`; None: it reads the caches
     checked: bool = False
 
 
@@ -58,6 +64,7 @@ class FlashAttention:
         device: torch.device | str,
         *,
         dtype: torch.dtype = torch.bfloat16,
+        kv_dtype: torch.dtype = torch.bfloat16,
         max_num_reqs: int = 256,
         max_num_blocks: int = 8192,
         invariant: bool = False,
@@ -80,7 +87,10 @@ class FlashAttention:
                 f"the attention kernels take bfloat16, head sizes {HEAD_SIZES} and up to 128 heads a KV head, not "
                 f"{dtype}, {head_dim} with {num_heads} heads on {num_kv_heads}; choose attention='torch'"
             )
-        self.library = library or load_library(head_dim, self.device)
+        if kv_dtype not in (torch.bfloat16, torch.float8_e4m3fn):
+            raise KernelError(f"KV of {kv_dtype}: the attention kernels read bfloat16 and float8_e4m3fn")
+        self.library = library or load_library(head_dim, self.device, kv_dtype)
+        self.kv_dtype, self._narrow = kv_dtype, _NARROW if kv_dtype == torch.bfloat16 else _NARROW_FP8
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.group_size, self.block_size, self.invariant = num_heads // num_kv_heads, block_size, invariant
         self.max_num_reqs, self.max_num_blocks = max_num_reqs, max_num_blocks
@@ -93,6 +103,13 @@ class FlashAttention:
         self._partial_o, self._partial_lse = self._partials(most)
         self._forms: dict[Hashable, Form] = {}
         self._staging = Staging(self.device)
+        self._wide: tuple[torch.Tensor, torch.Tensor] | None = None
+        if kv_dtype != torch.bfloat16 and self.library.has_prefill and not invariant:
+            pages = num_wide_pages(block_size, max_num_blocks)
+            shape = (pages, block_size, num_kv_heads, head_dim)
+            made = torch.zeros((2, *shape), dtype=dtype, device=device)
+            self._wide = made[0], made[1]
+            self._wide_order = torch.arange(pages, dtype=torch.int32, device=self.device)
         self._planned: _Planned | None = None
         self._chosen: tuple[Hashable, int] = (None, SINGLE)
 
@@ -135,6 +152,9 @@ class FlashAttention:
         if planned.long is not None:  # after the short ones, whose second kernel zeroes the other rows
             long = planned.long
             long.q, long.o, long.k, long.v, long.stream = pointers
+            if self._wide is not None and planned.widened is not None:
+                self.library.widen(k_cache, v_cache, planned.widened, *self._wide)
+                long.fill(k=self._wide[0], v=self._wide[1])
             self.library.attend_long(long)
         return out
 
@@ -142,8 +162,8 @@ class FlashAttention:
         """Launch every kernel once, on zeros: what a long context is the first to need would else be loaded beside
         streams. Reads block 0 alone."""
         one, row, blocks = np.ones(1, np.int32), np.zeros(1, np.int64), np.zeros((1, LONG_QUERY), np.int32)
-        q = torch.zeros(LONG_QUERY, self.num_heads, self.head_dim, dtype=k_cache.dtype, device=self.device)
-        for tile_q, mma_kv in ((tile_q, mma_kv) for tile_q in (16, 64, 128) for mma_kv in (_WIDE, _NARROW)):
+        q = torch.zeros(LONG_QUERY, self.num_heads, self.head_dim, dtype=torch.bfloat16, device=self.device)
+        for tile_q, mma_kv in ((tile_q, mma_kv) for tile_q in (16, 64, 128) for mma_kv in (_WIDE, self._narrow)):
             items = make_items(one, one, group_size=self.group_size, tile_q=tile_q, chunk=LONG_QUERY)
             call, kept = self._short_call(items, one, one, blocks, row)
             call.mma_kv = mma_kv
@@ -152,8 +172,8 @@ class FlashAttention:
         if self.library.has_prefill:
             many, chosen = np.full(1, LONG_QUERY, np.int32), np.ones(1, bool)
             works = make_works(many, many, chosen, num_heads=self.num_heads, num_ctas=self.num_sms)
-            long, kept = self._long_call(works, many, many, blocks)
-            self._planned = _Planned(LONG_QUERY, None, long, kept)
+            self._planned = _Planned(LONG_QUERY, None, None, [])
+            self._add_long(self._planned, works, many, many, blocks, chosen)
             self.attend(q, k_cache, v_cache)
         self._planned = None
 
@@ -215,7 +235,7 @@ class FlashAttention:
         if self.invariant:
             tile_q = INVARIANT_TILE
         elif form == "short":
-            tile_q, mma_kv = (small if bucket <= 64 else max(64, small)), _NARROW
+            tile_q, mma_kv = (small if bucket <= 64 else max(64, small)), self._narrow
         elif form == "cut" and bucket <= 8:
             tile_q = max(64, small)
         call = self._new_call(tile_q, mma_kv, num_requests=bucket + 1, num_items=num_items, num_rows=bucket)
@@ -230,11 +250,15 @@ class FlashAttention:
         longest = int(seq_lens.max())
         table = self._used_columns(longest, block_table)
         row = np.arange(len(q_lens))
+        num_widened = 0
+        if self._wide is not None:
+            num_pages = np.cumsum(np.where(long, -(-seq_lens.astype(np.int64) // self.block_size), 0))
+            long &= num_pages <= len(self._wide_order)  # others find no room
+            num_widened = int(seq_lens[long].sum()) * self.num_kv_heads * self.head_dim
         if long.any():
             works = make_works(q_lens, seq_lens, long, num_heads=self.num_heads, num_ctas=self.num_sms)
-            if works.pay(q_lens, seq_lens, long, num_heads=self.num_heads):
-                planned.long, kept = self._long_call(works, q_lens, seq_lens, table)
-                planned.kept += kept
+            if works.pay(q_lens, seq_lens, long, num_heads=self.num_heads, num_widened=num_widened):
+                self._add_long(planned, works, q_lens, seq_lens, table, long)
             else:
                 long = np.zeros(len(q_lens), bool)
         if not long.all():
@@ -313,21 +337,36 @@ class FlashAttention:
             kept += [partial_o, partial_lse]
         return call, kept
 
-    def _long_call(
-        self, works: Works, q_lens: np.ndarray, seq_lens: np.ndarray, table: np.ndarray
-    ) -> tuple[PrefillCall, list[torch.Tensor]]:
-        request = works.request
+    def _add_long(
+        self,
+        planned: _Planned,
+        works: Works,
+        q_lens: np.ndarray,
+        seq_lens: np.ndarray,
+        table: np.ndarray,
+        chosen: np.ndarray,
+    ) -> None:
+        """The call for long queries. Where pages are widened they lie one after the other, request by request."""
+        request, page_starts = works.request, np.arange(len(q_lens)) * table.shape[1]
+        if self._wide is not None:
+            counts = np.where(chosen, -(-seq_lens.astype(np.int64) // self.block_size), 0)
+            page_starts = np.cumsum(counts) - counts
+            table = table[np.arange(table.shape[1]) < counts[:, None]]  # [n]
         parts = {
             "work_starts": works.starts,
             "work_head": works.head,
             "work_q_tile": works.q_tile,
             "work_q_start": (np.cumsum(q_lens) - q_lens)[request],
-            "work_page_start": request * table.shape[1],
+            "work_page_start": page_starts[request],
             "work_q_len": q_lens[request],
             "work_kv_len": seq_lens[request],
         }
         pointers, kept = self._send(parts, table)
-        call = PrefillCall(
+        if self._wide is not None:
+            planned.widened = kept[0][-len(table) :]
+            pointers["pages"] = self._wide_order.data_ptr()
+        planned.kept += kept
+        planned.long = PrefillCall(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             page_size=self.block_size,
@@ -338,7 +377,6 @@ class FlashAttention:
             o_stride_h=self.head_dim,
             **pointers,
         )
-        return call, kept
 
     def _used_columns(self, longest: int, block_table: np.ndarray) -> np.ndarray:
         width = max(1, -(-longest // self.block_size))
@@ -378,16 +416,23 @@ class FlashAttention:
                     f"{name}: shape {tuple(cache.shape)}, strides {cache.stride()}; expected [num_blocks, {page}] "
                     "with the same strides in both caches"
                 )
-        for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-            if x.dtype != torch.bfloat16 or x.device != self.device:
-                raise KernelError(f"{name}: {x.dtype} on {x.device}; expected bfloat16 on {self.device}")
-        for call in (planned.short, planned.long):
+        kv = self.kv_dtype
+        for name, x, dtype in (("q", q, torch.bfloat16), ("k_cache", k_cache, kv), ("v_cache", v_cache, kv)):
+            if x.dtype != dtype or x.device != self.device:
+                raise KernelError(f"{name}: {x.dtype} on {x.device}; expected {dtype} on {self.device}")
+        read_by_long = k_cache if self._wide is None else self._wide[0]
+        for call, pages in ((planned.short, k_cache), (planned.long, read_by_long)):
             if call is not None:
                 call.fill(
-                    page_stride=k_cache.stride(0),
-                    kv_stride_n=k_cache.stride(1),
-                    kv_stride_h=k_cache.stride(2),
+                    page_stride=pages.stride(0),
+                    kv_stride_n=pages.stride(1),
+                    kv_stride_h=pages.stride(2),
                     q_stride_n=q.stride(0),
                     q_stride_h=q.stride(1),
                 )
         planned.checked = True
+
+
+def num_wide_pages(block_size: int, max_num_blocks: int) -> int:
+    """Pages that can be widened for one launch: any one sequence, or as many of several."""
+    return max(max_num_blocks, WIDE_TOKENS // block_size)

@@ -86,6 +86,7 @@ def select_attention(
     device: torch.device | str,
     *,
     dtype: torch.dtype = torch.bfloat16,
+    kv_dtype: torch.dtype = torch.bfloat16,
     max_num_reqs: int = 256,
     max_num_blocks: int = 8192,
     invariant: bool = False,
@@ -100,7 +101,12 @@ def select_attention(
     if choice != "torch":
         try:
             return FlashAttention(
-                *model, dtype=dtype, max_num_reqs=max_num_reqs, max_num_blocks=max_num_blocks, invariant=invariant
+                *model,
+                dtype=dtype,
+                kv_dtype=kv_dtype,
+                max_num_reqs=max_num_reqs,
+                max_num_blocks=max_num_blocks,
+                invariant=invariant,
             )
         except KernelError as error:
             if choice == "flash" or invariant:

@@ -27,10 +27,17 @@ class Model:
     """Immutable weights; all state is in the KV cache that `forward` is handed."""
 
     def __init__(
-        self, config: ModelConfig, weights: AttentionWeights, numerics: Numerics, *, block_size: int = 16
+        self,
+        config: ModelConfig,
+        weights: AttentionWeights,
+        numerics: Numerics,
+        *,
+        block_size: int = 16,
+        kv_dtype: torch.dtype | None = None,  # None: that of the weights
     ) -> None:
         self.config, self.weights, self.numerics = config, weights, numerics
         self.device, self.dtype = weights.embed.device, weights.embed.dtype
+        self.kv_dtype = kv_dtype or self.dtype
         self.attention = PagedAttention(config, numerics, block_size=block_size)
         self.rotary = RotaryTable(config.rope, config.head_dim, device=self.device)
         # Sees (layer_id, topk_ids, topk_weights), may replace them: parity runs inject the reference's routing.
@@ -44,6 +51,7 @@ class Model:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         block_size: int = 16,
+        kv_dtype: torch.dtype | None = None,
         batch_invariant: bool = True,
         progress: ProgressCallback | None = None,
     ) -> "Model":
@@ -54,15 +62,15 @@ class Model:
             batched_shapes=PagedAttention.product_shapes(checkpoint.config),
             device=device,
         )
-        return cls(checkpoint.config, weights, numerics, block_size=block_size)
+        return cls(checkpoint.config, weights, numerics, block_size=block_size, kv_dtype=kv_dtype)
 
     def new_kv_cache(self, num_blocks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Zeroed pages of every layer."""
         shape = (num_blocks, self.attention.block_size, self.config.num_kv_heads, self.config.head_dim)
         return [
             (
-                torch.zeros(shape, dtype=self.dtype, device=self.device),
-                torch.zeros(shape, dtype=self.dtype, device=self.device),
+                torch.zeros(shape, dtype=self.kv_dtype, device=self.device),
+                torch.zeros(shape, dtype=self.kv_dtype, device=self.device),
             )
             for _ in range(self.config.num_layers)
         ]

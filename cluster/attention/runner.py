@@ -15,6 +15,7 @@ import torch
 from ...checkpoint import Checkpoint, ProgressCallback
 from ...config import CacheConfig
 from ...errors import CheckpointError, StartupError
+from ...kernels.kv_numbers import E4M3
 from ...model_config import ModelConfig
 from ...router.contracts import StepContext
 from ...router.device_step import DeviceStep
@@ -137,12 +138,13 @@ class Runner:
 
         Raises StartupError, with the numbers, before anything is loaded where it cannot fit."""
         weight_bytes = attention_weight_bytes(checkpoint.config, dtype)
+        kv_dtype = kv_dtype_of(cache, dtype)
         available_bytes = available_memory(device)
         if torch.device(device).type == "cuda" and not cache.num_blocks and available_bytes is not None:
             free = int(_GPU_MEMORY_SHARE * available_bytes) - weight_bytes  # the rest is for activations
             cache = replace(cache, kv_memory_bytes=max(0, free))
         num_blocks = size_kv_pool(
-            checkpoint.config, cache, dtype=dtype, weight_bytes=weight_bytes, available_bytes=available_bytes
+            checkpoint.config, cache, kv_dtype=kv_dtype, weight_bytes=weight_bytes, available_bytes=available_bytes
         )
         phases = phases or StartupPhases()
         with phases.phase("weights"):
@@ -151,6 +153,7 @@ class Runner:
                 dtype=dtype,
                 device=device,
                 block_size=cache.block_size,
+                kv_dtype=kv_dtype,
                 batch_invariant=batch_invariant,
                 progress=progress,
             )
@@ -205,11 +208,16 @@ def attention_weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return attention_parameters(config) * dtype.itemsize
 
 
+def kv_dtype_of(cache: CacheConfig, dtype: torch.dtype) -> torch.dtype:
+    """What KV is stored as beside weights of `dtype`."""
+    return {"auto": dtype, "bf16": torch.bfloat16, "fp8": E4M3}[cache.kv_dtype]
+
+
 def size_kv_pool(
-    config: ModelConfig, cache: CacheConfig, *, dtype: torch.dtype, weight_bytes: int, available_bytes: int | None
+    config: ModelConfig, cache: CacheConfig, *, kv_dtype: torch.dtype, weight_bytes: int, available_bytes: int | None
 ) -> int:
     """Number of KV blocks: as configured, or what kv_memory_bytes holds; refused where the memory is not there."""
-    block_bytes = cache.block_size * config.kv_bytes_per_token(dtype.itemsize)
+    block_bytes = cache.block_size * config.kv_bytes_per_token(kv_dtype.itemsize)
     num_blocks = cache.num_blocks or cache.kv_memory_bytes // block_bytes
     if num_blocks < 2:
         raise StartupError(
@@ -222,7 +230,7 @@ def size_kv_pool(
         raise StartupError(
             f"this attention replica needs {_mib(needed)}: {_mib(weight_bytes)} of weights and {_mib(kv_bytes)} of KV "
             f"({num_blocks} blocks); {_mib(available_bytes)} are available; lower cache.kv_memory_bytes or "
-            "cache.num_blocks, or use a larger machine (`expertmesh plan` says which)"
+            "cache.num_blocks, set cache.kv_dtype=fp8, or use a larger machine (`expertmesh plan` says which)"
         )
     return num_blocks
 

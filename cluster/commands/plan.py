@@ -21,6 +21,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--attention", type=int, metavar="N", help="attention replicas of the disaggregated layout")
     parser.add_argument("--quant", choices=("bf16", "fp8", "int4"), help="form of the experts (default: config.json's)")
     parser.add_argument("--context", type=int, default=32768, help="tokens of the longest sequence")
+    parser.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16", help="cache.kv_dtype")
     parser.add_argument("--batched-tokens", type=int, default=2048, help="scheduler.max_num_batched_tokens")
     parser.add_argument("--json", action="store_true")
     parser.set_defaults(run=plan)
@@ -39,7 +40,11 @@ def plan(arguments: argparse.Namespace) -> int:
         raise ConfigError("-n", arguments.num_gpus, "at least 1")
     form = arguments.quant or form_of(raw)
     zero_points = form == "int4" and has_zero_points(raw)
-    workload = Workload(context=arguments.context, num_batched_tokens=arguments.batched_tokens)
+    workload = Workload(
+        context=arguments.context,
+        num_batched_tokens=arguments.batched_tokens,
+        kv_element_bytes=1 if arguments.kv_dtype == "fp8" else 2,
+    )
     if arguments.attention:
         if not 0 < arguments.attention < arguments.num_gpus:
             raise ConfigError("--attention", arguments.attention, f"1 to {arguments.num_gpus - 1} of the GPUs")
