@@ -174,6 +174,28 @@ def test_a_peer_that_dies_in_the_middle_or_says_nothing_is_no_obstacle(checkpoin
     silent.close()
 
 
+def test_no_part_of_a_message_waits_for_an_acknowledgement(checkpoint, giver):
+    """Nagle's algorithm and a delayed acknowledgement made 40 ms of each expert."""
+    experts, peers = taker(checkpoint, giver.member)
+    held_back, give, fetch = [], giver.server._give, peers.fetch
+
+    def note(sock):
+        held_back.append(not sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    def give_and_look(sock, cell):
+        note(sock)
+        give(sock, cell)
+
+    def fetch_and_look(*cell):
+        found = fetch(*cell)
+        note(peers._peers[giver.member.member_id].sock)
+        return found
+
+    giver.server._give, peers.fetch = give_and_look, fetch_and_look
+    place(experts)
+    assert held_back == [False] * (2 * peers.num_fetched)
+
+
 def test_connections_end_with_the_work(checkpoint, giver):
     before = threading.active_count()
     experts, _ = taker(checkpoint, giver.member)
