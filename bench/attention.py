@@ -1,7 +1,7 @@
 """Paged attention on a GPU: microseconds of a layer's launches against the machine's own ceilings, torch's SDPA on
 contiguous K and V beside it, and what a plan costs the host.
 
-    python -P -m expertmesh.bench.attention [--heads 32,4] [--out FILE.json]
+    python -P -m expertmesh.bench.attention [--heads 32,4] [--kv-dtype fp8] [--out FILE.json]
 
 Launches are captured in a CUDA graph, over as many layers as keep KV out of L2. Floors: KV, q and o once over the read
 rate; 2 products over the bf16 rate, causal half counted."""
@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..cluster.attention.flash import FlashAttention
 from ..kernels.bench_clock import Ceilings, measure_ceilings, median_us
+from ..kernels.kv_numbers import to_kv
 
 DECODES = [(batch, length) for length in (192, 4096) for batch in (1, 8, 32, 128, 256)]
 PREFILLS = [(1, 2048), (16, 1024), (1, 32768)]
@@ -50,17 +51,22 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", default="32,4", help="query heads, KV heads")
+    parser.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16")
     parser.add_argument("--out", help="where the rows go as JSON")
     options = parser.parse_args()
     heads, kv_heads = map(int, options.heads.split(","))
+    kv_dtype = torch.float8_e4m3fn if options.kv_dtype == "fp8" else torch.bfloat16
     ceilings = measure_ceilings()
     device = torch.cuda.get_device_name()
-    print(f"{device}; read {ceilings.read_gbps} GB/s, bf16 {ceilings.bf16_tflops} TFLOP/s; {heads} heads on {kv_heads}")
+    print(
+        f"{device}; read {ceilings.read_gbps} GB/s, bf16 {ceilings.bf16_tflops} TFLOP/s; {heads} heads on {kv_heads}, "
+        f"KV in {options.kv_dtype}"
+    )
     print("| case | us | x floor | rate | SDPA us | plan us |\n|---|---|---|---|---|---|")
     rows = []
     for kind, cases in (("decode", DECODES), ("prefill", PREFILLS)):
         for batch, length in cases:
-            rows.append(measure(kind, batch, length, heads, kv_heads, ceilings))
+            rows.append(measure(kind, batch, length, heads, kv_heads, ceilings, kv_dtype))
             print(rows[-1].line(), flush=True)
             torch.cuda.empty_cache()
     if options.out:
@@ -68,14 +74,23 @@ def main() -> None:
             json.dump({"device": device, "ceilings": asdict(ceilings), "rows": [asdict(r) for r in rows]}, file)
 
 
-def measure(kind: str, batch: int, length: int, heads: int, kv_heads: int, ceilings: Ceilings) -> Row:
+def measure(
+    kind: str, batch: int, length: int, heads: int, kv_heads: int, ceilings: Ceilings, kv_dtype: torch.dtype
+) -> Row:
     decode = kind == "decode"
     q_len = 1 if decode else length
-    kv_bytes = 2 * batch * length * kv_heads * HEAD_DIM * 2
+    kv_bytes = 2 * batch * length * kv_heads * HEAD_DIM * kv_dtype.itemsize
     io_bytes = 2 * batch * q_len * heads * HEAD_DIM * 2
     layers = max(1, -(-_CACHE_BYTES // kv_bytes)) if decode else 1
     attention = FlashAttention(
-        heads, kv_heads, HEAD_DIM, BLOCK_SIZE, "cuda", max_num_reqs=max(batch, 8), max_num_blocks=length // BLOCK_SIZE
+        heads,
+        kv_heads,
+        HEAD_DIM,
+        BLOCK_SIZE,
+        "cuda",
+        kv_dtype=kv_dtype,
+        max_num_reqs=max(batch, 8),
+        max_num_blocks=length // BLOCK_SIZE,
     )
     blocks = batch * length // BLOCK_SIZE
     table = np.random.default_rng(0).permutation(blocks).astype(np.int32).reshape(batch, -1)
@@ -89,7 +104,8 @@ def measure(kind: str, batch: int, length: int, heads: int, kv_heads: int, ceili
         attention.plan(np.full(batch, q_len, np.int32), lens, table, bucket=batch if decode else None)
 
     plan()
-    us = median_us([_bind(attention.attend, q, cache[i, 0], cache[i, 1], out) for i in range(layers)])
+    pages = to_kv(cache, kv_dtype)
+    us = median_us([_bind(attention.attend, q, pages[i, 0], pages[i, 1], out) for i in range(layers)])
     sdpa_us = median_us([_sdpa(q, cache[i], batch, q_len, length) for i in range(layers)])
     flops = 4 * batch * heads * HEAD_DIM * (length if decode else length * (length + 1) / 2)
     floor_us = max((kv_bytes + io_bytes) / ceilings.read_gbps / 1e3, flops / ceilings.bf16_tflops / 1e6)

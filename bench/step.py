@@ -90,14 +90,14 @@ class StepBench:
         )
         needed = most * (arguments.prompt + arguments.output)
         kv = 0 if self.device.type == "cuda" else needed * self.config.kv_bytes_per_token(4)
-        cache = CacheConfig(enable_prefix_cache=False, kv_memory_bytes=max(kv, 64 << 20))
+        cache = CacheConfig(enable_prefix_cache=False, kv_memory_bytes=max(kv, 64 << 20), kv_dtype=arguments.kv_dtype)
         self.engine = LocalEngine(
             checkpoint,
             cache=cache,
             scheduler=scheduler,
             batch_invariant=arguments.invariant or self.device.type == "cpu",
             device=self.device,
-            max_model_len=4096,
+            max_model_len=max(4096, arguments.prompt + arguments.output),
             phases=self.phases,
         )
         self._random, self._num_requests = random.Random(5), 0
@@ -139,7 +139,15 @@ class StepBench:
         floor = None
         if self.gpu is not None:
             context = prompt + output // 2
-            floor = step_floor(self.config, self.gpu, batch=batch, context=context, form=self.form, distinct=seen).ms
+            floor = step_floor(
+                self.config,
+                self.gpu,
+                batch=batch,
+                context=context,
+                form=self.form,
+                distinct=seen,
+                kv_element_bytes=1 if self.arguments.kv_dtype == "fp8" else 2,
+            ).ms
         ms = 1e3 * statistics.median(gaps)
         return Decode(
             batch=batch,
@@ -280,6 +288,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--batched-tokens", type=int, default=16384)
+    parser.add_argument("--kv-dtype", choices=("auto", "bf16", "fp8"), default="auto", help="cache.kv_dtype")
     parser.add_argument("--invariant", action="store_true", help="batch-invariant mode, for its cost; always on a CPU")
 
 

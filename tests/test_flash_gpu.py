@@ -1,6 +1,8 @@
 """Paged attention on a GPU: ugly shapes against float64, captured graphs under changing plans, bits of the invariant
 mode."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from flash_world import Step, random_step
 from expertmesh.cluster.attention.flash import FlashAttention
 from expertmesh.cluster.attention.flash_torch import select_attention
 from expertmesh.errors import KernelError
+from expertmesh.kernels.kv_numbers import as_moved, from_kv, to_kv
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -18,6 +21,8 @@ try:
 except KernelError as error:
     pytest.skip(str(error), allow_module_level=True)
 
+E4M3 = torch.float8_e4m3fn
+KV_DTYPES = [torch.bfloat16, E4M3]
 GROUPS = [(64, 4), (32, 4), (4, 2), (8, 8), (64, 2)]  # 16:1, 8:1, 2:1, 1:1, 32:1: two query tiles a request
 
 
@@ -26,8 +31,8 @@ def make(heads: tuple[int, int], head_dim: int = 128, **options) -> FlashAttenti
     return FlashAttention(*heads, head_dim, 16, "cuda", **options)
 
 
-def step_of(heads: tuple[int, int], lengths: list[tuple[int, int]], seed: int = 0, head_dim: int = 128) -> Step:
-    return random_step(lengths, num_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim, device="cuda", seed=seed)
+def step_of(heads: tuple[int, int], lengths: list[tuple[int, int]], seed: int = 0, **options) -> Step:
+    return random_step(lengths, num_heads=heads[0], num_kv_heads=heads[1], device="cuda", seed=seed, **options)
 
 
 def run(attention: FlashAttention, step: Step, bucket: int | None = None, form: str | None = None) -> torch.Tensor:
@@ -67,13 +72,14 @@ DECODES = {
 }
 
 
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES, ids=str)
 @pytest.mark.parametrize("heads", GROUPS, ids=str)
 @pytest.mark.parametrize("name", DECODES)
 @pytest.mark.parametrize("form", [None, "short", "whole", "cut"])
-def test_decode(heads, name, form):
+def test_decode(heads, name, form, kv_dtype):
     lengths = [(1, n) for n in DECODES[name]]
-    step = step_of(heads, lengths)
-    attention = make(heads)
+    step = step_of(heads, lengths, kv_dtype=kv_dtype)
+    attention = make(heads, kv_dtype=kv_dtype)
     bucket = min(320, len(lengths) + 5)
     out = run(attention, step, bucket, form)
     assert_right(out[: len(lengths)], step)
@@ -90,28 +96,53 @@ MIXED = {
 }
 
 
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES, ids=str)
 @pytest.mark.parametrize("heads", GROUPS, ids=str)
 @pytest.mark.parametrize("name", MIXED)
-def test_mixed_lengths(heads, name):
-    step = step_of(heads, MIXED[name])
-    assert_right(run(make(heads), step), step)
+def test_mixed_lengths(heads, name, kv_dtype):
+    step = step_of(heads, MIXED[name], kv_dtype=kv_dtype)
+    assert_right(run(make(heads, kv_dtype=kv_dtype), step), step)
 
 
-def test_head_size_64():
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES, ids=str)
+def test_head_size_64(kv_dtype):
     for lengths in (MIXED["chunks"], MIXED["rests of prompts"], [(1, n) for n in DECODES["block borders"]]):
-        step = step_of((4, 2), lengths, head_dim=64)
-        assert_right(run(make((4, 2), 64), step), step)
-    assert_right(run(make((4, 2), 64), step, bucket=16)[:10], step)
+        step = step_of((4, 2), lengths, head_dim=64, kv_dtype=kv_dtype)
+        assert_right(run(make((4, 2), 64, kv_dtype=kv_dtype), step), step)
+    assert_right(run(make((4, 2), 64, kv_dtype=kv_dtype), step, bucket=16)[:10], step)
 
 
-def test_128k_tokens():
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES, ids=str)
+def test_128k_tokens(kv_dtype):
     heads = (32, 4)
     length = 131072
-    attention = make(heads, max_num_blocks=length // 16, max_num_reqs=8)
-    step = step_of(heads, [(1, length), (1, 1000)])
+    attention = make(heads, max_num_blocks=length // 16, max_num_reqs=8, kv_dtype=kv_dtype)
+    step = step_of(heads, [(1, length), (1, 1000)], kv_dtype=kv_dtype)
     assert_right(run(attention, step, bucket=4)[:2], step)
-    step = step_of(heads, [(70, length), (1, 100), (16, length - 5)])
+    step = step_of(heads, [(70, length), (1, 100), (16, length - 5)], kv_dtype=kv_dtype)
     assert_right(run(attention, step), step)
+    step = step_of(heads, [(300, length), (128, 1000), (1, 100)], kv_dtype=kv_dtype)
+    assert_right(run(attention, step), step)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_fp8_kv_gives_what_bf16_kv_of_the_same_numbers_gives(invariant):
+    """Every e4m3 number is a bf16 one. Bit for bit where both run the same tiles; the long queries run one kernel."""
+    heads = (32, 4)
+    for name in MIXED:
+        step = step_of(heads, MIXED[name], kv_dtype=E4M3)
+        wide = replace(step, k=from_kv(step.k, torch.bfloat16), v=from_kv(step.v, torch.bfloat16))
+        actual = run(make(heads, kv_dtype=E4M3, invariant=invariant), step)
+        expected = run(make(heads, invariant=invariant), wide)
+        if invariant:
+            assert torch.equal(actual, expected)
+        else:
+            assert error_of(actual, expected.double()) < 5e-3
+    step = step_of(heads, MIXED["whole prompts"][-3:], kv_dtype=E4M3)
+    wide = replace(step, k=from_kv(step.k, torch.bfloat16), v=from_kv(step.v, torch.bfloat16))
+    attention = make(heads, kv_dtype=E4M3, invariant=invariant)
+    assert torch.equal(run(attention, step), run(make(heads, invariant=invariant), wide))
+    assert (attention._planned.long is None) == invariant
 
 
 def test_strided_queries_and_caches():
@@ -125,21 +156,23 @@ def test_strided_queries_and_caches():
     assert_right(attention.attend(qkv[:, :32], both[:, 0], both[:, 1]), step)
 
 
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES, ids=str)
 @pytest.mark.parametrize("invariant", [False, True])
-def test_a_captured_graph_serves_every_later_plan_of_its_key(invariant):
+def test_a_captured_graph_serves_every_later_plan_of_its_key(invariant, kv_dtype):
     heads, bucket = (32, 4), 8
-    attention = make(heads, invariant=invariant)
+    attention = make(heads, invariant=invariant, kv_dtype=kv_dtype)
     blocks = 4096
-    cache = torch.randn(2, blocks, 16, heads[1], 128, device="cuda").bfloat16()
+    cache = to_kv(torch.randn(2, blocks, 16, heads[1], 128, device="cuda"), kv_dtype)
     q = torch.zeros(bucket, heads[0], 128, dtype=torch.bfloat16, device="cuda")
     out = torch.empty_like(q)
     graphs: dict = {}
     replayed = 0
     cases = [[5], [700] * 8, [16000, 3], [1] * 5, [9000] * 3, [40, 41, 42], [5000, 1, 1, 1], [300] * 7, [12000] * 2]
     for seed, lengths in enumerate(cases):
-        step = step_of(heads, [(1, n) for n in lengths], seed=seed)
+        step = step_of(heads, [(1, n) for n in lengths], seed=seed, kv_dtype=kv_dtype)
         assert len(step.k) <= blocks
-        cache[0, : len(step.k)], cache[1, : len(step.v)] = step.k, step.v
+        for pages, own in zip(as_moved(cache), (step.k, step.v)):
+            pages[: len(own)] = as_moved(own)
         key = attention.plan(step.q_lens, step.seq_lens, step.block_table, bucket=bucket)
         q.fill_(torch.nan)
         q[: len(lengths)] = step.q
@@ -178,11 +211,12 @@ def test_plans_ahead_of_the_gpu():
         assert_right(out, step)
 
 
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [(64, 4), (32, 4), (4, 2)], ids=str)
 @pytest.mark.parametrize("length", [700, 9500])
-def test_invariant_mode_gives_the_same_bits_in_every_company(heads, length):
-    attention = make(heads, invariant=True)
-    whole = step_of(heads, [(length, length), (40, 5000)], seed=3)
+def test_invariant_mode_gives_the_same_bits_in_every_company(heads, length, kv_dtype):
+    attention = make(heads, invariant=True, kv_dtype=kv_dtype)
+    whole = step_of(heads, [(length, length), (40, 5000)], seed=3, kv_dtype=kv_dtype)
     expected = run(attention, whole)[:length]
     assert_right(run(attention, whole), whole)
     chosen = sorted(
@@ -193,7 +227,7 @@ def test_invariant_mode_gives_the_same_bits_in_every_company(heads, length):
         for bucket, form in ((None, None), (4, None), (64, None), (4, "cut")):
             out = run(attention, alone, bucket, form)
             assert torch.equal(out[0], expected[position]), (position, bucket, form)
-    company = step_of(heads, [(1, 37), (1, 6000), (90, 4200)], seed=4)
+    company = step_of(heads, [(1, 37), (1, 6000), (90, 4200)], seed=4, kv_dtype=kv_dtype)
     for begin, end in [(0, 64), (1, 66), (64, length), (99, 333), (5, 7), (62, 200), (length - 3, length)]:
         part = joined(cut_out(whole, [(begin, end)]), company)
         out = run(attention, part)[: end - begin]
@@ -219,15 +253,16 @@ def joined(one: Step, other: Step) -> Step:
         np.concatenate([one.seq_lens, other.seq_lens]),
         np.concatenate(tables).astype(np.int32),
         torch.cat([one.q, other.q]),
-        torch.cat([one.k, other.k]),
-        torch.cat([one.v, other.v]),
+        torch.cat([as_moved(one.k), as_moved(other.k)]).view(one.k.dtype),
+        torch.cat([as_moved(one.v), as_moved(other.v)]).view(one.v.dtype),
     )
 
 
-def test_torch_path_gives_the_same():
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES, ids=str)
+def test_torch_path_gives_the_same(kv_dtype):
     heads = (32, 4)
-    attention = select_attention("torch", *heads, 128, 16, "cuda")
-    step = step_of(heads, MIXED["decode and a chunk"])
+    attention = select_attention("torch", *heads, 128, 16, "cuda", kv_dtype=kv_dtype)
+    step = step_of(heads, MIXED["decode and a chunk"], kv_dtype=kv_dtype)
     attention.plan(step.q_lens, step.seq_lens, step.block_table)
     assert_right(attention.attend(step.q, step.k, step.v), step)
 
