@@ -30,7 +30,8 @@ from ..client import AnswerDelta, AsyncClient, ReasoningDelta
 from ..cluster.app import Cluster
 from ..config import CacheConfig, ClusterConfig, NetworkConfig, RebalanceConfig
 from ..make_checkpoint import make_checkpoint
-from .elastic import say, use_cost_model
+from .elastic import use_cost_model
+from .elastic_load import say
 
 EXPONENT, SHARDS, REDUNDANT = 1.2, 4, 16
 MEASURE_S, WARM_S = 20.0, 4.0
