@@ -2,12 +2,14 @@
 
 A step whose tokens are all decodes runs in a **bucket**, the size that its header names: tensors are padded to it and
 lie at fixed addresses, so the whole step (embedding to drawn ids) is one CUDA graph. A bucket runs eagerly the first
-time it is met and is captured the second time; of too many graphs the one used longest ago is dropped. Small steps with
+time it is met and is captured the second time; of too many graphs the one used longest ago is dropped. No stream waits
+for either where a larger bucket can do: one rank alone replays that for a while. Most is captured when nobody waits at
+all (`warm_up.py`): `prepare` has the other forms of a bucket's attention captured too, one a step. Small steps with
 prompts in them have buckets too and are graphs between their attentions (`prompt_graphs.py`); larger ones are eager:
 their work hides their launches. What a graph holds is its key: bucket, form of the attention plan, and what the step
 says of experts and exchange. Where that changes, after an epoch or with a new pool of experts, steps run at once,
-eagerly, and are captured again. What an eager step may allocate is the allocator's from the first step on: no step
-waits for the driver's memory.
+eagerly, and are captured again. What an eager step may allocate is the allocator's from the first step on, and pinned
+memory is what the largest step needs: no step waits for the driver's memory (two pinned pieces took 20 ms).
 
 Nothing waits inside a step. Ids are drawn on the device and copied to pinned memory behind it; `collect` waits for that
 copy alone. Idea: vLLM's full CUDA graphs and asynchronous scheduling."""
@@ -16,7 +18,7 @@ import logging
 from collections import OrderedDict, deque
 from collections.abc import Hashable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
@@ -32,7 +34,7 @@ from ..sizing import activation_bytes, widened_kv_bytes
 from .batch import ScheduledTokens, StepBatch, build
 from .device_model import DeviceBatch, DeviceModel, Rows
 from .device_sampler import DeviceSampler, decode_flags
-from .flash import FlashAttention
+from .flash import FORMS, FlashAttention
 from .flash_torch import TorchAttention, select_attention
 from .prompt_graphs import MOST_TOKENS, PromptGraphs, bucket_of
 from .runner import (
@@ -46,9 +48,11 @@ from .runner import (
 )
 from .sampler import Sampled, Sampler
 from .sequence import UNSEEN, Sequence
+from .stage import Fetched, Inputs, Stage
 
 _log = logging.getLogger(__name__)
-MAX_GRAPHS = 64
+MAX_GRAPHS = 128
+PATIENCE = 500  # steps of a bucket that a larger one takes before it is captured beside streams
 _NUM_STAGES = 3  # pinned inputs and outputs: two steps in flight and one being made
 _MEMORY_SHARE = 0.96  # of the GPU; the rest is the allocator's and the driver's
 
@@ -67,9 +71,11 @@ class DeviceRunner:
         block_size: int,
         vocab_size: int,
         max_num_seqs: int,
+        max_num_tokens: int = 0,
         step_bytes: int = 0,
     ) -> None:
-        """`step_bytes`: what the largest step may allocate; the allocator gets it before the first one."""
+        """`max_num_tokens`: of the largest step; `step_bytes`: what it may allocate; the allocator gets it before the
+        first one."""
         self.model, self.attention = model, attention
         self.num_blocks, self.block_size, self.vocab_size = num_blocks, block_size, vocab_size
         self.device = model.device
@@ -81,17 +87,23 @@ class DeviceRunner:
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._current: set[str] = set()  # requests whose state on the device is the host's, or ahead of it
         self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
-        self._met: set[Hashable] = set()  # keys that have run eagerly
+        self._met: set[Hashable] = set()  # buckets, of a step's key, that have run eagerly
+        self._patience: dict[Hashable, int] = {}  # steps that a larger bucket took, by the key of their own
+        self._preparing = False
+        self._is_usual = True  # the step being launched runs as others of its kind do
         self._pool = torch.cuda.graph_pool_handle()
         self._capturing = torch.cuda.Stream(self.device)
         self._max_num_seqs = max_num_seqs
-        self._inputs = _Inputs(max_num_seqs, self.device)
+        self._inputs = Inputs(max_num_seqs, self.device)
         self.prompt_graphs: PromptGraphs | None = None
         if isinstance(attention, FlashAttention):
-            self._prompt_inputs = _Inputs(max(max_num_seqs, MOST_TOKENS), self.device)
+            self._prompt_inputs = Inputs(max(max_num_seqs, MOST_TOKENS), self.device)
             self.prompt_graphs = PromptGraphs(model, self.kv_pages, attention, pool=self._pool, stream=self._capturing)
         self._bytes_to_reserve = step_bytes
-        self._stages = deque(_Stage() for _ in range(_NUM_STAGES))
+        num_words = max(self._inputs.size, self._prompt_inputs.size if self.prompt_graphs else 0, 3 * max_num_tokens)
+        self._stages = deque(Stage(8 * (num_words + 2 * max_num_seqs), max_num_seqs) for _ in range(_NUM_STAGES))
+        if isinstance(attention, FlashAttention):
+            attention.reserve(max_num_tokens)
 
     @classmethod
     def load(
@@ -165,6 +177,7 @@ class DeviceRunner:
                 block_size=cache.block_size,
                 vocab_size=vocab_size or tokenizer_vocab_size(checkpoint),
                 max_num_seqs=scheduler.max_num_seqs,
+                max_num_tokens=scheduler.max_num_batched_tokens,
                 step_bytes=step_bytes,
             )
             if isinstance(attention, FlashAttention):
@@ -179,7 +192,7 @@ class DeviceRunner:
 
     def launch(self, batch: StepBatch, scheduled: Seq[ScheduledTokens], step: StepContext) -> Flight:
         assert isinstance(step, DeviceStep), "a mesh of GPU members gives device steps"
-        started = perf_counter()
+        started, self._is_usual = perf_counter(), True
         self._reserve()
         samplers = [item.sequence for item in scheduled if item.samples]
         token_ids = self._token_ids(batch, scheduled)
@@ -187,6 +200,7 @@ class DeviceRunner:
             return self._sample_on_host(batch, token_ids, samplers, step, started)
         slots = self._admitted_slots(samplers)
         stage = self._next_stage()
+        stage.begin()
         bucket = step.header.bucket if self.attention.capturable else 0
         if 0 < bucket <= self._max_num_seqs and batch.num_tokens == batch.num_reqs == len(samplers):
             ids, flags = self._run_bucket(bucket, batch, token_ids, slots, step, stage)
@@ -197,14 +211,15 @@ class DeviceRunner:
             self.num_eager += 1
             logits = self._forward(batch, token_ids, step, stage)
             ids, flags = self.device_sampler.sample(logits, stage.send(slots, self.device))
-        return _DeviceFlight(self, step, stage.fetch(ids, flags, len(samplers)), started)
+        return _DeviceFlight(self, step, stage.fetch(ids, flags, len(samplers)), started, is_usual=self._is_usual)
 
     def serve(self, step: StepContext) -> Flight:
         assert isinstance(step, DeviceStep), "a mesh of GPU members gives device steps"
         started = perf_counter()
         step.take_turns()
         nothing = torch.empty(0, dtype=torch.int64, device=self.device)
-        return _DeviceFlight(self, step, self._next_stage().fetch(nothing, nothing.to(torch.uint8), 0), started)
+        fetched = self._next_stage().fetch(nothing, nothing.to(torch.uint8), 0)
+        return _DeviceFlight(self, step, fetched, started, serves=True)
 
     def needs_host(self, sequence: Sequence) -> bool:
         return self.device_sampler.needs_host(sequence)
@@ -215,6 +230,10 @@ class DeviceRunner:
         if slot is not None:
             self.device_sampler.release(slot)
             self._free_slots.append(slot)
+
+    def prepare(self, on: bool) -> None:
+        """From now on (any thread) steps of decodes have other forms of their bucket captured, one a step."""
+        self._preparing = on
 
     def forget_drawn(self) -> None:
         """What the device has drawn is void: every sequence's state is sent again."""
@@ -284,29 +303,64 @@ class DeviceRunner:
         token_ids: np.ndarray,
         slots: np.ndarray,
         step: DeviceStep,
-        stage: "_Stage",
+        stage: Stage,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All tokens are decodes that sample. -> ids, flags [bucket] on the device."""
         assert isinstance(self.attention, FlashAttention)
-        inputs = self._inputs
-        stage.fill(inputs, batch, token_ids, slots)
-        form = self.attention.plan(
-            batch.q_lens.numpy(), batch.seq_lens.numpy(), batch.block_table.numpy(), bucket=bucket
-        )
-        key = None if step.graph_key is None else (form, step.graph_key)
+        stage.fill(self._inputs, batch, token_ids, slots)
+        key = self._plan_bucket(bucket, batch, step)
         captured = self._graphs.get(key)
-        if captured is None and key in self._met:
-            captured = self._capture(key, bucket, step)
+        if captured is None and key is not None:
+            captured = self._larger(key, bucket, batch, step)
+            if captured is None and (bucket, step.graph_key) in self._met:
+                self._plan_bucket(bucket, batch, step)
+                captured = self._capture(key, bucket, step)
+        elif captured is not None and self._preparing and sum(step.header.num_tokens) == batch.num_tokens:
+            self._capture_other_form(bucket, batch, step)
         if captured is None:
             if key is not None:
-                self._met.add(key)
+                self._met.add((bucket, step.graph_key))
+                self._is_usual = False
+                self._plan_bucket(bucket, batch, step)
             self.num_eager += 1
             return self._decode(bucket, step)
-        self._graphs.move_to_end(key)
         captured.graph.replay()
         step.replayed()
         self.num_replays += 1
         return captured.ids, captured.flags
+
+    def _plan_bucket(self, bucket: int, batch: StepBatch, step: DeviceStep, form: str | None = None) -> Hashable | None:
+        """Plan the step's attention -> the key of its graph; None = not to be captured."""
+        assert isinstance(self.attention, FlashAttention)
+        lens, table = (batch.q_lens.numpy(), batch.seq_lens.numpy()), batch.block_table.numpy()
+        found = self.attention.plan(*lens, table, bucket=bucket, form=form)
+        if step.graph_key is None:
+            return None
+        key = (found, step.graph_key)
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+        return key
+
+    def _larger(self, key: Hashable, bucket: int, batch: StepBatch, step: DeviceStep) -> "_Captured | None":
+        """A captured step of a larger bucket, planned for: as good, but for its padding. Where there are other ranks
+        none has the key, which names the rows that they all exchange."""
+        taken = self._patience.get(key, 0)
+        if taken >= PATIENCE or self._preparing:
+            return None
+        for size in sorted({graph.bucket for graph in self._graphs.values() if graph.bucket > bucket})[:2]:
+            if found := self._graphs.get(self._plan_bucket(size, batch, step)):
+                self._patience[key] = taken + 1
+                return found
+        return None
+
+    def _capture_other_form(self, bucket: int, batch: StepBatch, step: DeviceStep) -> None:
+        """One that longer contexts will need; no more, for an exchange counts a step's first turn once."""
+        for form in FORMS:
+            key = self._plan_bucket(bucket, batch, step, form)
+            if key not in self._graphs:
+                self._capture(key, bucket, step)
+                break
+        self._plan_bucket(bucket, batch, step)
 
     def _decode(self, bucket: int, step: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """From fixed inputs to drawn ids."""
@@ -327,9 +381,11 @@ class DeviceRunner:
                 graph.capture_end()
         step.captured(graph)
         self.num_captures += 1
-        captured = self._graphs[key] = _Captured(graph, ids, flags)
+        self._is_usual = False
+        self._patience.pop(key, None)
+        captured = self._graphs[key] = _Captured(graph, bucket, ids, flags)
         while len(self._graphs) > MAX_GRAPHS:
-            self._met.discard(self._graphs.popitem(last=False)[0])
+            self._graphs.popitem(last=False)
         return captured
 
     def _run_prompts(
@@ -340,7 +396,7 @@ class DeviceRunner:
         token_ids: np.ndarray,
         slots: np.ndarray,
         step: DeviceStep,
-        stage: "_Stage",
+        stage: Stage,
     ) -> torch.Tensor:
         """Any lengths, up to `bucket` tokens -> logits [S, vocab]."""
         inputs = self._prompt_inputs
@@ -348,11 +404,13 @@ class DeviceRunner:
         rows = stage.send(batch.logits_rows.numpy(), self.device)
         self.attention.plan(batch.q_lens.numpy(), batch.seq_lens.numpy(), batch.block_table.numpy())
         last_token = self.device_sampler.last_token
+        captures = graphs.num_captures
         x, replayed = graphs.run(inputs.batch(bucket), batch.num_tokens, step, last_token)
         self.num_eager += not replayed
+        self._is_usual = replayed and graphs.num_captures == captures
         return self.model.logits(x, rows, bucket)
 
-    def _forward(self, batch: StepBatch, token_ids: np.ndarray, step: DeviceStep, stage: "_Stage") -> torch.Tensor:
+    def _forward(self, batch: StepBatch, token_ids: np.ndarray, step: DeviceStep, stage: Stage) -> torch.Tensor:
         """Eager, any lengths -> logits [S, vocab]."""
         num_tokens, num_rows = batch.num_tokens, batch.logits_rows.shape[0]
         sent = stage.send(
@@ -383,7 +441,7 @@ class DeviceRunner:
         self._current.difference_update(sequence.request_id for sequence in samplers)
         return Landed(StepResult(sampled, computed - started, perf_counter() - computed))
 
-    def _next_stage(self) -> "_Stage":
+    def _next_stage(self) -> Stage:
         self._stages.rotate(-1)
         self._stages[0].wait_until_free()
         return self._stages[0]
@@ -392,112 +450,28 @@ class DeviceRunner:
 @dataclass(frozen=True, slots=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
+    bucket: int
     ids: torch.Tensor  # [bucket] int64, where its replays write
     flags: torch.Tensor  # [bucket] uint8
-
-
-class _Inputs:
-    """Fixed addresses that captured steps read: one buffer, sent by one copy."""
-
-    def __init__(self, most: int, device: torch.device) -> None:
-        self.most = most
-        self.buffer = torch.zeros(self.size, dtype=torch.int64, device=device)
-        self.token_ids, self.positions, self.slot_mapping = self.buffer[: 3 * most].split(most)
-        tail = self.buffer[3 * most :].view(torch.int32)
-        self.slots, self.num_valid = tail[:most], tail[most : most + 1]
-
-    @property
-    def size(self) -> int:
-        return 3 * self.most + (self.most + 2) // 2
-
-    def batch(self, bucket: int) -> DeviceBatch:
-        return DeviceBatch(
-            token_ids=self.token_ids[:bucket],
-            positions=self.positions[:bucket],
-            slot_mapping=self.slot_mapping[:bucket],
-            num_valid=self.num_valid,
-        )
-
-
-@dataclass(slots=True)
-class _Fetched:
-    """Ids and flags on their way to the host."""
-
-    arrived: torch.cuda.Event
-    ids: np.ndarray  # [S] int64, pinned
-    flags: np.ndarray  # [S] uint8, pinned
-
-
-@dataclass(slots=True)
-class _Stage:
-    """Pinned memory of one step, in and out; free again when the step is over."""
-
-    sent: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    flags: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    used: int = 0  # bytes of `sent`
-    last: torch.cuda.Event | None = None
-
-    def wait_until_free(self) -> None:
-        if self.last is not None:
-            self.last.synchronize()
-        self.used = 0
-
-    def send(self, array: np.ndarray, device: torch.device) -> torch.Tensor:
-        """A copy on the device, on its way."""
-        pinned = self._room(array.nbytes)
-        pinned.numpy()[:] = array.view(np.uint8)
-        return pinned.to(device, non_blocking=True).view(torch.from_numpy(array).dtype)
-
-    def fill(self, inputs: _Inputs, batch: StepBatch, token_ids: np.ndarray, slots: np.ndarray) -> None:
-        """Send a step to the fixed inputs; what is not filled is padding."""
-        count, most = len(token_ids), inputs.most
-        pinned = self._room(inputs.size * 8)
-        words = pinned.numpy().view(np.int64)
-        words[:count] = token_ids
-        words[most : most + count] = batch.positions.numpy()
-        words[2 * most : 2 * most + count] = batch.slot_mapping.numpy()
-        words[count:most] = 0
-        words[most + count : 2 * most] = 0
-        words[2 * most + count : 3 * most] = -1
-        tail = words[3 * most :].view(np.int32)
-        tail[: len(slots)] = slots
-        tail[len(slots) : most] = -1
-        tail[most] = count
-        inputs.buffer.copy_(pinned.view(torch.int64), non_blocking=True)
-
-    def fetch(self, ids: torch.Tensor, flags: torch.Tensor, count: int) -> _Fetched:
-        """The first `count` of both, on their way to the host; the last thing that the step does."""
-        if len(self.ids) < count:
-            room = 1 << (count - 1).bit_length()
-            self.ids = torch.empty(room, dtype=torch.int64, pin_memory=True)
-            self.flags = torch.empty(room, dtype=torch.uint8, pin_memory=True)
-        if count:
-            self.ids[:count].copy_(ids[:count], non_blocking=True)
-            self.flags[:count].copy_(flags[:count], non_blocking=True)
-        self.last = torch.cuda.Event()
-        self.last.record()
-        return _Fetched(self.last, self.ids[:count].numpy(), self.flags[:count].numpy())
-
-    def _room(self, num_bytes: int) -> torch.Tensor:
-        """[num_bytes] uint8, pinned, not used in this step yet."""
-        start = -(-self.used // 16) * 16
-        if start + num_bytes > len(self.sent):
-            # What was sent of the old memory in this step is held by its copy, through torch's pinned allocator.
-            start, size = 0, max(1 << 16, 1 << (2 * num_bytes - 1).bit_length())
-            self.sent = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        self.used = start + num_bytes
-        return self.sent[start : start + num_bytes]
 
 
 class _DeviceFlight:
     """A step on the device."""
 
-    __slots__ = ("_fetched", "_launched", "_runner", "_started", "_step")
+    __slots__ = ("_fetched", "_is_usual", "_runner", "_serves", "_started", "_step")
 
-    def __init__(self, runner: DeviceRunner, step: DeviceStep, fetched: _Fetched, started: float) -> None:
+    def __init__(
+        self,
+        runner: DeviceRunner,
+        step: DeviceStep,
+        fetched: Fetched,
+        started: float,
+        *,
+        is_usual: bool = False,
+        serves: bool = False,
+    ) -> None:
         self._runner, self._step, self._fetched, self._started = runner, step, fetched, started
-        self._launched = perf_counter()
+        self._is_usual, self._serves = is_usual, serves
 
     @property
     def is_over(self) -> bool:
@@ -510,12 +484,14 @@ class _DeviceFlight:
         except ExchangeError:
             self._runner.forget_drawn()
             raise
-        ids, flags = self._fetched.ids, self._fetched.flags
-        if not len(ids):
+        if self._serves:
             return None
-        finite, forced = decode_flags(flags)
+        began, arrived = self._fetched.began, self._fetched.arrived
+        step_s = 1e-3 * began.elapsed_time(arrived) if self._is_usual and began is not None else 0.0
+        finite, forced = decode_flags(self._fetched.flags)
+        ids = self._fetched.ids.tolist()
         nothing: list[None] = [None] * len(ids)
-        return StepResult(Sampled(ids.tolist(), forced, finite, [*nothing]), perf_counter() - self._started, 0.0)
+        return StepResult(Sampled(ids, forced, finite, [*nothing]), perf_counter() - self._started, 0.0, step_s)
 
 
 def _gib(num_bytes: int) -> str:

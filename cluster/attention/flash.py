@@ -32,6 +32,7 @@ LONG_QUERY = 128  # queries of this many tokens and more take the kernel for lon
 INVARIANT_TILE = 64  # decode and prefill alike
 INVARIANT_CHUNK = 4096
 SHORT = 512  # tokens of the longest context of the "short" form
+FORMS = ("short", "whole", "cut")  # of a bucket
 _CTAS_PER_SM = 2
 _ROUNDS = 4  # of the whole GPU that chunks may add to a step with prompts: few tokens far into a context need some
 _WIDE, _NARROW = 4, 1  # shares of KV that a warp takes at a time; narrow ones let more CTAs be at work on an SM
@@ -176,6 +177,11 @@ class FlashAttention:
             self._add_long(self._planned, works, many, many, blocks, chosen)
             self.attend(q, k_cache, v_cache)
         self._planned = None
+
+    def reserve(self, num_tokens: int) -> None:
+        """Pinned memory for the plan of any step of so many tokens: the block table of all requests, and its works and
+        items, five words for each 128 tokens and head and less."""
+        self._staging.reserve(len(self._fixed) + 8 * num_tokens + 4096)
 
     # ------------------------------------------------------------------------------------------------------------ plans
     def _plan_bucket(

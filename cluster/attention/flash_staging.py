@@ -21,6 +21,10 @@ class Staging:
         self._sent: list[torch.cuda.Event | None] = [None] * TURNS
         self._turn = 0
 
+    def reserve(self, size: int) -> None:
+        """Before the first plan: the driver takes milliseconds for pinned memory; no step should wait for that."""
+        self._pieces = [torch.empty(size, dtype=torch.int32, pin_memory=self.cuda) for _ in range(TURNS)]
+
     def take(self, size: int) -> np.ndarray:
         """[size] int32 to write; `send` follows."""
         self._turn = (self._turn + 1) % TURNS

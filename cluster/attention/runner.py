@@ -100,6 +100,10 @@ class StepRunner(Protocol):
         """The sequence has ended: forget what is kept for it."""
         ...
 
+    def prepare(self, on: bool) -> None:
+        """Nobody waits for these steps: may what later ones need be made in them? From any thread."""
+        ...
+
 
 class Runner:
     """Plain torch on any device, each step over when it is launched."""
@@ -187,6 +191,9 @@ class Runner:
         return True
 
     def release(self, sequence: Sequence) -> None:
+        pass
+
+    def prepare(self, on: bool) -> None:
         pass
 
 
