@@ -15,11 +15,11 @@ from ..checkpoint import Checkpoint, LoadProgress, ProgressCallback
 from ..config import ClusterConfig
 from ..errors import ExpertMeshError, Unavailable
 from ..experts.copies import CopyServer
+from ..experts.expert_load import ExpertLoad
 from ..experts.mlp import LocalExpertMLP
 from ..experts.scrub import Scrubber
 from ..experts.worker import (
     LEAVE_S,
-    ExpertLoad,
     MakeAgent,
     compute_device,
     compute_dtype,

@@ -12,12 +12,15 @@ small calls, which take longer than their bytes."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..checkpoint import Checkpoint, ProgressMeter
 from ..kernels.compile_ahead import compile_ahead, kernels_of
 from ..kernels.expert_layer import ExpertLayer
 from ..kernels.expert_pool import ExpertPool
+from ..kernels.expert_work import ExpertWork
 from ..kernels.jit import architecture
 from .quantized_weights import are_quantized, load_quantized_layer
 from .weights import expert_bytes_on_disk, load_stack
@@ -33,7 +36,8 @@ class PlacedExperts:
 
     logical_ids: tuple[int, ...]  # expert in each slot, -1 = empty
     pool: ExpertPool
-    place_of_slot: torch.Tensor  # [num_slots] int32 on the device, -1 = empty slot
+    places: tuple[int, ...]  # of each slot in the pool, -1 = empty slot
+    place_of_slot: torch.Tensor  # the same, [num_slots] int32 on the device
 
 
 class DeviceExperts:
@@ -52,6 +56,7 @@ class DeviceExperts:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.num_spare, self.kernels = num_spare, kernels
         self.graph_version = 0
+        self.work = ExpertWork(checkpoint.config.num_layers, device)
         self._maps: dict[int, torch.Tensor] = {}  # by layer: the table that the kernels read, slot -> place
         self._used: Mapping[int, PlacedExperts] = {}
         on_gpu = device.type == "cuda"
@@ -76,8 +81,9 @@ class DeviceExperts:
         return placed
 
     @torch.inference_mode()
-    def use(self, layers: Mapping[int, PlacedExperts]) -> None:
-        """From here on `rows` reads these. Enqueued on the current stream; nothing waits."""
+    def use(self, layers: Mapping[int, PlacedExperts], version: int = 0) -> None:
+        """From here on `rows` reads these, and counts what it computes for this placement version. Enqueued on the
+        current stream; nothing waits."""
         for layer_id, placed in layers.items():
             before, table = self._used.get(layer_id), self._maps.get(layer_id)
             num_slots = placed.place_of_slot.numel()
@@ -87,6 +93,7 @@ class DeviceExperts:
                 continue
             table[:num_slots].copy_(placed.place_of_slot)
             table[num_slots:].fill_(-1)
+        self.work.count_for(version)
         if self._entered is not None:
             if not self._used:
                 torch.cuda.empty_cache()  # what the first load needed on its way, for everybody else
@@ -98,8 +105,19 @@ class DeviceExperts:
     ) -> torch.Tensor:
         """rows [R, hidden], slot_ids [R, top_k] int32 on the device -> [R, top_k, hidden]; pairs of -1 hold nothing of
         meaning. No host sync; capturable after one call with the same R."""
-        layer = self._used[layer_id].pool.layer
-        return layer.rows(rows, slot_ids, expert_map=self._maps[layer_id], expected_pairs=expected_pairs)
+        layer, places, work = self._used[layer_id].pool.layer, self._maps[layer_id], self.work.of(layer_id)
+        return layer.rows(rows, slot_ids, expert_map=places, expected_pairs=expected_pairs, work=work)
+
+    def rows_per_slot(self, layers: Mapping[int, PlacedExperts], version: int) -> npt.NDArray[np.int64]:
+        """[num_layers, num_slots] computed under `version`, which is of these layers. Slots with the same expert share
+        a place: the first of them has the rows of all."""
+        counted = self.work.rows(version)
+        width = max((len(placed.places) for placed in layers.values()), default=0)
+        rows = np.zeros((counted.shape[0], width), dtype=np.int64)
+        for layer_id, placed in layers.items():
+            for place in {p for p in placed.places if p >= 0}:
+                rows[layer_id, placed.places.index(place)] = counted[layer_id, place]
+        return rows
 
     def compile_ahead(self) -> None:
         """Every plan of the products, so that no step waits for NVRTC. From any thread, once experts are in use."""
@@ -138,8 +156,8 @@ class DeviceExperts:
             free = free[len(part) :]
         if pool is None:  # nothing is wanted here: the form of any expert
             pool = ExpertPool(self._load(layer_id, [0], meter), len(logical_ids) + self.num_spare)
-        place_of_slot = [pool.logical_ids.index(i) if i >= 0 else -1 for i in logical_ids]
-        return PlacedExperts(logical_ids, pool, torch.tensor(place_of_slot, dtype=torch.int32, device=self.device))
+        places = tuple(pool.logical_ids.index(i) if i >= 0 else -1 for i in logical_ids)
+        return PlacedExperts(logical_ids, pool, places, torch.tensor(places, dtype=torch.int32, device=self.device))
 
     def _pool_with_room(
         self, wanted: Sequence[int], resident: Sequence[PlacedExperts]

@@ -12,14 +12,17 @@ the work."""
 import logging
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter_ns
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..checkpoint import Checkpoint, ProgressCallback, ProgressMeter
 from ..errors import CheckpointError, EpochError
 from ..kernels.expert_layer import why_no_kernels
+from ..kernels.expert_work import ExpertWork, note_in_torch
 from ..numerics import MAX_ROWS, Numerics, select_numerics, silu_mul
 from ..router.placement import Placement
 from ..startup_phases import StartupPhases
@@ -28,6 +31,7 @@ from .truth import ExpertTruth, Truths
 from .weights import LayerExperts, expert_bytes_on_disk, expert_shapes, load_layer
 
 logger = logging.getLogger(__name__)
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +79,8 @@ class LocalExpertMLP:
         self._peers: CopySource | None = None
         self.num_from_peers = 0
         self._on_device = _experts_on_device(checkpoint, dtype, torch.device(device))
+        # Of a GPU; a step on the CPU counts for itself.
+        self._work = self._on_device.work if self._on_device else ExpertWork(checkpoint.config.num_layers, _CPU)
 
     @property
     def capturable(self) -> bool:
@@ -85,6 +91,20 @@ class LocalExpertMLP:
     def graph_version(self) -> int:
         """Changes when CUDA graphs captured with `forward` in them hold no longer."""
         return 0 if self._on_device is None else self._on_device.graph_version
+
+    def busy_s(self) -> float:
+        """Seconds in which this process's GPU computed rows, since the start. From any thread."""
+        return self._work.busy_s()
+
+    def rows_per_slot(self, version: int) -> npt.NDArray[np.int64]:
+        """[num_layers, num_slots] that this process's GPU computed under this placement version, zeros where it is not
+        in use there. From any thread."""
+        made = self._resident.get(version)
+        layers = {} if made is None else made.layers
+        if self._on_device is not None:
+            return self._on_device.rows_per_slot(_placed(layers), version)
+        width = max((len(experts.logical_ids) for experts in layers.values()), default=0)
+        return self._work.rows(version)[:, :width]
 
     def compile_ahead(self) -> None:
         """Whatever a step may need of the kernels, once experts are in use. Blocks; from any thread, beside steps."""
@@ -138,7 +158,14 @@ class LocalExpertMLP:
         experts = self._current.layers[layer_id]
         if isinstance(experts, PlacedExperts):
             return self._device_rows(layer_id, rows, slot_ids)
-        return self._host_rows(experts, rows, slot_ids)
+        if not rows.is_cuda:
+            return self._host_rows(experts, rows, slot_ids)
+        slot_ids = slot_ids.cpu()  # waits until the rows are there
+        started = perf_counter_ns()
+        products = self._host_rows(experts, rows, slot_ids)
+        torch.cuda.current_stream(rows.device).synchronize()
+        note_in_torch(self._work.of(layer_id), slot_ids, perf_counter_ns() - started)
+        return products
 
     @torch.inference_mode()
     def _host_rows(self, experts: LayerExperts, rows: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
@@ -168,7 +195,9 @@ class LocalExpertMLP:
     def _use(self, made: ResidentPlacement) -> None:
         self._current = made
         if self._on_device is not None:
-            self._on_device.use(_placed(made.layers))
+            self._on_device.use(_placed(made.layers), made.version)
+        else:
+            self._work.count_for(made.version)
 
     def _resident_or_loaded(
         self, layer_id: int, ids: tuple[int, ...], meter: ProgressMeter

@@ -11,7 +11,7 @@ from ..router.epoch import StepHeader
 from ..router.group import use_batch_scheduling
 from ..router.mesh import ClusterMesh
 from ..router.status import describe_error
-from ..telemetry import ATTR_EPOCH, ATTR_STEP_ID, METRIC_EXPERT_SECONDS, SPAN_EXPERT_STEP, Span, Telemetry
+from ..telemetry import ATTR_EPOCH, ATTR_STEP_ID, SPAN_EXPERT_STEP, Span, Telemetry
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class StepServer:
         self._thread.join(timeout=10.0)
 
     def take_busy_s(self) -> float:
-        """Seconds spent computing rows since the last call."""
+        """Seconds that steps measured in computing rows since the last call; on a GPU its experts know them."""
         busy, self._busy_s = self._busy_s, 0.0
         return busy
 
@@ -61,8 +61,6 @@ class StepServer:
             span.end(error)
             return
         self._busy_s += step.expert_s
-        if telemetry.metering:
-            telemetry.record(METRIC_EXPERT_SECONDS, step.expert_s)
         span.set(ATTR_STEP_ID, header.step_id)
         span.set(ATTR_EPOCH, header.epoch)
         span.end()

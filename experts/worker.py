@@ -11,8 +11,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable
-from time import monotonic
-from typing import Any, Protocol
+from typing import Protocol
 
 import psutil
 import ray
@@ -30,7 +29,6 @@ from ..router.heap import freeze_heap
 from ..router.mesh import ClusterMesh, MeshOptions
 from ..router.status import (
     ConductorLink,
-    ExpertRows,
     ProcessStatus,
     report_failure,
     report_forever,
@@ -41,6 +39,7 @@ from ..telemetry import (
     METRIC_BAD_ROWS,
     METRIC_EPOCH,
     METRIC_EXPERT_ROWS,
+    METRIC_EXPERT_SECONDS,
     METRIC_PLACEMENT,
     METRIC_SCRUB_ROUND,
     METRIC_STEP_REPLAYS,
@@ -50,6 +49,7 @@ from ..telemetry import (
 )
 from .copies import CopyLayout, CopyServer, PeerCopies
 from .device_experts import NUM_SPARE
+from .expert_load import ExpertLoad
 from .mlp import LocalExpertMLP
 from .scrub import Scrubber, WeightFault
 from .step_server import StepServer
@@ -186,7 +186,8 @@ class ExpertShard:
 
     def _status(self) -> ProcessStatus:
         assert self._server is not None
-        epoch = self._mesh.epoch
+        epoch, load = self._mesh.epoch, self._load.read(self._server.take_busy_s())
+        self._telemetry.record(METRIC_EXPERT_SECONDS, self._load.busy_s)
         self._last = ProcessStatus(
             name=self.member_id,
             role="expert",
@@ -197,44 +198,9 @@ class ExpertShard:
             epoch=epoch.number if epoch else 0,
             faults=faults_of(self._mesh, self._scrubber),
             suspect_spans=self._scrubber.suspect_spans,
-            **self._load.read(self._server.take_busy_s()),
+            **load,
         )
         return self._last
-
-
-class ExpertLoad:
-    """Rows, busy fraction and sizes of a member that owns experts, for its report."""
-
-    def __init__(self, mesh: ClusterMesh, experts: LocalExpertMLP) -> None:
-        self._mesh, self._experts = mesh, experts
-        self._version, self._rows, self._rows_before = 0, 0, 0
-        self._read_at = monotonic()
-
-    def rows(self) -> ExpertRows | None:
-        """What was asked of each slot, for the placement by load."""
-        version, rows = self._mesh.load()
-        return ExpertRows(name=self._mesh.member.member_id, placement_version=version, rows=rows) if version else None
-
-    def read(self, busy_s: float) -> dict[str, Any]:
-        """Fields of ProcessStatus; `busy_s` = computing time since the last call."""
-        now = monotonic()
-        elapsed, self._read_at = max(now - self._read_at, 1e-3), now
-        version, rows = self._mesh.load()
-        if version != self._version:  # the mesh counts anew in each placement version
-            self._rows_before, self._version = self._rows_before + self._rows, version
-        self._rows = int(rows.sum())
-        epoch = self._mesh.epoch
-        slots = 0
-        if epoch is not None:
-            ep_rank = epoch.expert_ranks.index(epoch.rank_of(self._mesh.member.member_id))
-            held = [epoch.placement.local_slots(layer, ep_rank) for layer in epoch.placement.moe_layers]
-            slots = sum(int((layer >= 0).sum()) for layer in held)
-        return {
-            "num_rows": self._rows_before + self._rows,
-            "busy_fraction": round(min(1.0, busy_s / elapsed), 4),
-            "num_physical_experts": slots,
-            "weight_bytes": self._experts.resident_bytes,
-        }
 
 
 # ---------------------------------------------------------------- shared with cluster/replica.py

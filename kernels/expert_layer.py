@@ -10,6 +10,7 @@ capturable after one warm-up call of the same sizes:
 - Anything else: plain torch, said once. `experts/mlp.py` calls this and nothing below it."""
 
 import logging
+from time import perf_counter_ns
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from ..errors import KernelError
 from ..quantized import Int4Matrix
 from . import reference
 from .combine import combine
+from .expert_work import LayerWork, note_in_torch
 from .grouped_gemm import grouped_gemm
 from .grouped_gemm_mma import MmaPlan, choose_mma_plan, grouped_gemm_mma
 from .pack import PackedWeights, pack_experts, unsupported_shape
@@ -77,11 +79,16 @@ class ExpertLayer:
         expected_pairs: float | None = None,
         plan: Plan | None = None,
         out: torch.Tensor | None = None,
+        work: LayerWork | None = None,
     ) -> torch.Tensor:
         """One unweighted output row per (row, k), [num_rows, top_k, hidden]. Rows whose id is not local hold nothing of
-        meaning. `expected_pairs` (default: all) only helps to choose a plan."""
+        meaning. `expected_pairs` (default: all) only helps to choose a plan. What was done is noted in `work`."""
         if self.packed is None:
-            return self._torch_rows(rows, ids, expert_map)
+            started, local = perf_counter_ns(), reference.local_ids(ids, self.num_local_experts, expert_map)
+            made = self._torch_rows(rows, local)
+            if work is not None:
+                note_in_torch(work, local, perf_counter_ns() - started)
+            return made
         out = (
             torch.empty(*ids.shape, self.hidden_size, dtype=torch.bfloat16, device=rows.device) if out is None else out
         )
@@ -101,8 +108,8 @@ class ExpertLayer:
                     capability=self.capability,
                 )
             assert isinstance(plan, MmaPlan)
-            places = route(ids, self.num_local_experts, plan.tile, expert_map)
-            grouped_gemm_mma(rows, self.packed, places, plan, out)
+            places = route(ids, self.num_local_experts, plan.tile, expert_map, work=work)
+            grouped_gemm_mma(rows, self.packed, places, plan, out, work and work.clock)
             return out
         if plan is None:
             plan = choose_plan(
@@ -113,12 +120,12 @@ class ExpertLayer:
         scales: torch.Tensor | None
         if takes_one_launch(ids.numel(), expected, self.num_local_experts):
             places, packed, scales = route_and_pack(
-                rows, ids, self.num_local_experts, plan.tile, expert_map, granule=plan.granule, fp8=fp8
+                rows, ids, self.num_local_experts, plan.tile, expert_map, granule=plan.granule, fp8=fp8, work=work
             )
         else:
-            places = route(ids, self.num_local_experts, plan.tile, expert_map, granule=plan.granule)
+            places = route(ids, self.num_local_experts, plan.tile, expert_map, granule=plan.granule, work=work)
             packed, scales = pack_rows(rows, places, fp8=fp8)
-        grouped_gemm(packed, scales, self.packed, places, plan, out)
+        grouped_gemm(packed, scales, self.packed, places, plan, out, work and work.clock)
         return out
 
     def combined(
@@ -140,9 +147,8 @@ class ExpertLayer:
             )
         return combine(y, ids, topk_weights, num_local_experts=self.num_local_experts, expert_map=expert_map)
 
-    def _torch_rows(self, rows: torch.Tensor, ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    def _torch_rows(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         w13, w2, w13_scales, w2_scales, w13_zeros, w2_zeros = self.natural
-        ids = reference.local_ids(ids, self.num_local_experts, expert_map)
         assert w13 is not None
         assert w2 is not None
         if w13_scales is None or w2_scales is None:

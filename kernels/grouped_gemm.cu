@@ -15,6 +15,7 @@
 // Needs: sm_90a; HIDDEN % 128 == 0, INTERMEDIATE % 64 == 0 (FP8: % 256, % 128; CLUSTER 2: whole pairs of tiles);
 // experts'
 //   rows padded to 8 by permute.cu.
+#include "expert_work.cuh"
 #include "hopper.cuh"
 
 #ifndef HIDDEN
@@ -344,7 +345,7 @@ __device__ __forceinline__ void run(const Tile& tile, int group, Ring& ring, Rin
 extern "C" __global__ void CLUSTER_OF_TWO __launch_bounds__(THREADS, 1)
     grouped_gemm(const u8* w13, const u8* w2, const float* w13_scales, const float* w2_scales, const u8* x,
                  const float* x_scales, u8* h, float* h_scales, u16* y, const int* pair_of_row, const int4* tiles,
-                 u32* ready, int* state, i64 capacity) {
+                 u32* ready, int* state, i64 capacity, Work* work) {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
   if (threadIdx.x == 0) {
     if (ring_base() & 1023) __trap();
@@ -391,5 +392,6 @@ extern "C" __global__ void CLUSTER_OF_TWO __launch_bounds__(THREADS, 1)
       run(tile, group, ring, chunks, out);
     }
   }
+  if (warp == (STAGED ? 2 : 4) && lane == 0) end_product(work);  // of those that store rows
   if constexpr (CLUSTER == 2) cluster_sync();  // the other CTA may still arrive on this one's barriers
 }

@@ -19,6 +19,7 @@ def grouped_gemm(
     route: RoutePlan,
     plan: GemmPlan,
     out: torch.Tensor,
+    clock: torch.Tensor | None = None,  # LayerWork.clock
 ) -> None:
     """Write `out` [num_rows, top_k, hidden] bf16 for every pair in `route`; rows of other pairs are left as they are.
     `route` is spent: its claims and counters are used up."""
@@ -50,6 +51,7 @@ def grouped_gemm(
             route.ready,
             route.state,
             np.int64(route.capacity),
+            clock,
         ),
         device=device,
         shared_bytes=plan.shared_bytes,

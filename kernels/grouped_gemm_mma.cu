@@ -16,6 +16,7 @@
 //   part of the columns.  Four sums (units u % 4) are kept apart and added at the end, by 2 warps or by 4: every output
 //   has one order of additions whatever the plan, and a row depends neither on the others nor on the plan.
 // Needs: HIDDEN % 128 == 0; INTERMEDIATE % 128 == 0 (bf16: % 64), M_ROWS divides both heights; TILE <= 32.
+#include "expert_work.cuh"
 #include "ring.cuh"
 
 #ifndef HIDDEN
@@ -366,7 +367,7 @@ __device__ __forceinline__ void run_tile(const Tile& tile, int m_warp, int part,
 
 extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
     grouped_gemm_mma(const u8* w13, const u8* w2, const u16* x, u16* h, u16* y, const int* pair_of_row,
-                     const int4* tiles, int max_tiles, u32* ready, int* state) {
+                     const int4* tiles, int max_tiles, u32* ready, int* state, Work* work) {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
@@ -390,7 +391,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
   Ring ring, q;
   while (true) {
     const Tile tile = next_tile(q);
-    if (tile.expert < 0) return;
+    if (tile.expert < 0) break;
     const int n = tile.num_rows;
 #define COVER(N)                                        \
   if constexpr (N <= TILE)                              \
@@ -401,4 +402,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, CTAS)
     COVER(8) COVER(16) COVER(32)
 #undef COVER
   }
+  if (warp == 0 && lane == 0) end_product(work);
 }

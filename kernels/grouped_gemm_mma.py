@@ -120,7 +120,12 @@ def choose_mma_plan(
 
 
 def grouped_gemm_mma(
-    rows: torch.Tensor, weights: PackedMma, route: RoutePlan, plan: MmaPlan, out: torch.Tensor
+    rows: torch.Tensor,
+    weights: PackedMma,
+    route: RoutePlan,
+    plan: MmaPlan,
+    out: torch.Tensor,
+    clock: torch.Tensor | None = None,  # LayerWork.clock
 ) -> None:
     """Write `out` [num_rows, top_k, hidden] bf16 for every pair in `route`; rows of other pairs are left as they are.
     `route` is spent: its claims and counters are used up."""
@@ -144,6 +149,7 @@ def grouped_gemm_mma(
             np.int32(route.tiles.shape[0]),
             route.ready,
             route.state,
+            clock,
         ),
         device=device,
         shared_bytes=plan.shared_bytes,

@@ -25,7 +25,6 @@
 
 constexpr int WARPS = 8;
 constexpr u32 SIGNAL = 1024;  // most blocks that may signal
-constexpr int MAX_SLOTS = 512;
 constexpr u64 NONE = ~0ull;
 enum Wait { CREDIT, ARRIVAL, ANSWER };
 enum Reason { LATE = 1, POISONED = 2 };
@@ -196,8 +195,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 
 // Grid: (blocks, sources); sources beyond the grid are none of this rank's business (it owns no experts).
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    answer(const __grid_constant__ Mesh mesh, const u8* __restrict__ expert_rows, int* rows_per_slot, int stride,
-           int layer) {
+    answer(const __grid_constant__ Mesh mesh, const u8* __restrict__ expert_rows, int stride, int layer) {
 #if EARLY_NEXT
   allow_next_kernel();
 #endif
@@ -212,8 +210,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
       const int mine = first + lane * step;  // 32 units of this warp at a time: a lane looks at each
       const int slot = mine < num_units ? slots[mine / CHUNKS] : -1;
       u32 wanted = __ballot_sync(0xffffffffu, slot >= 0);
-      if (slot >= 0 && slot < MAX_SLOTS && mine % CHUNKS == 0)
-        atomicAdd(rows_per_slot + (i64)layer * MAX_SLOTS + slot, 1);
       while (wanted) {
         const int unit = first + (__ffs(wanted) - 1) * step, pair = unit / CHUNKS, chunk = unit % CHUNKS;
         wanted &= wanted - 1;

@@ -167,14 +167,13 @@ class PeerKernels:
     def answer(
         self,
         expert_rows: torch.Tensor,  # [num_sources * stride, top_k, hidden]
-        rows_per_slot: torch.Tensor,  # [num_layers, MAX_SLOTS] int32, added to
         *,
         stride: int,
         layer_id: int,
     ) -> None:
         units = stride * self._top_k * self._units_per_row
         grid = (_blocks(units, "answer"), self._num_sources) if self._owns else (1, 1)
-        arguments = (self._mesh, expert_rows, rows_per_slot, np.int32(stride), np.int32(layer_id))
+        arguments = (self._mesh, expert_rows, np.int32(stride), np.int32(layer_id))
         self._answer.launch(grid, 32 * _WARPS, arguments, device=self._device)
 
 

@@ -57,7 +57,7 @@ __device__ __forceinline__ int load_from_cta(const int* p, int rank) {
 
 extern "C" __global__ void ROUTE_CLUSTER __launch_bounds__(WARPS * 32, 1)
     route(const int* __restrict__ ids, i64 num_pairs, const int* __restrict__ expert_map, int num_mapped, int tile,
-          int granule, int* counts, int* pair_of_row, int4* tiles, u32* ready, int* state) {
+          int granule, int* counts, int* pair_of_row, int4* tiles, u32* ready, int* state, Work* work, u64* rows) {
   __shared__ int histogram[WARPS * NUM_EXPERTS];
   __shared__ int first_row[NUM_EXPERTS];
   const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
@@ -69,6 +69,8 @@ extern "C" __global__ void ROUTE_CLUSTER __launch_bounds__(WARPS * 32, 1)
   __syncthreads();
   allow_next_kernel();
   wait_for_previous_kernel();
+  const bool notes = rank == 0 && thread == (WARPS - 1) * 32;
+  const Beginning beginning = begin_product(work, notes);
 
   int* mine = histogram + warp * NUM_EXPERTS;
   for (i64 base = begin; base < end; base += 32 * BATCH) {
@@ -108,7 +110,7 @@ extern "C" __global__ void ROUTE_CLUSTER __launch_bounds__(WARPS * 32, 1)
   const Places places = place_experts(count, tile);
   if (thread < NUM_EXPERTS) first_row[thread] = places.first_row + earlier_ctas;
   if (rank == 0) {
-    write_places(places, count, granule, counts, tiles, ready, state);
+    write_places(places, count, granule, counts, tiles, ready, state, rows);
     for (int pad = count; pad < round_up_8(count); ++pad) pair_of_row[places.first_row + pad] = -1;
   }
   __syncthreads();
@@ -131,6 +133,7 @@ extern "C" __global__ void ROUTE_CLUSTER __launch_bounds__(WARPS * 32, 1)
       __syncwarp();
     }
   }
+  if (notes) note_product(work, beginning, places.total_pairs);
 }
 
 // The warps of a CTA move neighbouring rows. Their number is known only on the device.

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import KernelError
+from .expert_work import LayerWork
 from .jit import Kernel
 
 SHARED_ROUTE_PAIRS = 2048  # from here on a cluster of CTAs is faster than one
@@ -41,6 +42,7 @@ def route(
     expert_map: torch.Tensor | None = None,
     *,
     granule: int = 8,
+    work: LayerWork | None = None,  # where it notes that a product begins, and the rows of each expert
 ) -> RoutePlan:
     """`ids` [num_rows, top_k] int32: local experts, or physical ones when `expert_map` ([num_physical] int32 on the
     device, local slot or -1) translates; anything outside is no pair of ours. An expert's rows are cut evenly into
@@ -63,6 +65,8 @@ def route(
             plan.tiles,
             plan.ready,
             plan.state,
+            work and work.clock,
+            work and work.rows,
         ),
         device=ids.device,
     )
@@ -112,6 +116,7 @@ def route_and_pack(
     *,
     granule: int = 8,
     fp8: bool = False,
+    work: LayerWork | None = None,
 ) -> tuple[RoutePlan, torch.Tensor, torch.Tensor | None]:
     """`route` and `pack_rows` in one launch, for what `takes_one_launch`."""
     plan = _unrouted(ids, num_local_experts, tile, expert_map)
@@ -137,6 +142,8 @@ def route_and_pack(
             plan.state,
             packed,
             scales,
+            work and work.clock,
+            work and work.rows,
         ),
         device=rows.device,
     )

@@ -30,7 +30,7 @@ static_assert(NUM_EXPERTS <= 256 && MAX_PAIRS % THREADS == 0, "shared memory; a 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     route_and_pack(const int* __restrict__ ids, int num_pairs, const int* __restrict__ expert_map, int num_mapped,
                    int tile, int granule, const u16* __restrict__ x, i64 capacity, int* counts, int* pair_of_row,
-                   int4* tiles, u32* ready, int* state, u8* packed, float* scales) {
+                   int4* tiles, u32* ready, int* state, u8* packed, float* scales, Work* work, u64* expert_rows) {
   __shared__ int histogram[WARPS][NUM_EXPERTS];
   __shared__ int first_row[NUM_EXPERTS];
   __shared__ int row_pair[MAX_ROWS];
@@ -43,6 +43,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   __syncwarp();
   allow_next_kernel();
   wait_for_previous_kernel();
+  const bool notes = blockIdx.x == gridDim.x - 1 && thread == THREADS - 32;
+  const Beginning beginning = begin_product(work, notes);
 
   // Of each pair: expert << 16 | how many pairs of this warp and expert stand before it; -1 not local.
   int found[MOST];
@@ -87,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     }
   __syncthreads();
 
-  if (blockIdx.x == gridDim.x - 1) write_places(places, count, granule, counts, tiles, ready, state);
+  if (blockIdx.x == gridDim.x - 1) write_places(places, count, granule, counts, tiles, ready, state, expert_rows);
   const int num_rows = places.total_rows;
   for (int row = blockIdx.x * THREADS + thread; row < num_rows; row += gridDim.x * THREADS)
     pair_of_row[row] = row_pair[row];
@@ -96,4 +98,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     const u32 row = item % num_groups * ROWS + lane / LANES;
     gather(x, row_pair[row], row, item / num_groups * LOADS, capacity, packed, scales);
   }
+  if (notes) note_product(work, beginning, places.total_pairs);
 }

@@ -1,7 +1,7 @@
 // places.cuh: what permute.cu and permute_few.cu share: where an expert's rows and tiles begin, and how rows are
 // gathered into the blocks that the products read.
 #pragma once
-#include "common.cuh"
+#include "expert_work.cuh"
 
 constexpr int EXPERT_WARPS = (NUM_EXPERTS + 31) / 32;  // that own an expert
 
@@ -44,12 +44,13 @@ __device__ __forceinline__ Places place_experts(int count, int tile) {
 }
 
 // What one CTA writes of it. state[0] tiles, [1] padded rows, [2] pairs, [3] next tile to claim (the grouped GEMM
-// counts it up from 0)
+// counts it up from 0). `rows` of each expert since the host has set them to 0; null: nobody asks.
 __device__ __forceinline__ void write_places(const Places& places, int count, int granule, int* counts, int4* tiles,
-                                             u32* ready, int* state) {
+                                             u32* ready, int* state, u64* rows) {
   if (threadIdx.x == 0) *(int4*)state = make_int4(places.total_tiles, places.total_rows, places.total_pairs, 0);
   if (threadIdx.x >= NUM_EXPERTS) return;
   counts[threadIdx.x] = count;
+  if (rows) count_rows(rows + threadIdx.x, count);
   const int n = places.num_tiles, step = n ? ((count + n - 1) / n + granule - 1) / granule * granule : 0;
   for (int done = 0, t = places.first_tile; done < count; done += step, ++t) {
     tiles[t] = make_int4(threadIdx.x, places.first_row + done, min(step, count - done), 0);

@@ -10,6 +10,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import NoReturn, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..errors import EpochError, ExchangeError
@@ -36,6 +38,11 @@ class DeviceExperts(LocalExperts, Protocol):
         """Changes when graphs captured with `forward` in them hold no longer."""
         ...
 
+    def rows_per_slot(self, version: int) -> npt.NDArray[np.int64]:
+        """[num_layers, num_slots] rows computed since this placement version came into use; zeros before and after.
+        From any thread, and without a wait for what is enqueued."""
+        ...
+
 
 class DeviceStep:
     """`on_launched` is called once, when all turns are enqueued; `on_done(error)` once, from `finish` or with what
@@ -56,7 +63,7 @@ class DeviceStep:
         shard_ids: Sequence[str] = (),  # member id by ep_rank
     ) -> None:
         self.header = header
-        self.exchange_s = self.expert_s = 0.0  # not measured on a device: no event stands in a step
+        self.exchange_s = self.expert_s = 0.0  # no event stands in a step: the experts sum their time on the device
         self._rank, self._placement, self._exchange, self._experts = rank, placement, exchange, experts
         self._shape, self._on_launched, self._on_done = shape, on_launched, on_done
         self._guard, self._shard_ids = guard or Guard(), shard_ids

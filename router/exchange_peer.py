@@ -99,8 +99,6 @@ class PeerExchange(DeviceExchange):
         self._table = torch.zeros(
             placement.num_layers, placement.num_logical_experts, TABLE_WIDTH, dtype=torch.int32, device=memory.device
         )
-        self._rows_per_slot = torch.zeros(placement.num_layers, MAX_SLOTS, dtype=torch.int32, device=memory.device)
-        self._slots_per_rank = placement.slots_per_rank
         self._poison = Poison([address + POISON_AT for address in addresses], memory.device)
         self._header: StepHeader | None = None
         self._stride, self._num_tokens, self._layer_id, self._is_first = 0, -1, 0, False
@@ -114,8 +112,6 @@ class PeerExchange(DeviceExchange):
         if placement.slots_per_rank > MAX_SLOTS:
             raise KernelError(f"{placement.slots_per_rank} slots a rank, at most {MAX_SLOTS}: use more expert ranks")
         self._table.copy_(copies_table(placement, TABLE_WIDTH))
-        self._rows_per_slot.zero_()
-        self._slots_per_rank = placement.slots_per_rank
 
     def begin(self, header: StepHeader, *, stride: int, attempt: int) -> None:
         self._header, self._is_first = header, True
@@ -139,7 +135,7 @@ class PeerExchange(DeviceExchange):
         return self._rows[:num_rows], self._slots[:num_rows]
 
     def combine(self, expert_rows: torch.Tensor) -> torch.Tensor | None:
-        self._kernels.answer(expert_rows, self._rows_per_slot, stride=self._stride, layer_id=self._layer_id)
+        self._kernels.answer(expert_rows, stride=self._stride, layer_id=self._layer_id)
         return None if self._num_tokens < 0 else self._answers[: self._num_tokens]
 
     def end(self) -> None:
@@ -164,9 +160,6 @@ class PeerExchange(DeviceExchange):
 
     def hold(self, graph: torch.cuda.CUDAGraph) -> None:
         pass  # its waits end by themselves
-
-    def rows_per_slot(self) -> torch.Tensor | None:
-        return self._rows_per_slot[:, : self._slots_per_rank]
 
     def abort(self) -> None:
         self._give_up(self._rank)

@@ -120,8 +120,6 @@ class ClusterMesh:
         # The exchange of the epoch before: a slower peer may still read from it.
         self._replaced: Exchange | DeviceExchange | None = None
         self._replaced_steps = 0
-        self._load_lock = threading.Lock()
-        self._reading: torch.cuda.Stream | None = None
         self._load = np.zeros((0, 0), dtype=np.int64)
         self._channels: dict[str, Channel] = {}
         self._server: ControlServer | None = None
@@ -238,22 +236,17 @@ class ClusterMesh:
 
     def load(self) -> tuple[int, npt.NDArray[np.int64]]:
         """(placement version, rows per slot [num_layers, slots_per_rank] since that version came into force)."""
-        current = self._current
-        if current is not None and isinstance(current.exchange, DeviceExchange):
-            counted = current.exchange.rows_per_slot()
-            if counted is not None:
-                return current.epoch.placement_version, self._read_rows(counted)
-        return (current.epoch.placement_version if current else 0), self._load.copy()
-
-    def _read_rows(self, counted: torch.Tensor) -> npt.NDArray[np.int64]:
-        """On a stream of its own: the engine's may wait for peers."""
-        if not counted.is_cuda:
-            return counted.numpy().view(np.uint32).astype(np.int64)
-        with self._load_lock:
-            if self._reading is None:
-                self._reading = torch.cuda.Stream(counted.device)
-            with torch.cuda.stream(self._reading):
-                return counted.cpu().numpy().view(np.uint32).astype(np.int64)
+        while True:
+            current, load = self._current, self._load.copy()
+            if current is None:
+                return 0, load
+            version = current.epoch.placement_version
+            if self._experts is not None and isinstance(current.exchange, DeviceExchange):
+                counted = cast(DeviceExperts, self._experts).rows_per_slot(version)
+                load = np.zeros((len(counted), current.epoch.placement.slots_per_rank), dtype=np.int64)
+                load[:, : counted.shape[1]] = counted
+            if current is self._current:  # else it was left meanwhile, and its rows with it
+                return version, load
 
     def peers(self) -> tuple[Member, ...]:
         """The other members of all epochs that are known here, the newest first."""

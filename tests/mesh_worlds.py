@@ -14,6 +14,8 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from exchange_worlds import device_of
 from process_world import PATIENCE_S
@@ -80,6 +82,7 @@ class DeviceTinyExperts(TinyExperts):
         super().__init__()
         empty = torch.zeros(NUM_EXPERTS * 2, HIDDEN, HIDDEN, device=device)
         self.used = {layer_id: empty.clone() for layer_id in LAYERS}  # [slots, hidden, hidden]
+        self.rows = torch.zeros(NUM_LAYERS, NUM_EXPERTS * 2 + 1, dtype=torch.int64, device=device)  # the last one: -1
 
     def set_placement(self, placement: Placement, ep_rank: int) -> None:
         is_first = not self.version
@@ -89,13 +92,21 @@ class DeviceTinyExperts(TinyExperts):
 
     def use_placement(self, version: int) -> None:
         super().use_placement(version)
+        self.rows.zero_()
         for layer_id, weights in self.resident[version].items():
             self.used[layer_id][: len(weights)].copy_(weights)
+
+    def rows_per_slot(self, version: int) -> npt.NDArray[np.int64]:
+        num_slots = len(self.resident[version][LAYERS[0]])
+        return self.rows.cpu().numpy()[:, :num_slots]
 
     def forward(self, layer_id: int, rows: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
         if self.broken:
             self.broken = False
             raise RuntimeError("a broken expert")
+        slots = slot_ids.flatten().long()
+        slots = torch.where(slots < 0, self.rows.shape[1] - 1, slots)
+        self.rows[layer_id].index_add_(0, slots, torch.ones_like(slots))
         weights = self.used[layer_id][slot_ids.clamp(min=0).long()]  # [R, top_k, hidden, hidden]
         return (weights * rows[:, None, None, :]).sum(-1)
 

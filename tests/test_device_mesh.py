@@ -20,6 +20,10 @@ def check(collected, batches):
         assert output.allclose(want[batch_id], rtol=1e-4, atol=1e-4), f"batch {batch_id} differs from the local result"
 
 
+def count_in(number, collected):
+    return sum(epoch == number for _, _, epoch in collected)
+
+
 @pytest.mark.parametrize("roles", ["ae", "aee", "bb"])
 def test_epochs_and_placements_are_entered_under_running_steps(roles):
     """Steps of up to 7 tokens: padded, exact, and two parts of 4. A rebalance, then a new membership."""
@@ -40,7 +44,10 @@ def test_epochs_and_placements_are_entered_under_running_steps(roles):
         for r, mine in batches.items():
             check(collected[r], mine)
             assert {epoch for _, _, epoch in collected[r]} == {1, 2, 3}
-        assert all((troubles, version) == ([], 3) for _, troubles, version, _ in world.ask_all("report"))
+        reports = world.ask_all("report")
+        assert all((troubles, version) == ([], 3) for _, troubles, version, _ in reports)
+        num_tokens = sum(tokens for r, mine in batches.items() for _, tokens in mine[-count_in(3, collected[r]) :])
+        assert sum(rows for _, _, _, rows in reports) == num_tokens * mesh_worlds.TOP_K * len(mesh_worlds.LAYERS)
         world.end()
 
 
@@ -72,6 +79,8 @@ def test_a_member_goes_on_alone_and_is_joined_again():
         assert error.startswith("PeerLost")
         world.enter(world.make_epoch(2, 2, ranks=[0], new_group=True), ranks=[0])
         check(world.ask(0, "collect", 1), [(3, 5)])
+        _, _, version, rows = world.ask(0, "report")
+        assert (version, rows) == (2, 5 * mesh_worlds.TOP_K * len(mesh_worlds.LAYERS))  # alone, counted all the same
         world.enter(world.make_epoch(3, 3, ranks=[0, 2], new_group=True), ranks=[0, 2])
         batches = [(10 + i, 1 + i % 4) for i in range(20)]
         world.ask(0, "submit", batches)

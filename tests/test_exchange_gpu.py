@@ -146,8 +146,6 @@ def test_a_thousand_steps_in_graphs_with_a_rebalance_that_touches_none():
         else:
             torch.cuda.synchronize()
             assert all(exchange.verdict().bad == () for exchange in world.exchanges)
-    counts = [exchange.rows_per_slot().sum().item() for exchange in world.exchanges]
-    assert sum(counts) == 500 * 2 * world.num_tokens * TOP_K * 3  # since the rebalance
 
 
 def test_steps_may_queue_up_behind_each_other():
