@@ -60,6 +60,10 @@ struct Unit {
     for (int i = 0; i < LOADS; ++i)
       if (inside(chunk, i)) piece[i] = __ldg(from + i * 32);
   }
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i) piece[i] = make_uint4(0, 0, 0, 0);
+  }
   __device__ __forceinline__ void store(u8* row, int chunk) const {
     uint4* to = (uint4*)row + at(chunk);
 #pragma unroll

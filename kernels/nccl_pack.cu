@@ -1,21 +1,25 @@
 // nccl_pack.cu: what stands around the all-to-alls of router/exchange_nccl.py, one launch on each side of one.
 // A message is a row and its slots side by side: ROW_BYTES | u32 pairs of this owner in earlier tokens | u16 slot x
 // TOP_K, 0xffff none; whole 16 bytes. Padded form: message (owner, token) at token; exact: those that an owner needs.
+// Answers of the padded form stand at their (token, k); bounded: close together, `bound` places a source and owner.
+// Where is counted by source and owner from the pairs of each token, a byte each, which `pack` and `unpack` leave in
+// [num][pitch]: to sum 2048 of them costs a warp four loads, a launch of its own would cost more.
 // count:          exact: places[owner][token] = {its row, its first pair} among what goes to that owner; counts[owner]
 //                 = {rows, pairs}. One CTA an owner, so that no order depends on timing.
 // pack:           ids -> owners and slots; rows into the messages of who needs them, own ones straight to their place.
 // unpack:         messages -> rows [R][HIDDEN] and slots [R][TOP_K] int32; slots that are not there become -1.
 // pack_answers:   exact: computed rows of pairs with a slot, close together, by source.
+// pack_bounded:   bounded: the same, as many as there are places.
 // unpack_answers: y[token][k] from whoever made it, own ones straight from the computed rows.
 // Own rows never go through NCCL. Grid: a warp a unit of 2 KiB, so that few rows use many multiprocessors.
-// facts (int64): the choice among copies, slots of this rank, then the first row that is not finite by layer << 40 |
-// token << 8 | k: of own tokens, then what each owner made.
-// Needs: HIDDEN * element size % 16 == 0, TOP_K <= 32, at most 64 sources.
+// facts (int64): the choice among copies, slots of this rank, then first rows by layer << 40 | token << 8 | k: without
+// a place among the bounded answers, not finite of own tokens, not finite of what each owner made. Needs: HIDDEN *
+// element size % 16 == 0, TOP_K <= 32, at most 64 sources.
 #include "exchange_rows.cuh"
 
 constexpr int WARPS = 4;
 constexpr int MESSAGE_BYTES = ROW_BYTES + (4 + 2 * TOP_K + 15) / 16 * 16;
-constexpr int KEY_SHIFT = 0, NUM_SLOTS = 1, BAD_ROW = 2, BAD_ANSWER = 3;
+constexpr int KEY_SHIFT = 0, NUM_SLOTS = 1, NO_PLACE = 2, BAD_ROW = 3, BAD_ANSWER = 4;
 constexpr u32 ALL = 0xffffffffu;
 
 __device__ __forceinline__ void keep_first(i64* first, int layer, int token, int k) {
@@ -32,6 +36,21 @@ __device__ __forceinline__ int rows_before(const int2* counts, int end, int own)
 __device__ __forceinline__ int pairs_before(const int2* counts, int end, int own) {
   int sum = 0;
   for (int q = threadIdx.x & 31; q < end; q += 32) sum += q != own ? counts[q].y : 0;
+  return __reduce_add_sync(ALL, sum);
+}
+
+// Sum of the first `end` bytes at a multiple of 16. All lanes of a warp.
+__device__ __forceinline__ int bytes_before(const u8* counts, int end) {
+  u32 sum = 0;
+  for (int first = (threadIdx.x & 31) * 16; first < end; first += 32 * 16) {
+    const uint4 piece = __ldg((const uint4*)(counts + first));
+    const u32 word[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int inside = end - first - 4 * i;
+      sum = __dp4a(inside >= 4 ? word[i] : inside <= 0 ? 0u : word[i] & ((1u << 8 * inside) - 1), 0x01010101u, sum);
+    }
+  }
   return __reduce_add_sync(ALL, sum);
 }
 
@@ -75,12 +94,13 @@ extern "C" __global__ void __launch_bounds__(1024)
   if (owner == own_owner) counts[num_owners + own_source] = make_int2(rows, pairs);
 }
 
-// `places` and `counts`: exact form, else null. Own rows begin at `own_begin` of `rows`.
+// `places` and `counts`: exact form, else null. `pairs` [owners][pitch]: bounded form, else null. Own rows begin at
+// `own_begin` of `rows`.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     pack(const u8* __restrict__ x, const int* __restrict__ ids, const int* __restrict__ table, i64* facts,
          const int2* __restrict__ places, const int2* __restrict__ counts, u8* messages, u8* rows, int* slots,
-         int* where, int num_logical, int num_tokens, int stride, int layer, int num_owners, int own_owner,
-         int own_begin) {
+         int* where, u8* pairs, int num_logical, int num_tokens, int stride, int layer, int num_owners, int own_owner,
+         int own_begin, int pitch) {
   allow_next_kernel();
   wait_for_previous_kernel();
   const int lane = threadIdx.x & 31;
@@ -103,7 +123,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 #pragma unroll 1
     for (int p = 0; p < num_owners; ++p) {
       const bool is_here = place.owner == p, is_own = p == own_owner;
-      const bool needed = __any_sync(ALL, is_here);
+      const u32 here = __ballot_sync(ALL, is_here);
+      const bool needed = here;
+      if (pairs && exists && chunk == 0 && lane == 0) pairs[(i64)p * pitch + token] = __popc(here);
       int at = token, first_pair = 0;
       if (places && needed) {
         const int2 found = __ldg(places + (i64)p * num_tokens + token);
@@ -125,10 +147,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 }
 
 // Rows own_begin .. own_end are there already, and no message of them. `stride`: rows of a source in the padded form,
-// where a source whose bit is not in `named` sent nothing; 0 = exact.
+// where a source whose bit is not in `named` sent nothing; 0 = exact. `pairs` [sources][pitch]: bounded form, else
+// null.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    unpack(const u8* __restrict__ messages, const i64* facts, u8* rows, int* slots, int num_rows, int own_begin,
-           int own_end, int stride, u64 named) {
+    unpack(const u8* __restrict__ messages, const i64* facts, u8* rows, int* slots, u8* pairs, int num_rows,
+           int own_begin, int own_end, int stride, u64 named, int pitch) {
   allow_next_kernel();
   wait_for_previous_kernel();
   const int lane = threadIdx.x & 31, num_units = num_rows * CHUNKS;
@@ -145,7 +168,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
       if (slot >= num_slots) slot = -1;  // none, or whatever stands there after an abort
     }
     if (chunk == 0 && lane < TOP_K) slots[(i64)to * TOP_K + lane] = slot;
-    if (__any_sync(ALL, slot >= 0)) row.store(rows + (i64)to * ROW_BYTES, chunk);
+    const u32 wanted = __ballot_sync(ALL, slot >= 0);
+    if (pairs && chunk == 0 && lane == 0) pairs[(i64)(to / stride) * pitch + to % stride] = __popc(wanted);
+    if (wanted) row.store(rows + (i64)to * ROW_BYTES, chunk);
   }
 }
 
@@ -176,11 +201,36 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
   }
 }
 
-// `places` and `counts` (of the owners): exact form, else null.
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+// Grid: (blocks, sources). Pairs beyond the `bound` places stay away: their source knows it by itself.
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 8)
+    pack_bounded(const u8* __restrict__ expert_rows, const int* __restrict__ slots, const u8* __restrict__ pairs,
+                 u8* answers, int own_source, int stride, int bound, u64 named, int pitch) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  const int lane = threadIdx.x & 31, source = blockIdx.y;
+  if (source == own_source || !(named >> source & 1)) return;
+  const int remote = source - (own_source >= 0 && own_source < source);
+  u8* to = answers + (i64)remote * bound * ROW_BYTES;
+  const int num_units = stride * TOP_K * CHUNKS;
+  for (int unit = blockIdx.x * WARPS + (threadIdx.x >> 5); unit < num_units; unit += gridDim.x * WARPS) {
+    const int pair = unit / CHUNKS, chunk = unit % CHUNKS, row = pair / TOP_K, k = pair % TOP_K;
+    const i64 first = ((i64)source * stride + row) * TOP_K;
+    const u32 wanted = __ballot_sync(ALL, lane < TOP_K && __ldg(slots + first + lane) >= 0);
+    if (!(wanted >> k & 1)) continue;
+    Unit made;
+    made.load(expert_rows + (first + k) * ROW_BYTES, chunk);
+    const int place = bytes_before(pairs + (i64)source * pitch, row) + __popc(wanted & ((1u << k) - 1));
+    if (place < bound) made.store(to + (i64)place * ROW_BYTES, chunk);
+  }
+}
+
+// `places` and `counts` (of the owners): exact form, else null. `pairs` [owners][pitch] and `bound`: bounded form, else
+// null; a pair without a place becomes zeros, and is told.
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 10)
     unpack_answers(const u8* __restrict__ expert_rows, const u8* __restrict__ answers, const int* __restrict__ where,
-                   i64* facts, const int2* __restrict__ places, const int2* __restrict__ counts, u8* y, int num_tokens,
-                   int stride, int layer, int own_owner, int own_begin) {
+                   i64* facts, const int2* __restrict__ places, const int2* __restrict__ counts,
+                   const u8* __restrict__ pairs, u8* y, int num_tokens, int stride, int layer, int own_owner,
+                   int own_begin, int bound, int pitch) {
   allow_next_kernel();
   wait_for_previous_kernel();
   const int lane = threadIdx.x & 31, num_units = num_tokens * TOP_K * CHUNKS;
@@ -192,15 +242,26 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     int2 place = make_int2(token, 0);
     if (places) place = __ldg(places + (i64)owner * num_tokens + token);
     const u8* from = expert_rows + ((i64)(own_begin + place.x) * TOP_K + k) * ROW_BYTES;
+    bool has_place = true;
     if (owner != own_owner) {
       const int earlier = __popc(__ballot_sync(ALL, lane_owner == owner && lane < k));
       const int remote = owner - (own_owner >= 0 && own_owner < owner);
-      const i64 at = places ? (i64)pairs_before(counts, owner, own_owner) + place.y + earlier
-                            : ((i64)remote * stride + token) * TOP_K + k;
+      i64 at = ((i64)remote * stride + token) * TOP_K + k;
+      if (places) at = (i64)pairs_before(counts, owner, own_owner) + place.y + earlier;
+      if (pairs) {
+        const int mine = bytes_before(pairs + (i64)owner * pitch, token) + earlier;
+        at = (i64)remote * bound + mine;
+        has_place = mine < bound;
+      }
       from = answers + at * ROW_BYTES;
     }
     Unit made;
-    made.load(from, chunk);
+    if (has_place) {
+      made.load(from, chunk);
+    } else {
+      made.clear();
+      if (chunk == 0 && lane == 0) keep_first(facts + NO_PLACE, layer, token, k);
+    }
     made.store(y + (i64)pair * ROW_BYTES, chunk);
     if (made.is_sick(chunk)) keep_first(facts + BAD_ANSWER + owner, layer, token, k);
   }

@@ -1,9 +1,9 @@
 """What nccl_pack.cu does, in plain torch: the exchange's path on CPUs and for shapes without a kernel, and what the
-kernels are checked against. The padded form asks no device for a number; the exact one may."""
+kernels are checked against. The padded form asks no device for a number; the bounded and the exact one may."""
 
 import torch
 
-from .nccl_pack import BAD_ANSWER, BAD_ROW, KEY_SHIFT, NONE, NUM_SLOTS, PackSizes
+from .nccl_pack import BAD_ANSWER, BAD_ROW, KEY_SHIFT, NO_PLACE, NONE, NUM_SLOTS, PackSizes
 
 
 def owners_and_slots(
@@ -63,6 +63,7 @@ class TorchPack:
         own_begin: int,
         places: torch.Tensor | None = None,
         counts: torch.Tensor | None = None,
+        pairs: torch.Tensor | None = None,
     ) -> None:
         sizes, num = self._sizes, x.shape[0]
         owners, local = owners_and_slots(ids, table[layer_id], facts[KEY_SHIFT])
@@ -87,6 +88,8 @@ class TorchPack:
             part[: len(sent), :at] = sent.contiguous().view(torch.uint8)
             part[:, at : at + 4] = 0 if first is None else first.view(torch.uint8).view(-1, 4)
             part[:, at + 4 : at + 4 + 2 * sizes.top_k] = mine.to(torch.int16).view(torch.uint8)
+        if pairs is not None:
+            pairs[:, :num] = (owners == torch.arange(sizes.num_owners, device=x.device)[:, None, None]).sum(2)
         sick = ~torch.isfinite(x).all(1) & (owners >= 0).any(1)
         _keep_first(facts[BAD_ROW], sick[:, None], layer_id)
 
@@ -100,6 +103,7 @@ class TorchPack:
         own: tuple[int, int],
         stride: int,
         named: int,
+        pairs: torch.Tensor | None = None,
     ) -> None:
         sizes, (begin, end) = self._sizes, own
         at = sizes.row_bytes
@@ -111,6 +115,8 @@ class TorchPack:
         for source in range(sizes.num_sources if stride else 0):
             if not named >> source & 1:
                 slots[source * stride : (source + 1) * stride] = -1
+        if pairs is not None:
+            pairs[:, :stride] = (slots >= 0).sum(1).view(-1, stride)
 
     def pack_answers(
         self,
@@ -126,6 +132,25 @@ class TorchPack:
         wanted[own[0] : own[1]] = False
         answers.copy_(expert_rows[wanted])  # by source, row, k: the order of what they sent
 
+    def pack_bounded(
+        self,
+        expert_rows: torch.Tensor,
+        slots: torch.Tensor,
+        pairs: torch.Tensor,
+        answers: torch.Tensor,
+        *,
+        stride: int,
+        bound: int,
+        named: int,
+    ) -> None:
+        sizes = self._sizes
+        others = [source for source in range(sizes.num_sources) if source != sizes.own_source]
+        for i, source in enumerate(others):
+            if named >> source & 1:
+                part = slice(source * stride, (source + 1) * stride)
+                made = expert_rows[part][slots[part] >= 0][:bound]
+                answers[i * bound : i * bound + len(made)] = made
+
     def unpack_answers(
         self,
         expert_rows: torch.Tensor,
@@ -139,13 +164,22 @@ class TorchPack:
         own_begin: int,
         places: torch.Tensor | None = None,
         counts: torch.Tensor | None = None,
+        pairs: torch.Tensor | None = None,
+        bound: int = 0,
     ) -> None:
         sizes, num = self._sizes, y.shape[0]
         base = 0
         for owner in range(sizes.num_owners):
             here = where == owner
             is_own = owner == sizes.own_owner
-            if places is None:
+            if pairs is not None and not is_own:
+                token, k = here.nonzero(as_tuple=True)
+                made = answers[base : base + bound][: len(token)]
+                y[token, k] = torch.cat([made, made.new_zeros(len(token) - len(made), sizes.hidden)])
+                lost = here & (here.flatten().cumsum(0).view(here.shape) > bound)
+                _keep_first(facts[NO_PLACE], lost, layer_id)
+                base += bound
+            elif places is None:
                 made = expert_rows[own_begin : own_begin + num] if is_own else answers[base : base + num]
                 y.copy_(torch.where(here[:, :, None], made, y))
                 base += 0 if is_own else stride

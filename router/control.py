@@ -17,7 +17,7 @@ from .handshake import answer, challenge, receive_exactly
 from .leader import BidPlaced, StepDone
 
 _FRAME = struct.Struct("!IB")  # payload bytes, kind
-_BID = struct.Struct("!IIQ")  # decode tokens, prefill tokens, after_step; the traceparent follows
+_BID = struct.Struct("!IIQ?")  # decode tokens, prefill tokens, after_step, whole; the traceparent follows
 _DONE = struct.Struct("!Q?")  # step id, failed
 _MAX_FRAME_BYTES = 1 << 20
 _HANDSHAKE_S = 5.0
@@ -35,12 +35,12 @@ OnLost = Callable[[str], None]  # (peer's member id)
 
 
 def encode_bid(bid: BidPlaced) -> bytes:
-    return _BID.pack(bid.num_decode, bid.num_prefill, bid.after_step) + bid.traceparent.encode()
+    return _BID.pack(bid.num_decode, bid.num_prefill, bid.after_step, bid.whole) + bid.traceparent.encode()
 
 
 def decode_bid(member_id: str, payload: bytes) -> BidPlaced:
-    num_decode, num_prefill, after_step = _BID.unpack_from(payload)
-    return BidPlaced(member_id, num_decode, num_prefill, after_step, payload[_BID.size :].decode())
+    num_decode, num_prefill, after_step, whole = _BID.unpack_from(payload)
+    return BidPlaced(member_id, num_decode, num_prefill, after_step, payload[_BID.size :].decode(), whole)
 
 
 def encode_done(done: StepDone) -> bytes:

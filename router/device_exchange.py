@@ -31,9 +31,11 @@ SLOW_STEPS = 16  # of an exchange, in which a rank may still compile kernels whi
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Of one step on this rank: the bad rows among its tokens, as far as they were seen (the first of each shard)."""
+    """Of one step on this rank: the bad rows among its tokens, as far as they were seen (the first of each shard), and
+    the first layer in which answers had no place (-1 none), from where on its rows mean nothing."""
 
     bad: tuple[BadRow, ...] = ()
+    overflow: int = -1
 
 
 class ServeGraphs:

@@ -18,7 +18,7 @@ from ..errors import EpochError, ExchangeError
 from ..kernels import reference
 from ..kernels.combine import combine
 from .contracts import LocalExperts
-from .device_exchange import DeviceExchange
+from .device_exchange import DeviceExchange, Verdict
 from .epoch import StepHeader
 from .exchange import RowShape
 from .guard import BadRow, Guard
@@ -191,15 +191,19 @@ class DeviceStep:
         if not self._launched:
             self._fail(f"finished after {self._next_turn} of {len(self._layers)} turns")
         try:
-            bad = [self._named(row) for row in self._exchange.verdict().bad] if self._layers else []
+            verdict = self._exchange.verdict() if self._layers else Verdict()
         except ExchangeError as error:
             self._conclude(error)
             raise
         self._conclude(None)
         if self._num_failures != self._guard.num_replays:
             return  # launched behind a step that turned out void: so is this one, whatever its rows are
+        step_id, epoch = self.header.step_id, self.header.epoch
+        if verdict.overflow >= 0:
+            raise self._guard.overflowed(layer_id=verdict.overflow, step_id=step_id, epoch=epoch)
+        bad = [self._named(row) for row in verdict.bad]
         if bad and not self._guard.accepts_non_finite:
-            raise self._guard.failed(bad, step_id=self.header.step_id, epoch=self.header.epoch)
+            raise self._guard.failed(bad, step_id=step_id, epoch=epoch)
         self._guard.passed()
 
     def settle(self) -> None:

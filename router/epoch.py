@@ -68,6 +68,7 @@ class Epoch:
         return self.members == other.members and self.rendezvous_key == other.rendezvous_key
 
 
+WHOLE = 1  # of StepHeader.flags: every pair's answer has a place of its own, as a source asked (exchange_nccl.py)
 _HEADER = struct.Struct("!4sQQQIHH")  # magic, step_id, epoch, placement_version, bucket, flags, len(num_tokens)
 _MAGIC = b"EMH1"
 
@@ -77,8 +78,8 @@ class StepHeader:
     """One step, known to all named ranks before it starts.
 
     num_tokens[rank] = most token rows that this member of the epoch may send in each layer; 0 = not a source (it still
-    serves its experts if it owns any). `bucket` = graph size on GPU, 0 = eager. `traceparent` = W3C context of the
-    step."""
+    serves its experts if it owns any). `bucket` = graph size on GPU, 0 = eager. `flags`: WHOLE or 0. `traceparent` =
+    W3C context of the step."""
 
     step_id: int
     epoch: int

@@ -1,8 +1,8 @@
 """The exchange of GPUs over NCCL: across hosts, and the reference that `peer` is checked against.
 
-Two forms of a turn (`nccl_turns.py`), chosen by the header's sizes, so the same on all ranks: *padded*, up to
-`exact_above` rows a source, which stands in a CUDA graph; *exact* above. Send and receive are grouped between the ranks
-that the header names; a rank that is not named takes no part.
+Three forms of a turn (`nccl_form.py`, `nccl_turns.py`), chosen by what the header says, so the same on all ranks:
+*padded* and *bounded* stand in CUDA graphs, *exact* does not. Send and receive are grouped between the ranks that the
+header names; a rank that is not named takes no part. Answers without a place void the step of their source alone.
 
 A broken communicator is left in the order that works with graphs in it: `abort` in a thread of its own; the stuck work
 then ends; graphs that hold the communicator are reset; the abort returns. It is never destroyed with a dead peer in it.
@@ -17,9 +17,10 @@ import torch
 from torch.distributed import AllToAllOptions, ProcessGroup
 
 from ..errors import ExchangeTimeout, PeerLost, ReplicaLost
-from .device_exchange import SLOW_STEPS, DeviceExchange, Verdict, first_bad_rows
-from .epoch import Epoch, StepHeader
+from .device_exchange import NO_BAD_ROW, SLOW_STEPS, DeviceExchange, Verdict, first_bad_rows
+from .epoch import WHOLE, Epoch, StepHeader
 from .exchange import RowShape
+from .nccl_form import NcclForms
 from .nccl_turns import NcclTurns, pinned
 from .placement import Placement
 
@@ -42,19 +43,27 @@ class NcclExchange(DeviceExchange):
         timeout_base_s: float,
         timeout_per_row_s: float,
         slow_start_s: float = 0.0,  # least deadline of the first steps
+        forms: NcclForms | None = None,  # other ones than these numbers give
     ) -> None:
         super().__init__()
-        self.capacity, self._exact_above = capacity, exact_above
+        self.capacity = capacity
+        self.forms = forms or NcclForms(
+            num_owners=len(epoch.expert_ranks),
+            top_k=shape.top_k,
+            row_bytes=shape.hidden_size * shape.dtype.itemsize,
+            exact_above=exact_above,
+        )
         self._group, self._epoch, self._rank, self._shape = group, epoch.number, rank, shape
         self._timeout_base_s, self._timeout_per_row_s = timeout_base_s, timeout_per_row_s
         self._slow_start_s, self._num_begun = slow_start_s, 0
         self._members, self._owners = len(epoch.members), epoch.expert_ranks
-        self._turns = NcclTurns(
-            epoch, rank, shape, exact_above=exact_above, all_to_all=self._all_to_all, wait=self.wait
-        )
+        self._turns = NcclTurns(epoch, rank, shape, forms=self.forms, all_to_all=self._all_to_all, wait=self.wait)
+        # On the current stream: one of its own costs two events each time, and a launch behind it could not come early.
+        self._options = AllToAllOptions()
+        self._options.asyncOp = False
         self._finishing: deque[tuple[StepHeader, torch.Tensor]] = deque()
         # On the host, made now: to pin memory may wait for a device that is stuck.
-        self._verdicts = [pinned(1 + len(self._owners), shape.device, torch.int64) for _ in range(_NUM_VERDICTS)]
+        self._verdicts = [pinned(2 + len(self._owners), shape.device, torch.int64) for _ in range(_NUM_VERDICTS)]
         self._num_ended = 0
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._lock = threading.Lock()
@@ -106,13 +115,16 @@ class NcclExchange(DeviceExchange):
         self._in_step = bool(self._finishing)
         if self._aborted:
             raise self._gone()
-        own, *returned = found.tolist()
+        no_place, own, *returned = found.tolist()
+        if no_place < NO_BAD_ROW:  # what is bad from there on follows from it, and the step runs again
+            return Verdict(overflow=no_place >> 40)
         return Verdict(first_bad_rows(self._rank, own, returned))
 
     def graph_key(self, header: StepHeader) -> Hashable | None:
-        if not 0 < header.bucket <= self._exact_above:
+        whole = bool(header.flags & WHOLE)
+        if not header.bucket or self.forms.is_exact(header.bucket, whole=whole):
             return None  # the host reads counts
-        return self.serial, header.sources
+        return self.serial, header.sources, self.forms.bound(header.bucket, whole=whole)
 
     def hold(self, graph: torch.cuda.CUDAGraph) -> None:
         self._graphs.append(graph)
@@ -198,7 +210,9 @@ class NcclExchange(DeviceExchange):
         data = [send.get(rank, nothing) for rank in range(self._members)]
         try:
             if self._shape.device.type == "cuda":
-                self._group.alltoall(out, data, AllToAllOptions()).wait()
+                work = self._group.alltoall(out, data, self._options)
+                if work is not None:
+                    work.wait()
             else:
                 self._all_to_all_as_one(out, data)
         except RuntimeError as error:  # DistError and all its kinds: what the library says at once

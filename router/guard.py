@@ -11,7 +11,10 @@ row, and half the speed here. Against bits that fall over, not against an enemy:
 other copies of the experts where there are some. Rows that arrive damaged are never accepted. A row that is not finite
 but arrived as it was sent is tried `max_replays` times and then let through: it is the model's or the request's own,
 and ends that request alone. A shard with `max_bad_rows` bad rows within `window_s` is reported, once a window. If the
-bad rows of this process are not mostly one shard's, the trouble is this process or its link: nobody is reported."""
+bad rows of this process are not mostly one shard's, the trouble is this process or its link: nobody is reported.
+
+**Answers without a place** (exchange_nccl.py, bounded form) are nobody's fault: the step runs again, and it and some
+steps after it, twice as many each time, are asked to be whole (`epoch.WHOLE`)."""
 
 import logging
 from collections import Counter, deque
@@ -30,6 +33,7 @@ Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
 
 _log = logging.getLogger(__name__)
+_WHOLE_STEPS = 16, 4096  # at first, at most: after answers without a place
 
 
 def _multipliers(count: int) -> Int64Array:
@@ -136,6 +140,8 @@ class Guard:
         # Called where own experts turn finite rows into others: checks a layer's weights, True where it repaired some.
         self.heal: Callable[[int], bool] = lambda layer_id: False
         self.last = ""  # the newest bad row, for people
+        self.num_overflows = 0  # steps with answers that had no place
+        self._num_whole = 0  # steps that are still to be whole
         self._on_suspect, self._clock = on_suspect, clock
         self._recent: deque[tuple[float, str]] = deque()  # (when, member id)
         self._reported: dict[str, float] = {}
@@ -177,8 +183,24 @@ class Guard:
             epoch=epoch,
         )
 
+    @property
+    def wants_whole(self) -> bool:
+        return self._num_whole > 0
+
+    def overflowed(self, *, layer_id: int, step_id: int, epoch: int) -> GuardError:
+        """Answers of this layer had no place: the step of this process is void. Returns what makes it run again."""
+        first, most = _WHOLE_STEPS
+        self._num_whole = min(first << min(self.num_overflows, 16), most)
+        self.num_overflows += 1
+        self.num_replays += 1
+        message = f"more answers than places in layer {layer_id}"
+        _log.warning("%s of step %d; this and the next %d steps are whole", message, step_id, self._num_whole)
+        again = f"{message}; the step is run again with a place for each"
+        return GuardError(again, bad=(), ep_rank=-1, layer_id=layer_id, step_id=step_id, epoch=epoch)
+
     def passed(self) -> None:
         """The step went through. Rows that were not finite before and are now were their sender's fault."""
+        self._num_whole = max(0, self._num_whole - 1)
         if self.attempt:
             undecided, self._undecided = self._undecided, []
             if not self.accepts_non_finite:

@@ -10,7 +10,7 @@ batches."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .epoch import Epoch, StepHeader
+from .epoch import WHOLE, Epoch, StepHeader
 
 # Sizes of steps that hold prompts, few, since each is captured for itself: up to 512 as far apart as steps cost the
 # same, then an eighth of the largest. Above, a GPU's work hides its launches.
@@ -27,6 +27,7 @@ class BidPlaced:
     num_prefill: int
     after_step: int
     traceparent: str = ""  # W3C context of a request in it; the header carries one of them to the expert owners
+    whole: bool = False  # answers did not all fit lately (guard.py): ask for a step in which they do
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +183,7 @@ class Leader:
             placement_version=epoch.placement_version,
             num_tokens=num_tokens,
             bucket=next((size for size in buckets if size >= max(num_tokens)), 0),
+            flags=WHOLE if any(bid.whole for bid in answered) else 0,
             traceparent=next((bid.traceparent for bid in answered if bid.traceparent), ""),
         )
         return IssueHeader(header, recipients)

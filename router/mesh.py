@@ -407,7 +407,8 @@ class ClusterMesh:
             if self._bid is None or not self._leader_id:
                 return
             num_decode, num_prefill, traceparent = self._bid
-            event = BidPlaced(self.member.member_id, num_decode, num_prefill, self._last_source_step, traceparent)
+            asked = self._last_source_step, traceparent, self.guard.wants_whole
+            event = BidPlaced(self.member.member_id, num_decode, num_prefill, *asked)
             leads = self._leads
             if not leads:
                 self._to_leader(self._leader_id, Kind.BID, encode_bid(event))

@@ -1,9 +1,11 @@
-"""One rank's turns of the exchange over NCCL: what goes to whom, in both forms. exchange_nccl.py has the communicator.
+"""One rank's turns of the exchange over NCCL: what goes to whom, in each form (`nccl_form.py` says which).
+exchange_nccl.py has the communicator.
 
 *Padded*: every source sends every other owner all its rows, each with its slots, and gets back a full [stride, top_k]:
-no count is needed, so it stands in a CUDA graph. *Exact*: counts travel first and are read (one host sync a layer), and
-only the rows that are needed travel, then only the pairs. What a rank has for itself does not travel. Around each
-all-to-all stands one launch (`kernels/nccl_pack.cu`; in plain torch on CPUs)."""
+no count is needed, so it stands in a CUDA graph. *Bounded*: the same, but what comes back are the pairs, close together
+in so many places. *Exact*: counts travel first and are read (one host sync a layer), and only the rows that are needed
+travel, then only the pairs. What a rank has for itself does not travel. On each side of an all-to-all stands one launch
+or none (`kernels/nccl_pack.cu`; in plain torch on CPUs)."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -12,11 +14,23 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import EpochError
-from ..kernels.nccl_pack import BAD_ROW, KEY_SHIFT, MAX_SLOTS, NONE, NUM_SLOTS, TABLE_WIDTH, NcclPack, PackSizes
+from ..kernels.nccl_pack import (
+    BAD_ANSWER,
+    KEY_SHIFT,
+    MAX_SLOTS,
+    NO_PLACE,
+    NONE,
+    NUM_SLOTS,
+    TABLE_WIDTH,
+    NcclPack,
+    PackSizes,
+    pairs_pitch,
+)
 from ..kernels.nccl_pack_reference import TorchPack
 from .device_exchange import copies_table
-from .epoch import Epoch, StepHeader
+from .epoch import WHOLE, Epoch, StepHeader
 from .exchange import RowShape
+from .nccl_form import NcclForms
 from .placement import Placement
 
 logger = logging.getLogger(__name__)
@@ -33,11 +47,11 @@ class NcclTurns:
         rank: int,
         shape: RowShape,
         *,
-        exact_above: int,
+        forms: NcclForms,
         all_to_all: Callable[[Parts, Parts], None],  # receive, send
         wait: Callable[[torch.cuda.Event], None],
     ) -> None:
-        self._rank, self._shape, self._exact_above = rank, shape, exact_above
+        self._rank, self._shape, self._forms = rank, shape, forms
         self._all_to_all, self._wait = all_to_all, wait
         self._owners, self._sources = epoch.expert_ranks, epoch.attention_ranks
         self._owns = rank in self._owners
@@ -45,9 +59,10 @@ class NcclTurns:
         placement, device = epoch.placement, shape.device
         sizes = placement.num_layers, placement.num_logical_experts, TABLE_WIDTH
         self._table = torch.zeros(sizes, dtype=torch.int32, device=device)
-        self._facts = torch.full((BAD_ROW + 1 + len(self._owners),), NONE, dtype=torch.int64, device=device)
+        self._facts = torch.full((BAD_ANSWER + len(self._owners),), NONE, dtype=torch.int64, device=device)
         self._key_shift, self._num_slots = self._facts[KEY_SHIFT], self._facts[NUM_SLOTS]
-        self.found = self._facts[BAD_ROW:]  # of the step: first bad row of its own, then of each owner
+        # Of the step: first pair without a place, first bad row of its own, then of each owner.
+        self.found = self._facts[NO_PLACE:]
         self._sizes = PackSizes(
             num_sources=len(self._sources),
             num_owners=len(self._owners),
@@ -60,6 +75,7 @@ class NcclTurns:
         self._pack = _make_pack(self._sizes, device)
         self._counts = pinned(2 * (len(self._owners) + len(self._sources)), device, torch.int32)
         self._named = 0  # a bit for each source
+        self._whole = False
         self._turn: _Turn | None = None
 
     def use_placement(self, placement: Placement) -> None:
@@ -70,6 +86,7 @@ class NcclTurns:
 
     def begin(self, header: StepHeader, attempt: int) -> None:
         self._named = sum(1 << i for i, source in enumerate(self._sources) if source in header.sources)
+        self._whole = bool(header.flags & WHOLE)
         self._key_shift.fill_(self._rank + attempt)  # on the device: a graph may be replayed in a later attempt
         self.found.fill_(NONE)
 
@@ -77,7 +94,7 @@ class NcclTurns:
         self, layer_id: int, x: torch.Tensor | None, topk_ids: torch.Tensor | None, stride: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._layer_id, self._stride = layer_id, stride
-        if stride > self._exact_above:
+        if self._forms.is_exact(stride, whole=self._whole):
             self._turn = self._dispatch_exact(x, topk_ids)
         else:
             self._turn = self._dispatch_padded(x, topk_ids)
@@ -87,10 +104,12 @@ class NcclTurns:
         turn = self._turn
         assert turn is not None
         expert_rows = expert_rows.contiguous()
-        if turn.counts is None:
-            answers = self._answer_padded(expert_rows, turn)
-        else:
+        if turn.counts is not None:
             answers = self._answer_exact(expert_rows, turn)
+        elif turn.bound:
+            answers = self._answer_bounded(expert_rows, turn)
+        else:
+            answers = self._answer_padded(expert_rows, turn)
         if turn.where is None:
             return None
         y = answers.new_empty(*turn.where.shape, self._shape.hidden_size)
@@ -105,6 +124,8 @@ class NcclTurns:
             own_begin=turn.own[0],
             places=turn.places,
             counts=turn.counts,
+            pairs=turn.sent_pairs,
+            bound=turn.bound,
         )
         return y
 
@@ -114,7 +135,11 @@ class NcclTurns:
         if self._owns and x is not None:
             own = self._own_source * stride, (self._own_source + 1) * stride
         rows, slots = self._rows(len(self._sources) * stride if self._owns else 0)
-        turn = _Turn(rows=rows, slots=slots, own=own)
+        turn = _Turn(rows=rows, slots=slots, own=own, bound=self._forms.bound(stride, whole=self._whole))
+        if turn.bound and x is not None:
+            turn.sent_pairs = self._pairs(len(self._owners))
+        if turn.bound and self._owns:
+            turn.came_pairs = self._pairs(len(self._sources))
         parts: dict[int, torch.Tensor] = {}
         if x is not None:
             others = {rank: stride for rank in self._owners if rank != self._rank}
@@ -138,6 +163,24 @@ class NcclTurns:
         if self._owns:
             made = _split(expert_rows, dict.fromkeys(self._sources, stride))
             parts = {rank: made[rank] for rank in self._others_named()}
+        self._all_to_all(_split(answers, others), parts)
+        return answers
+
+    def _answer_bounded(self, expert_rows: torch.Tensor, turn: "_Turn") -> torch.Tensor:
+        """[places of the other owners, hidden]."""
+        hidden, bound = self._shape.hidden_size, turn.bound
+        others = {rank: bound for rank in self._owners if turn.where is not None and rank != self._rank}
+        answers = expert_rows.new_empty(len(others) * bound, hidden)
+        parts = {}
+        if self._owns and self._others_named():
+            assert turn.came_pairs is not None
+            sources = [rank for rank in self._sources if rank != self._rank]
+            made = expert_rows.new_empty(len(sources) * bound, hidden)
+            self._pack.pack_bounded(
+                expert_rows, turn.slots, turn.came_pairs, made, stride=self._stride, bound=bound, named=self._named
+            )
+            places = _split(made, dict.fromkeys(sources, bound))
+            parts = {rank: places[rank] for rank in self._others_named()}
         self._all_to_all(_split(answers, others), parts)
         return answers
 
@@ -199,11 +242,21 @@ class NcclTurns:
             own_begin=turn.own[0],
             places=turn.places,
             counts=turn.counts,
+            pairs=turn.sent_pairs,
         )
 
     def _unpack(self, turn: "_Turn", stride: int) -> None:
         assert turn.came is not None
-        self._pack.unpack(turn.came, self._facts, turn.rows, turn.slots, own=turn.own, stride=stride, named=self._named)
+        self._pack.unpack(
+            turn.came,
+            self._facts,
+            turn.rows,
+            turn.slots,
+            own=turn.own,
+            stride=stride,
+            named=self._named,
+            pairs=turn.came_pairs,
+        )
 
     def _others_named(self) -> list[int]:
         return [r for i, r in enumerate(self._sources) if self._named >> i & 1 and r != self._rank]
@@ -215,6 +268,9 @@ class NcclTurns:
 
     def _messages(self, num_rows: int) -> torch.Tensor:
         return torch.empty(num_rows, self._sizes.message_bytes, dtype=torch.uint8, device=self._shape.device)
+
+    def _pairs(self, num_ranks: int) -> torch.Tensor:
+        return torch.empty(num_ranks, pairs_pitch(self._stride), dtype=torch.uint8, device=self._shape.device)
 
     def _read(self, counts: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
         """[rows, pairs] to each owner, and of each source: the host sync of the exact form, with a deadline."""
@@ -238,6 +294,9 @@ class _Turn:
     own: tuple[int, int]  # rows of this rank's own tokens among them
     came: torch.Tensor | None = None  # messages that brought the others
     where: torch.Tensor | None = None  # [T, top_k] int32 owners; None = no source
+    bound: int = 0  # bounded form only, as the next two
+    sent_pairs: torch.Tensor | None = None  # [owners, pitch] uint8: pairs of each token
+    came_pairs: torch.Tensor | None = None  # [sources, pitch] uint8
     places: torch.Tensor | None = None  # exact form only, as the rest
     counts: torch.Tensor | None = None
     back: dict[int, int] = field(default_factory=dict)  # pairs that each owner answers

@@ -4,14 +4,14 @@ A back end joins by a line in test_exchange.py (rows in host memory, `check`) or
 `check_device`): how to make its exchange for an epoch and a rank."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from expertmesh.router.device_exchange import DeviceExchange
 from expertmesh.router.dispatch import plan
-from expertmesh.router.epoch import Epoch, Member, StepHeader
+from expertmesh.router.epoch import WHOLE, Epoch, Member, StepHeader
 from expertmesh.router.exchange import Exchange, RowShape
 from expertmesh.router.placement import Placement, uniform
 
@@ -150,8 +150,27 @@ def check_device(rank: int, epoch: Epoch, exchange: DeviceExchange, shape: RowSh
     pairs = 0
     for case, header in headers(epoch):
         if epoch.members[rank].expert or header.num_tokens[rank]:
-            pairs += _check_device_step(rank, epoch, exchange, shape, header, case, bucket)
+            returned = _check_device_step(rank, epoch, exchange, shape, header, case, bucket)
+            assert returned is not None, f"{case.name}: answers without a place"
+            pairs += returned
     return pairs
+
+
+def check_bounded(
+    rank: int, epoch: Epoch, exchange: DeviceExchange, shape: RowShape, *, bucket: int = 0
+) -> tuple[int, int]:
+    """The same cases where answers may have no place: then a rank says so, and whoever does not got all of its own.
+    Every case runs again as a whole step, in which each has one. Returns pairs that came back here, and the steps whose
+    answers had no place."""
+    exchange.use_placement(epoch.placement)
+    pairs = num_overflows = 0
+    for case, header in headers(epoch):
+        if epoch.members[rank].expert or header.num_tokens[rank]:
+            for step in (header, replace(header, flags=WHOLE)):
+                returned = _check_device_step(rank, epoch, exchange, shape, step, case, bucket)
+                assert returned is not None or not step.flags, case.name
+                pairs, num_overflows = pairs + (returned or 0), num_overflows + (returned is None)
+    return pairs, num_overflows
 
 
 def _check_device_step(
@@ -162,7 +181,8 @@ def _check_device_step(
     header: StepHeader,
     case: Case,
     bucket: int,
-) -> int:
+) -> int | None:
+    """Pairs that came back, all of them right; None = the exchange says that some had no place."""
     placement = epoch.placement
     generator = torch.Generator().manual_seed(1000 * header.step_id + rank)
     ep_rank = epoch.expert_ranks.index(rank) if rank in epoch.expert_ranks else -1
@@ -195,7 +215,10 @@ def _check_device_step(
     exchange.end()
     if shape.device.type == "cuda":
         torch.cuda.current_stream(shape.device).synchronize()
-    assert exchange.verdict().bad == ()
+    verdict = exchange.verdict()
+    assert verdict.bad == ()
+    if verdict.overflow >= 0:
+        return None
     for returned, wanted, layer_id in checks:
         assert returned.equal(wanted), f"{case.name}: layer {layer_id} came back wrong on rank {rank}"
     return int(sum((wanted.abs().amax(-1) > 0).sum() for _, wanted, _ in checks))

@@ -16,11 +16,13 @@ from exchange_conformance import (
     NUM_EXPERTS,
     TOP_K,
     check,
+    check_bounded,
     check_device,
     factor,
     make_epoch,
     multiply_all,
 )
+from nccl_emulated import bounded_forms
 from torch.distributed import TCPStore
 
 from expertmesh.errors import ExchangeError, ExchangeTimeout, PeerLost
@@ -58,15 +60,16 @@ def conform(
 def make_device_exchange(
     backend: str, epoch: Epoch, rank: int, shape: RowShape, *, timeout_s: float = 20.0, exact_above: int = 64
 ) -> DeviceExchange:
-    """`gloo` = the NCCL exchange's two forms over gloo, on the CPU."""
+    """`gloo` = the NCCL exchange's forms over gloo, on the CPU; `... bounded` = with few places for answers."""
     deadlines = {"timeout_base_s": timeout_s, "timeout_per_row_s": 0.0}
     if backend == "peer":
         return build_peer(epoch, rank, shape, capacity=256, epoch_timeout_s=30.0, **deadlines)
-    if backend == "nccl":
+    forms = bounded_forms(epoch, shape, exact_above) if backend.endswith("bounded") else None
+    if backend.startswith("nccl"):
         group = build_nccl(epoch, rank, shape.device, channels=4, timeout_s=30.0)
     else:
         group = build_gloo(epoch, rank, interface=HOST, timeout_s=30.0)
-    return NcclExchange(group, epoch, rank, shape, capacity=256, exact_above=exact_above, **deadlines)
+    return NcclExchange(group, epoch, rank, shape, capacity=256, exact_above=exact_above, forms=forms, **deadlines)
 
 
 def device_of(rank: int, num_gpus: int) -> torch.device:
@@ -90,6 +93,17 @@ def conform_device(
     pairs = check_device(rank, epoch, exchange, shape, bucket=bucket)
     _alive.append(exchange)  # until all are done
     return pairs
+
+
+def conform_bounded(
+    rank: int, _: Connection, backend: str, layout: str, bucket: int, num_gpus: int, port: int, key: str
+) -> tuple[int, int]:
+    epoch = make_epoch(layout, 5, rendezvous_key=key, store_host=HOST, store_port=port)
+    shape = RowShape(hidden_size=136, top_k=TOP_K, dtype=torch.bfloat16, device=device_of(rank, num_gpus))
+    exchange = make_device_exchange(backend, epoch, rank, shape)
+    counted = check_bounded(rank, epoch, exchange, shape, bucket=bucket)
+    _alive.append(exchange)  # until all are done
+    return counted
 
 
 class GraphRank:

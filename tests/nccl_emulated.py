@@ -8,6 +8,7 @@ import torch
 from expertmesh.router.epoch import Epoch
 from expertmesh.router.exchange import RowShape
 from expertmesh.router.exchange_nccl import NcclExchange
+from expertmesh.router.nccl_form import NcclForms
 
 
 class World:
@@ -55,7 +56,7 @@ class HandedGroup:
 
 
 def make_exchanges(
-    epoch: Epoch, shape: RowShape, *, capacity: int = 256, exact_above: int = 64
+    epoch: Epoch, shape: RowShape, *, capacity: int = 256, exact_above: int = 64, bounded: bool = False
 ) -> tuple[list[NcclExchange], World]:
     world = World(len(epoch.members))
     return [
@@ -68,6 +69,19 @@ def make_exchanges(
             exact_above=exact_above,
             timeout_base_s=20.0,
             timeout_per_row_s=0.0,
+            forms=bounded_forms(epoch, shape, exact_above) if bounded else None,
         )
         for rank in range(len(epoch.members))
     ], world
+
+
+def bounded_forms(epoch: Epoch, shape: RowShape, exact_above: int = 64) -> NcclForms:
+    """The bounded form wherever there is more than one owner, with few places: random routing overflows some."""
+    return NcclForms(
+        num_owners=len(epoch.expert_ranks),
+        top_k=shape.top_k,
+        row_bytes=shape.hidden_size * shape.dtype.itemsize,
+        exact_above=exact_above,
+        worth_bytes=0,
+        deviations=0.0,
+    )

@@ -297,6 +297,8 @@ def test_bids_reports_and_headers_cross_the_channel(served):
     assert end.frames.get(timeout=10) == ("m1", Kind.BID, encode_bid(bid))
     assert decode_done("m1", end.frames.get(timeout=10)[2]) == done
     assert decode_bid("m1", encode_bid(bid)) == bid
+    asks_for_whole = BidPlaced("m1", 7, 0, 1, whole=True)
+    assert decode_bid("m1", encode_bid(asks_for_whole)) == asks_for_whole
     header = StepHeader(step_id=3, epoch=2, placement_version=1, num_tokens=(1, 0, 9), traceparent="00-ab-cd-01")
     server.send("m1", Kind.HEADER, header.encode())
     assert StepHeader.decode(member.frames.get(timeout=10)[2]) == header
