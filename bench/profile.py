@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ..cluster.sizing import Form, Gpu, distinct_experts, expert_bytes, layer_parameters
+from ..cluster.sizing import Form, Gpu, distinct_experts, expert_bytes, layer_bytes
 from ..model_config import ModelConfig
 
 MARKER = "embed_rms_norm"  # once a step, first of its kernels
@@ -120,7 +120,7 @@ def set_floors(
     moved = {
         "experts": moe * distinct * expert_bytes(config, form),
         "attention": batch * context * config.kv_bytes_per_token(2),
-        "dense": 2 * (layer_parameters(config) + config.vocab_size * hidden),
+        "dense": layer_bytes(config, form) + 2 * config.vocab_size * hidden,
         # rows in, pairs out; pairs in, residual in and out, norm out
         "route, pack, combine": moe * (2 * config.top_k + 4) * row,
         "norm, rope": layers * (4 * row + 2 * qkv),

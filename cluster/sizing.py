@@ -1,8 +1,9 @@
 """What a model needs of GPUs, and the floor of its speed there, from shapes alone. Pure: no torch, no device.
 
 Bytes: a process holds weights, a reserve (CUDA context, workspaces, graphs, activations of one step), and KV in the
-rest. An attention process holds everything but the experts as 16-bit numbers; an expert process holds places for its
-share of every layer's experts in the form of the kernels, some spare ones more (a rebalance loads into them).
+rest. An attention process holds everything but the experts as 16-bit numbers, an fp8 checkpoint's projections as they
+are; an expert process holds places for its share of every layer's experts in the form of the kernels, some spare ones
+more (a rebalance loads into them).
 
 Floor: a step reads each byte that it needs once, and multiplies no faster than the GPU was measured to: T tokens of one
 layer touch E * (1 - (1 - k / E)^T) experts where routing is even. Launches, padding, imbalance and waiting are not in
@@ -95,10 +96,19 @@ def attention_parameters(config: ModelConfig) -> int:
 
 def layer_parameters(config: ModelConfig) -> int:
     """Of all layers: projections, gates, dense MLPs."""
-    hidden, num_moe = config.hidden_size, len(config.moe_layer_ids)
+    return projection_parameters(config) + len(config.moe_layer_ids) * config.hidden_size * config.num_experts
+
+
+def projection_parameters(config: ModelConfig) -> int:
+    """What checkpoints quantise of the attention tier: all but the gates."""
+    hidden, num_dense = config.hidden_size, config.num_layers - len(config.moe_layer_ids)
     attention = hidden * (2 * config.q_size + 2 * config.kv_size)
-    dense = (config.num_layers - num_moe) * 3 * hidden * config.intermediate_size
-    return config.num_layers * attention + num_moe * hidden * config.num_experts + dense
+    return config.num_layers * attention + num_dense * 3 * hidden * config.intermediate_size
+
+
+def layer_bytes(config: ModelConfig, form: Form) -> int:
+    """Of all layers of the attention tier: fp8 stays fp8, int4 becomes bf16."""
+    return 2 * layer_parameters(config) - (projection_parameters(config) if form == "fp8" else 0)
 
 
 def expert_bytes(config: ModelConfig, form: Form, *, zero_points: bool = False) -> int:
@@ -191,7 +201,7 @@ def make_plan(
     """Colocated: `num_attention` == `num_shards` ranks with both roles. A model without experts has no shards."""
     workload = workload or Workload()
     colocated, num_experts = layout == "colocated", config.num_experts
-    weights = 2 * attention_parameters(config)
+    weights = 2 * (attention_parameters(config) - layer_parameters(config)) + layer_bytes(config, form)
     reserved = CONTEXT_BYTES + activation_bytes(config, workload.num_batched_tokens, workload.num_seqs)
     if workload.kv_element_bytes == 1:
         reserved += widened_kv_bytes(config, workload.context)
@@ -354,7 +364,7 @@ def step_floor(
     """`distinct` experts a layer as counted in a run, else as even routing has them."""
     own = -(-batch // num_attention)  # sequences of one replica
     head = 2 * config.vocab_size * config.hidden_size
-    attention = 2 * layer_parameters(config) + head + own * context * config.kv_bytes_per_token(kv_element_bytes)
+    attention = layer_bytes(config, form) + head + own * context * config.kv_bytes_per_token(kv_element_bytes)
     flops = 2 * own * (layer_parameters(config) + config.vocab_size * config.hidden_size)
     attention_s = max(attention / gpu.read_bytes_per_s, flops / gpu.bf16_flops)
     distinct = distinct_experts(config, batch) if distinct is None else distinct

@@ -27,7 +27,7 @@ from ...kernels.gate_topk import gate_topk
 from ...kernels.qk_norm_rope import qk_norm_rope
 from ...kernels.silu_mul import silu_mul
 from ...model_config import ModelConfig
-from .products import InvariantProducts, PlainProducts, Products
+from .products import InvariantProducts, PlainProducts, Products, Weight
 from .rope import inverse_frequencies
 from .weights import AttentionWeights, LayerWeights, load_attention_weights
 
@@ -94,7 +94,10 @@ class DeviceModel:
         batch_invariant: bool = False,
         progress: ProgressCallback | None = None,
     ) -> "DeviceModel":
-        weights = load_attention_weights(checkpoint, dtype=torch.bfloat16, device=device, progress=progress)
+        on_gpu = torch.device(device).type == "cuda"  # where there are kernels for fp8
+        weights = load_attention_weights(
+            checkpoint, dtype=torch.bfloat16, device=device, keep_fp8=on_gpu, progress=progress
+        )
         products = InvariantProducts(_one_of_each_shape(weights)) if batch_invariant else PlainProducts()
         return cls(
             checkpoint.config,
@@ -295,9 +298,9 @@ def _has_fused_gate(config: ModelConfig, device: torch.device) -> bool:
     return device.type == "cuda" and takes_gate(config.num_experts, config.hidden_size, config.top_k, device)
 
 
-def _one_of_each_shape(weights: AttentionWeights) -> list[torch.Tensor]:
+def _one_of_each_shape(weights: AttentionWeights) -> list[Weight]:
     """A weight of every shape that products are made with."""
-    found = {weights.lm_head.shape: weights.lm_head}
+    found: dict[tuple[int, ...], Weight] = {weights.lm_head.shape: weights.lm_head}
     for layer in weights.layers:
         for w in (layer.qkv, layer.o, layer.gate, layer.w13, layer.w2):
             if w is not None:

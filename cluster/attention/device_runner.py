@@ -49,6 +49,7 @@ from .runner import (
 from .sampler import Sampled, Sampler
 from .sequence import UNSEEN, Sequence
 from .stage import Fetched, Inputs, Stage
+from .weights import fp8_parameters
 
 _log = logging.getLogger(__name__)
 MAX_GRAPHS = 128
@@ -125,7 +126,7 @@ class DeviceRunner:
 
         Raises StartupError, with the numbers, before anything is loaded where it cannot fit."""
         config = checkpoint.config
-        weight_bytes = attention_weight_bytes(config, torch.bfloat16)
+        weight_bytes = attention_weight_bytes(config, torch.bfloat16) - fp8_parameters(checkpoint)
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         usable = free_bytes - int((1 - _MEMORY_SHARE) * total_bytes)
         step_bytes = activation_bytes(config, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)

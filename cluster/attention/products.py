@@ -5,7 +5,11 @@ holds is that for one shape a row's bits depend on that row and the weights alon
 tile is summed in the same order. So the batch-invariant mode makes every product with `ROWS` rows, in pieces; what
 stands in rows that nobody asked for is whatever was in memory. The promise is checked on the model's own weights at the
 start, and refused where it does not hold. Idea: Thinking Machines' batch-invariant kernels; the fixed piece is
-`numerics.py`'s, for another library."""
+`numerics.py`'s, for another library.
+
+Weights that stay fp8 (`kernels/dense_fp8.py`) have kernels of our own, whose rows do not depend on each other at any
+number of rows. Where there are many rows and no hurry to read, plain mode writes the weights out in bf16 for the
+library; the batch-invariant mode never does: it has one kernel."""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -14,9 +18,13 @@ import torch
 import torch.nn.functional as F
 
 from ...errors import ConfigError
+from ...kernels.dense_fp8 import Fp8Weight, dense_fp8
+from ...kernels.dequantize_fp8 import dequantize_fp8
 from ...kernels.thin_linear import MAX_ROWS, takes, thin_linear
 
 ROWS = 128  # a whole tile of the tensor cores
+FEW_FP8_ROWS = 128  # up to here fp8 weights are read once for each 64 rows
+Weight = torch.Tensor | Fp8Weight
 
 
 class Products(Protocol):
@@ -24,7 +32,7 @@ class Products(Protocol):
 
     def padded(self, num_rows: int) -> int: ...
 
-    def __call__(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor, w: Weight) -> torch.Tensor: ...
 
 
 class PlainProducts:
@@ -33,7 +41,9 @@ class PlainProducts:
     def padded(self, num_rows: int) -> int:
         return num_rows
 
-    def __call__(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, w: Weight) -> torch.Tensor:
+        if isinstance(w, Fp8Weight):
+            return dense_fp8(x, w) if x.shape[0] <= FEW_FP8_ROWS else F.linear(x, dequantize_fp8(w))
         if x.is_cuda and x.shape[0] <= MAX_ROWS and takes(*w.shape):
             return thin_linear(x, w)
         return F.linear(x, w)
@@ -42,10 +52,10 @@ class PlainProducts:
 class InvariantProducts:
     """A row's bits are the same in any batch."""
 
-    def __init__(self, weights: Iterable[torch.Tensor]) -> None:
+    def __init__(self, weights: Iterable[Weight]) -> None:
         """`weights`: one [N, K] of each shape that will be used. ConfigError where this library breaks the promise."""
         for w in weights:
-            if not _rows_are_independent(w):
+            if not isinstance(w, Fp8Weight) and not _rows_are_independent(w):
                 raise ConfigError(
                     "batch_invariant",
                     True,
@@ -56,7 +66,9 @@ class InvariantProducts:
     def padded(self, num_rows: int) -> int:
         return -(-num_rows // ROWS) * ROWS
 
-    def __call__(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, w: Weight) -> torch.Tensor:
+        if isinstance(w, Fp8Weight):
+            return dense_fp8(x, w)
         assert x.shape[0] % ROWS == 0, "made with padded(T) rows"
         if x.shape[0] == ROWS:
             return F.linear(x, w)

@@ -1,0 +1,151 @@
+"""fp8 weights of dense layers, without a GPU: layout, loading as stored, and that the kernels compile cleanly."""
+
+import json
+
+import pytest
+import torch
+
+from expertmesh.checkpoint import Checkpoint
+from expertmesh.cluster.attention.products import PlainProducts
+from expertmesh.cluster.attention.weights import fp8_parameters, load_attention_weights
+from expertmesh.dummy_checkpoint import DummyCheckpoint
+from expertmesh.errors import KernelError
+from expertmesh.kernels import jit
+from expertmesh.kernels.dense_fp8 import (
+    Fp8Weight,
+    most_rows,
+    num_threads,
+    pack_fp8,
+    shared_bytes,
+    stages_for,
+    unpack_fp8,
+)
+from expertmesh.make_checkpoint import complete_config
+from expertmesh.quantized import Fp8Matrix, dequantize
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+CASE = {
+    "vocab_size": 256,
+    "num_hidden_layers": 2,
+    "hidden_size": 256,
+    "moe_intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 384,
+    "mlp_only_layers": [1],
+    "quantization_config": FP8,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def private_cache(tmp_path_factory):
+    before = jit._cache_directory
+    jit.set_cache_directory(tmp_path_factory.mktemp("cubins"))
+    yield
+    jit.set_cache_directory(before)
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Checkpoint:
+    (tmp_path / "config.json").write_text(json.dumps(complete_config(CASE)))
+    return DummyCheckpoint(tmp_path)
+
+
+def random_fp8(num_outputs, k):
+    values = torch.randint(0, 127, (num_outputs, k), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    return values, torch.rand(num_outputs // 128, k // 128)
+
+
+def test_packing_has_an_exact_inverse_in_the_same_memory():
+    values, scales = random_fp8(384, 256)
+    before, address = values.clone(), values.data_ptr()
+    packed = pack_fp8(values, scales)
+    assert packed.shape == (384, 256)
+    assert packed.packed.data_ptr() == address
+    unpacked, same_scales = unpack_fp8(packed)
+    assert torch.equal(unpacked.view(torch.uint8), before.view(torch.uint8))
+    assert torch.equal(same_scales, scales)
+
+
+def test_a_block_is_contiguous_and_its_pieces_are_swizzled():
+    values, scales = random_fp8(256, 256)
+    expected = values.view(torch.uint8).clone()
+    blocks = pack_fp8(values, scales).packed.view(2, 2, 128, 8, 16)
+    for output, column in ((0, 0), (131, 70), (255, 255)):
+        row, within = output % 128, column % 128
+        piece = (within // 16) ^ (row % 8)
+        assert blocks[output // 128, column // 128, row, piece, within % 16] == expected[output, column]
+
+
+def test_shapes_and_scales_without_a_kernel_are_refused():
+    values, scales = random_fp8(256, 256)
+    with pytest.raises(KernelError, match="multiples of 128"):
+        pack_fp8(values[:100], scales)
+    with pytest.raises(KernelError, match="float32 scales"):
+        pack_fp8(values, scales[:1])
+    with pytest.raises(KernelError, match="float32 scales"):
+        pack_fp8(values, scales.bfloat16())
+
+
+def test_kept_weights_are_exactly_those_of_the_checkpoint(checkpoint):
+    kept = load_attention_weights(checkpoint, dtype=torch.bfloat16, keep_fp8=True)
+    exact = load_attention_weights(checkpoint, dtype=torch.float32)
+    for mine, plain in zip(kept.layers, exact.layers, strict=True):
+        for name in ("qkv", "o", "w13", "w2"):
+            weight, expected = getattr(mine, name), getattr(plain, name)
+            assert (weight is None) == (expected is None)
+            if weight is not None:
+                assert isinstance(weight, Fp8Weight)
+                assert torch.equal(dequantize(Fp8Matrix(*unpack_fp8(weight))), expected)
+                assert not weight.counters.any()
+        if plain.gate is not None:
+            assert torch.equal(mine.gate, plain.gate.bfloat16())
+
+
+def test_the_bytes_that_stay_fp8_are_known_before_loading(checkpoint):
+    kept = load_attention_weights(checkpoint, dtype=torch.bfloat16, keep_fp8=True)
+    held = [getattr(layer, name) for layer in kept.layers for name in ("qkv", "o", "w13", "w2")]
+    assert fp8_parameters(checkpoint) == sum(w.packed.nbytes for w in held if w is not None)
+
+
+def test_a_matrix_in_parts_of_a_block_is_widened(checkpoint, tmp_path):
+    """Two heads of 32 are half a block: k and v have no whole rows of blocks."""
+    raw = complete_config({**CASE, "head_dim": 32, "num_attention_heads": 4})
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    odd = DummyCheckpoint(tmp_path)
+    layer = load_attention_weights(odd, dtype=torch.bfloat16, keep_fp8=True).layers[0]
+    assert isinstance(layer.qkv, torch.Tensor)
+    assert layer.qkv.dtype == torch.bfloat16
+    assert isinstance(layer.o, Fp8Weight)
+    assert PlainProducts()(torch.ones(2, 256).bfloat16(), layer.qkv).shape == (2, layer.qkv.shape[0])
+
+
+@pytest.mark.parametrize(
+    ("capability", "rows"), [((8, 0), 32), ((8, 6), 16), ((8, 9), 16), ((9, 0), 64), ((10, 0), 64), ((12, 0), 16)]
+)
+def test_a_launch_fits_the_shared_memory_of_each_gpu(capability, rows):
+    limit = {(8, 0): 163, (9, 0): 227, (10, 0): 227}.get(capability, 99) << 10
+    assert most_rows(capability) == rows
+    for tile in (8, 16, 32, 64):
+        if tile <= rows:
+            stages = stages_for(tile, capability)
+            assert stages >= 2
+            assert shared_bytes(tile, stages) + 1024 <= limit
+
+
+@pytest.mark.parametrize("arch", jit.SUPPORTED_ARCHS)
+@pytest.mark.parametrize("k", [2048, 4096, 8192])
+def test_kernels_compile_without_spills(arch, k):
+    capability = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90a": (9, 0), "sm_100a": (10, 0)}[arch]
+    for tile in (8, 16, 32, 64):
+        if tile > most_rows(capability):
+            continue
+        defines = {"K": k, "TILE": tile, "STAGES": stages_for(tile, capability)}
+        (use,) = jit.compile_only("dense_fp8.cu", arch, defines).use()
+        assert use.clean, use
+        assert use.registers * num_threads(tile) <= 65536
+    (use,) = jit.compile_only("dequantize_fp8.cu", arch, {"K": k}).use()
+    assert use.clean, use
