@@ -47,13 +47,14 @@ def test_a_row_of_the_rotary_table_does_not_change_when_the_table_grows():
     assert all(torch.equal(a, b) for a, b in zip(before, after))
 
 
-def test_text_does_not_change_when_pages_are_dirty_or_scattered(tmp_path):
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_text_does_not_change_when_pages_are_dirty_or_scattered(tmp_path, kv_dtype):
     """What earlier streams left in the pages, NaN included, must not reach a later one."""
     make_checkpoint(tmp_path, CONFIGURATIONS[0].config, dtype="float32")
     generator = random.Random(0)
     prompts = [random_prompt(generator, length, 1000) for length in (5, 64, 100)]
-    clean = mixed(InProcessModel(tmp_path), prompts, random.Random(1))
-    dirty = InProcessModel(tmp_path)
+    clean = mixed(InProcessModel(tmp_path, kv_dtype=kv_dtype), prompts, random.Random(1))
+    dirty = InProcessModel(tmp_path, kv_dtype=kv_dtype)
     for k, v in dirty.kv_cache:
         k.fill_(float("nan"))
         v.fill_(float("nan"))
