@@ -5,8 +5,9 @@
 Two processes, a GPU each, both with attention and experts (128, top-8, even routing); every token sends its row to the
 ranks that need it and gets eight rows back. Microseconds of one layer on the slower rank: dispatch (ids to the rows and
 slots at their experts, packing included), answer, both, and both with the weighted sum; median of CUDA-graph replays of
-20 layers each, so that launches cost what they cost in a captured step. Above `exchange.nccl_exact_above` NCCL counts
-on the host: then eagerly. `--tune` varies the blocks of the peer kernels."""
+20 layers each, so that launches cost what they cost in a captured step; eagerly where the host counts. NCCL with as
+many channels as `--channels` says (0 = its own choice), in the form that it takes by itself and, where that is the
+bounded one, as in a whole step too (`router/nccl_form.py`). `--tune` varies the blocks of the peer kernels."""
 
 import argparse
 import json
@@ -26,7 +27,7 @@ from ..config import ExchangeConfig
 from ..kernels.combine import combine
 from ..kernels.peer_exchange import set_max_blocks
 from ..router.device_exchange import DeviceExchange
-from ..router.epoch import Epoch, Member, StepHeader
+from ..router.epoch import WHOLE, Epoch, Member, StepHeader
 from ..router.exchange import RowShape
 from ..router.exchange_nccl import NcclExchange
 from ..router.exchange_peer import build_peer
@@ -34,7 +35,7 @@ from ..router.group import RendezvousStore, build_nccl
 from ..router.placement import uniform
 
 HOST, NUM_EXPERTS, TOP_K, LAYERS, TIMED = "127.0.0.1", 128, 8, 20, 15
-EXACT_ABOVE = ExchangeConfig().nccl_exact_above
+OPTIONS = ExchangeConfig()
 Row = dict[str, Any]
 
 
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 128, 1024])
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--channels", type=int, default=OPTIONS.nccl_channels)
     parser.add_argument("--early-next", action="store_true", help="peer: let the next kernel come while one waits")
     parser.add_argument("--all-visible", action="store_true", help="each process sees both GPUs")
     parser.add_argument("--json")
@@ -55,7 +57,8 @@ def main() -> None:
         ours, theirs = context.Pipe()
         isolated = not arguments.all_visible
         early = arguments.early_next
-        settings = (rank, theirs, arguments.hidden, arguments.tokens, arguments.tune, early, isolated, store.port)
+        choices = arguments.tune, early, isolated, arguments.channels
+        settings = (rank, theirs, arguments.hidden, arguments.tokens, *choices, store.port)
         processes.append(context.Process(target=_run, args=settings, daemon=True))
         processes[-1].start()
         theirs.close()
@@ -66,6 +69,7 @@ def main() -> None:
     for process in processes:
         process.join(timeout=10)
     print(f"2 x {name}, hidden {arguments.hidden} bf16, top-{TOP_K} of {NUM_EXPERTS}; us a layer, the slower rank")
+    print(f"NCCL with {arguments.channels or 'as many as it likes'} channels")
     for row in rows:
         parts = ", ".join(f"{key} {value:.1f}" for key, value in row.items() if isinstance(value, float))
         print(f"{row['backend']:6} {row['tokens']:5} tokens {row['note']:24} {parts}")
@@ -89,6 +93,7 @@ def _run(
     tune: bool,
     early_next: bool,
     isolated: bool,
+    channels: int,
     port: int,
 ) -> None:
     if isolated:
@@ -97,7 +102,7 @@ def _run(
     torch.cuda.set_device(device)
     torch.cuda.set_stream(torch.cuda.Stream())
     try:
-        rows = list(_Rank(rank, hidden, port, device).measure(tokens, tune, early_next))
+        rows = list(_Rank(rank, hidden, port, device).measure(tokens, tune, early_next, channels))
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # the other one waits on a device: the parent ends both
@@ -121,7 +126,7 @@ class _Rank:
         )
         self.step_id = 0
 
-    def measure(self, tokens: list[int], tune: bool, early_next: bool) -> Any:
+    def measure(self, tokens: list[int], tune: bool, early_next: bool, channels: int) -> Any:
         deadlines: dict[str, Any] = {"timeout_base_s": 20.0, "timeout_per_row_s": 0.0}
         capacity = max(tokens)
         peer = build_peer(
@@ -140,26 +145,37 @@ class _Rank:
                 set_max_blocks(dispatch=blocks, answer=blocks)
                 yield self.one("peer", f"at most {blocks} blocks", peer, num_tokens)
                 set_max_blocks(dispatch=64, answer=64)
-        group = build_nccl(self.epoch, self.rank, self.device, channels=0, timeout_s=60.0)
+        group = build_nccl(self.epoch, self.rank, self.device, channels=channels, timeout_s=60.0)
+        exact_above = OPTIONS.nccl_exact_above
         nccl = NcclExchange(
-            group, self.epoch, self.rank, self.shape, capacity=capacity, exact_above=EXACT_ABOVE, **deadlines
+            group, self.epoch, self.rank, self.shape, capacity=capacity, exact_above=exact_above, **deadlines
         )
         nccl.use_placement(self.epoch.placement)
         for num_tokens in tokens:
-            yield self.one("nccl", "", nccl, num_tokens)
+            bounded = nccl.forms.bound(num_tokens, whole=False)
+            yield self.one("nccl", f"{bounded} of {TOP_K * num_tokens} places" if bounded else "", nccl, num_tokens)
+            if bounded:
+                yield self.one("nccl", "whole", nccl, num_tokens, WHOLE)
             yield self.bare(group, num_tokens)
 
-    def one(self, name: str, note: str, exchange: DeviceExchange, num_tokens: int) -> Row:
+    def one(self, name: str, note: str, exchange: DeviceExchange, num_tokens: int, flags: int = 0) -> Row:
         generator = torch.Generator().manual_seed(self.rank)
         x = torch.randn(num_tokens, self.shape.hidden_size, generator=generator).bfloat16().to(self.device)
         ids = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).argsort(1)[:, :TOP_K].to(torch.int32)
         ids = ids.to(self.device)
         weights = torch.rand(num_tokens, TOP_K, generator=generator).to(self.device)
         rows = torch.randn(2 * num_tokens, TOP_K, self.shape.hidden_size, device=self.device).bfloat16()
-        eagerly = name == "nccl" and num_tokens > EXACT_ABOVE
-        timer = _time_eagerly if eagerly else _time_in_graph
         self.step_id += 1
-        header = StepHeader(step_id=self.step_id, epoch=1, placement_version=1, num_tokens=(num_tokens, num_tokens))
+        header = StepHeader(
+            step_id=self.step_id,
+            epoch=1,
+            placement_version=1,
+            num_tokens=(num_tokens, num_tokens),
+            bucket=num_tokens,
+            flags=flags,
+        )
+        eagerly = exchange.graph_key(header) is None
+        timer = _time_eagerly if eagerly else _time_in_graph
         exchange.begin(header, stride=num_tokens, attempt=0)
 
         def dispatch() -> torch.Tensor:
@@ -174,7 +190,7 @@ class _Rank:
         def summed() -> torch.Tensor:
             return combine(both(), ids, weights)
 
-        result: Row = {"backend": name, "tokens": num_tokens, "note": note or ("eagerly, exact" if eagerly else "")}
+        result: Row = {"backend": name, "tokens": num_tokens, "note": note + ("eagerly, exact" if eagerly else "")}
         y = both()
         if not eagerly:
             expert = ids.long() // (NUM_EXPERTS // 2)
@@ -187,18 +203,22 @@ class _Rank:
         result["with sum"] = timer(summed)
         exchange.end()
         torch.cuda.synchronize()
-        assert exchange.verdict().bad == ()
+        verdict = exchange.verdict()
+        assert (verdict.bad, verdict.overflow) == ((), -1)
         return result
 
     def bare(self, group: Any, num_tokens: int) -> Row:
-        """The same bytes in two all-to-alls without any packing."""
+        """As many bytes as are needed, in two all-to-alls without any packing."""
         there = torch.randn(2 * num_tokens, self.shape.hidden_size, device=self.device).bfloat16()
         back = torch.randn(TOP_K * num_tokens, self.shape.hidden_size, device=self.device).bfloat16()
         there_out, back_out = torch.empty_like(there), torch.empty_like(back)
 
+        options = AllToAllOptions()
+        options.asyncOp = False  # on the current stream, as ours
+
         def both() -> torch.Tensor:
-            group.alltoall_base(there_out, there, [], [], AllToAllOptions()).wait()
-            group.alltoall_base(back_out, back, [], [], AllToAllOptions()).wait()
+            group.alltoall_base(there_out, there, [], [], options)
+            group.alltoall_base(back_out, back, [], [], options)
             return back_out
 
         return {"backend": "bare", "tokens": num_tokens, "note": "all_to_all_single x 2", "both": _time_in_graph(both)}
