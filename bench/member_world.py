@@ -377,6 +377,8 @@ class _Member:
                 self._send(("answer", self._captures))
             elif kind == "facts":
                 self._send(("answer", self._facts()))
+            elif kind == "work":
+                self._send(("answer", self._work()))
             elif kind == "preemptions":
                 assert self.engine is not None
                 self._send(("answer", self.engine.engine.scheduler.num_preemptions))
@@ -392,6 +394,12 @@ class _Member:
             facts["device"] = torch.cuda.get_device_name(self._device)
             facts["peak_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9
         return facts
+
+    def _work(self) -> tuple[float, float, int]:
+        """(clock, seconds in which this member's GPU computed rows, rows under the placement in force)."""
+        experts = self.mesh.experts
+        assert isinstance(experts, LocalExpertMLP)
+        return perf_counter(), experts.busy_s(), int(self.mesh.load()[1].sum())
 
     def _drain(self, timeout_s: float) -> None:
         self._send(("answer", self.agent.drain(timeout_s)))

@@ -132,11 +132,6 @@ class DeviceExchange(ABC):
     def hold(self, graph: torch.cuda.CUDAGraph) -> None:
         """A graph was captured with this exchange in it, and must be reset should the exchange break."""
 
-    def rows_per_slot(self) -> torch.Tensor | None:
-        """[num_layers, slots_per_rank] int32 on the device, rows computed since `use_placement`, mod 2^32; None = not
-        counted here."""
-        return None
-
     @abstractmethod
     def abort(self) -> None:
         """Give up at once: own waits and the peers' end with an error. Idempotent."""

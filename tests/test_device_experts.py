@@ -143,6 +143,22 @@ def test_a_rank_without_experts_holds_a_table_of_nothing(experts, expected):
     assert agrees(experts, placed, expected)
 
 
+def test_rows_are_counted_for_each_slot_of_the_placement_in_use(experts):
+    first = experts.place(0, (5, -1, 0, 11, 5), [])
+    experts.use({0: first}, 1)
+    slots = torch.tensor([[0, 2, -1], [3, 4, 0], [1, -1, -1]], dtype=torch.int32)
+    experts.rows(0, torch.randn(3, HIDDEN), slots)
+    experts.rows(0, torch.randn(3, HIDDEN), slots)
+    assert experts.rows_per_slot({0: first}, 1).tolist() == [[6, 0, 2, 2, 0]]  # slot 4 is slot 0's expert
+    second = experts.place(0, (11, 7), [first])
+    assert experts.rows_per_slot({0: second}, 2).tolist() == [[0, 0]]
+    experts.use({0: second}, 2)
+    assert experts.rows_per_slot({0: first}, 1).sum() == 0
+    experts.rows(0, torch.randn(1, HIDDEN), torch.tensor([[1, 0, 1]], dtype=torch.int32))
+    assert experts.rows_per_slot({0: second}, 2).tolist() == [[1, 2]]
+    assert experts.work.busy_s() > 0
+
+
 @pytest.mark.parametrize(("ep_size", "expected_of_one_row"), [(1, 8.0), (2, 4.0157), (16, 1.2407)])
 def test_expected_pairs_count_rows_that_were_sent_for_a_reason(ep_size, expected_of_one_row):
     assert expected_pairs(10, 8, ep_size) == pytest.approx(10 * expected_of_one_row, rel=1e-3)
