@@ -66,7 +66,7 @@ def make_device_exchange(
         return build_peer(epoch, rank, shape, capacity=256, epoch_timeout_s=30.0, **deadlines)
     forms = bounded_forms(epoch, shape, exact_above) if backend.endswith("bounded") else None
     if backend.startswith("nccl"):
-        group = build_nccl(epoch, rank, shape.device, channels=4, timeout_s=30.0)
+        group = build_nccl(epoch, rank, shape.device, channels=16, timeout_s=30.0)
     else:
         group = build_gloo(epoch, rank, interface=HOST, timeout_s=30.0)
     return NcclExchange(group, epoch, rank, shape, capacity=256, exact_above=exact_above, forms=forms, **deadlines)

@@ -16,6 +16,7 @@ pytestmark = [
 NUM_GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 two_gpus = pytest.mark.skipif(NUM_GPUS < 2, reason="needs 2 GPUs: NCCL refuses two ranks on one")
 BACKENDS = ["peer", pytest.param("nccl", marks=two_gpus)]
+GRAPHS = [*BACKENDS, pytest.param("nccl bounded", marks=two_gpus)]
 _keys = iter(range(1000))
 
 
@@ -38,6 +39,16 @@ def test_rows_come_back_from_the_right_expert(store, backend, layout, bucket):
     assert sum(pairs) > 300
 
 
+@two_gpus
+@pytest.mark.parametrize("bucket", [0, 48])
+def test_rows_without_a_place_are_told_and_whole_steps_bring_them(store, bucket):
+    counted = process_world.run(
+        exchange_worlds.conform_bounded, 2, "nccl bounded", "2 colocated", bucket, 2, store.port, key()
+    )
+    assert sum(pairs for pairs, _ in counted) > 500
+    assert sum(num_overflows for _, num_overflows in counted) > 0
+
+
 @pytest.mark.skipif(NUM_GPUS < 4, reason="needs 4 GPUs")
 @pytest.mark.parametrize("layout", ["4 colocated", "2 attention + 2 shards", "mixed"])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -46,14 +57,14 @@ def test_rows_come_back_among_four(store, backend, layout):
     assert sum(pairs) > 500
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", GRAPHS)
 def test_a_captured_step_is_replayed_with_other_rows(store, backend):
     num_steps = 1000 if NUM_GPUS > 1 else 60
     steps = process_world.run(exchange_worlds.graph_steps, 2, backend, min(NUM_GPUS, 2), num_steps, store.port, key())
     assert steps == [1 + num_steps] * 2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", GRAPHS)
 def test_a_death_in_a_captured_step_ends_at_the_deadline_and_the_next_epoch_goes_on(store, backend, capsys):
     """Rank 1 is killed while its graph runs. Rank 0's context lives, and a fresh process takes the place."""
     keys = (key(), key())

@@ -5,11 +5,21 @@ import exchange_emulated
 import nccl_emulated
 import pytest
 import torch
-from exchange_conformance import LAYOUTS, TOP_K, check_device, make_epoch
+from exchange_conformance import LAYOUTS, TOP_K, check_bounded, check_device, make_epoch
 from test_nccl_pack import draw, one_turn
 
 from expertmesh.errors import KernelError
-from expertmesh.kernels.nccl_pack import BAD_ANSWER, BAD_ROW, KEY_SHIFT, NONE, NUM_SLOTS, NcclPack, PackSizes
+from expertmesh.kernels.nccl_pack import (
+    BAD_ANSWER,
+    BAD_ROW,
+    KEY_SHIFT,
+    NO_PLACE,
+    NONE,
+    NUM_SLOTS,
+    NcclPack,
+    PackSizes,
+    pairs_pitch,
+)
 from expertmesh.kernels.nccl_pack_reference import TorchPack
 from expertmesh.router.device_exchange import copies_table
 from expertmesh.router.exchange import RowShape
@@ -110,10 +120,11 @@ def assert_same_messages(case, ours, wanted):
 
 
 @cases
-@pytest.mark.parametrize("form", ["padded", "exact"])
+@pytest.mark.parametrize("form", ["padded", "bounded", "exact"])
 def test_rows_are_packed_as_in_torch(roles, row, num_tokens, form):
     case = Case(roles, row, num_tokens)
     sizes, places, counts, stride = case.sizes, None, None, num_tokens + 3
+    bounded = form == "bounded"
     others = sizes.num_owners - (sizes.own_owner >= 0)
     own, num_messages = stride, others * stride
     if form == "exact":
@@ -130,9 +141,10 @@ def test_rows_are_packed_as_in_torch(roles, row, num_tokens, form):
         rows,
         torch.zeros(rows.shape[0], sizes.top_k, dtype=torch.int32, device=GPU),
         torch.zeros(num_tokens, sizes.top_k, dtype=torch.int32, device=GPU),
+        torch.zeros(sizes.num_owners, pairs_pitch(stride), dtype=torch.uint8, device=GPU),
     )
 
-    def call(pack, facts, messages, rows, slots, where):
+    def call(pack, facts, messages, rows, slots, where, pairs):
         pack.pack(
             case.x,
             case.ids,
@@ -147,10 +159,13 @@ def test_rows_are_packed_as_in_torch(roles, row, num_tokens, form):
             own_begin=2,
             places=places,
             counts=counts,
+            pairs=pairs if bounded else None,
         )
 
-    facts, messages, rows, slots, where = case.both(call, *made)
+    facts, messages, rows, slots, where, pairs = case.both(call, *made)
     assert where[0].equal(where[1])
+    assert pairs[0].equal(pairs[1])
+    assert pairs[0].sum() == ((where[1] >= 0).sum() if bounded else 0)
     assert facts[0].equal(facts[1])
     asked = num_tokens > 6 and bool((where[1][6] >= 0).any())
     assert facts[0][BAD_ROW] == (LAYER << 40 | 6 << 8 if asked else NONE)
@@ -179,14 +194,18 @@ def test_messages_are_unpacked_as_in_torch(roles, row, num_tokens):
     messages[:, at : at + 2 * sizes.top_k] = slots.to(GPU).view(torch.uint8)
     rows = torch.zeros(num_rows, sizes.hidden, dtype=sizes.dtype, device=GPU)
     slots = torch.full((num_rows, sizes.top_k), 77, dtype=torch.int32, device=GPU)
+    pairs = torch.zeros(sizes.num_sources, pairs_pitch(stride), dtype=torch.uint8, device=GPU)
     everyone = (1 << sizes.num_sources) - 1
     silent = (sizes.own_source + 1) % sizes.num_sources
     for named, turn in ((everyone, stride), (everyone & ~(1 << silent), stride), (everyone, 0)):
 
-        def call(pack, facts, rows, slots, named=named, turn=turn):
-            pack.unpack(messages, facts, rows, slots, own=own, stride=turn, named=named)
+        def call(pack, facts, rows, slots, pairs, named=named, turn=turn):
+            counted = pairs if turn else None
+            pack.unpack(messages, facts, rows, slots, own=own, stride=turn, named=named, pairs=counted)
 
-        _, rows_of, slots_of = case.both(call, rows, slots)
+        _, rows_of, slots_of, pairs_of = case.both(call, rows, slots, pairs)
+        others = torch.arange(sizes.num_sources) != sizes.own_source
+        assert pairs_of[0][others].equal(pairs_of[1][others])
         assert slots_of[0].equal(slots_of[1])
         assert (slots_of[0][own[0] : own[1]] == 77).all()
         needed = (slots_of[1] >= 0).any(1)
@@ -235,12 +254,39 @@ def test_answers_are_packed_as_in_torch(roles, row, num_tokens):
         assert not memory[num_answers:].any()
 
 
+@owners_cases
+def test_as_many_answers_are_packed_as_there_are_places_as_in_torch(roles, row, num_tokens):
+    """Too few places, some too many; a source that is not named gets nothing, and nothing is written behind."""
+    case = Case(roles, row, num_tokens)
+    sizes, stride = case.sizes, num_tokens + 3
+    slots = torch.randint(-1, 3, (sizes.num_sources * stride, sizes.top_k), generator=case.generator).int()
+    slots[::7] = -1
+    pairs = torch.full((sizes.num_sources, pairs_pitch(stride)), 99, dtype=torch.uint8)  # also where nobody may look
+    pairs[:, :stride] = (slots >= 0).sum(1).view(-1, stride)
+    slots, pairs = slots.to(GPU), pairs.to(GPU)
+    expert_rows = case.noise(len(slots), sizes.top_k, sizes.hidden)
+    most = int(pairs[:, :stride].sum(1).max())
+    others, everyone = sizes.num_sources - (sizes.own_source >= 0), (1 << sizes.num_sources) - 1
+    for bound in (1, max(1, most // 2), most + 5):
+        for named in (everyone, everyone & ~1):
+            memory = torch.zeros(others * bound + 8, sizes.hidden, dtype=sizes.dtype, device=GPU)
+
+            def call(pack, facts, memory, bound=bound, named=named):
+                answers = memory[: others * bound]
+                pack.pack_bounded(expert_rows, slots, pairs, answers, stride=stride, bound=bound, named=named)
+
+            _, answers = case.both(call, memory)
+            assert answers[0].equal(answers[1])
+            assert not answers[0][others * bound :].any()
+
+
 @cases
-@pytest.mark.parametrize("form", ["padded", "exact"])
+@pytest.mark.parametrize("form", ["padded", "bounded", "exact"])
 def test_answers_are_unpacked_as_in_torch(roles, row, num_tokens, form):
     case = Case(roles, row, num_tokens)
     sizes, stride = case.sizes, num_tokens + 3
-    pairs = (sizes.num_owners - (sizes.own_owner >= 0)) * stride * sizes.top_k
+    num_others = sizes.num_owners - (sizes.own_owner >= 0)
+    num_answers, bound, pairs = num_others * stride * sizes.top_k, 0, None
     places, counts = plan(case)
     where = torch.full((num_tokens, sizes.top_k), -1, dtype=torch.int32, device=GPU)
     rows = torch.zeros(4 + num_tokens, sizes.hidden, dtype=sizes.dtype, device=GPU)
@@ -263,12 +309,18 @@ def test_answers_are_unpacked_as_in_torch(roles, row, num_tokens, form):
     )
     if form == "exact":
         sent = counts[: sizes.num_owners, 1].tolist()
-        pairs = sum(sent) - (sent[sizes.own_owner] if sizes.own_owner >= 0 else 0)
+        num_answers = sum(sent) - (sent[sizes.own_owner] if sizes.own_owner >= 0 else 0)
     else:
         places = counts = None
-    answers = case.noise(max(pairs, 1), sizes.hidden)[:pairs]
-    if pairs > 10:
-        answers[pairs // 2 : pairs // 2 + 9, 0] = float("nan")
+    if form == "bounded":  # the owner with most pairs has too few places
+        owned = torch.stack([(where == owner).sum(1) for owner in range(sizes.num_owners)])
+        pairs = torch.full((sizes.num_owners, pairs_pitch(stride)), 99, dtype=torch.uint8, device=GPU)
+        pairs[:, :num_tokens] = owned
+        bound = max(1, int(owned.sum(1).max()) * 3 // 4)
+        num_answers = num_others * bound
+    answers = case.noise(max(num_answers, 1), sizes.hidden)[:num_answers]
+    if num_answers > 10:
+        answers[num_answers // 2 : num_answers // 2 + 9, 0] = float("nan")
     if form == "padded":
         answers = answers.view(-1, sizes.top_k, sizes.hidden)
     expert_rows = case.noise(num_tokens + 4, sizes.top_k, sizes.hidden)
@@ -287,10 +339,17 @@ def test_answers_are_unpacked_as_in_torch(roles, row, num_tokens, form):
             own_begin=2,
             places=places,
             counts=counts,
+            pairs=pairs,
+            bound=bound,
         )
 
     facts, y = case.both(call, y)
     assert facts[0].equal(facts[1])
+    if form == "bounded" and num_tokens > 30:
+        away = owned.sum(1)
+        if sizes.own_owner >= 0:
+            away[sizes.own_owner] = 0
+        assert bool((facts[0][NO_PLACE] < NONE) == (away.max() > bound))
     assert as_bytes(y[0]).equal(as_bytes(y[1]))
 
 
@@ -329,6 +388,18 @@ def test_every_row_finds_its_expert_and_comes_back(layout, exact_above):
         len(exchanges), lambda rank: check_device(rank, epoch, exchanges[rank], shape), GPU
     )
     assert sum(pairs) > 500
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_row_has_a_place_or_its_source_is_told_and_the_whole_step_brings_it(layout):
+    epoch = make_epoch(layout, redundant=5)
+    shape = RowShape(hidden_size=1032, top_k=TOP_K, dtype=torch.bfloat16, device=GPU)
+    exchanges, _ = nccl_emulated.make_exchanges(epoch, shape, bounded=True)
+    results = exchange_emulated.run_ranks(
+        len(exchanges), lambda rank: check_bounded(rank, epoch, exchanges[rank], shape), GPU
+    )
+    assert sum(pairs for pairs, _ in results) > 500
+    assert (sum(num for _, num in results) > 0) == (len(epoch.expert_ranks) > 1)
 
 
 @pytest.mark.parametrize("hidden", [7, 40])
