@@ -81,9 +81,7 @@ class Products:
 
 
 @pytest.mark.parametrize("form", ["bf16", "fp8", "w8a16"])
-@pytest.mark.parametrize(
-    "num_rows", [1, 60, 300, 3000]
-)  # one launch for few and for more pairs; route by one CTA, by 8
+@pytest.mark.parametrize("num_rows", [1, 60, 100, 200, 3000])  # one launch: few pairs, more; two; 8 CTAs
 def test_rows_of_each_expert_are_added_up(form, num_rows):
     layer, work = make_layer(form), ExpertWork(2, GPU)
     work.count_for(1)
@@ -230,6 +228,7 @@ def test_a_real_shard_is_as_busy_as_its_work(layout, backend, capsys):
     """Idle, one short stream, then 32 with prompts, in captured steps: what every owner of experts says of itself."""
     roles = ["attention", "expert"] if layout == "shard" else ["colocated", "colocated"]
     owners = [f"rank{rank}" for rank, role in enumerate(roles) if role != "attention"]
+    num_attention = sum(role != "expert" for role in roles)
     num_layers, num_experts = 2, CASES["30b"]["num_experts"]
     options = WorldOptions(
         num_layers=num_layers,
@@ -252,7 +251,7 @@ def test_a_real_shard_is_as_busy_as_its_work(layout, backend, capsys):
         return [b - a for a, b in zip(before, after, strict=True)]
 
     place = uniform_place(num_layers, num_experts, 0)
-    with MemberWorld(options, num_attention=len(roles) // len(owners), num_expert=len(owners), place=place) as world:
+    with MemberWorld(options, num_attention=num_attention, num_expert=len(owners), place=place) as world:
         for rank, role in enumerate(roles):
             world.start(f"rank{rank}", role, rank)
         world.wait_for_epoch([f"rank{rank}" for rank in range(len(roles))])
@@ -264,12 +263,10 @@ def test_a_real_shard_is_as_busy_as_its_work(layout, backend, capsys):
         heavy = window(lambda: world.wait(world.submit("rank0", [stream(f"heavy-{i}", 300) for i in range(32)])))
     with capsys.disabled():
         for name, (passed_s, busy_s, rows) in (("idle", idle), ("1 stream", light), ("32 streams", heavy)):
-            print(
-                f"\n{layout} {backend} {name}: {rows} rows, busy {busy_s * 1e3:.2f} of {passed_s * 1e3:.0f} ms", end=""
-            )
+            print(f"\n{layout} {backend} {name}: {rows} rows, busy {busy_s * 1e3:.2f} of {passed_s * 1e3:.0f} ms")
     assert idle[1:] == [0.0, 0]
-    assert light[2] == (9 + 32) * TOP_K * num_layers
-    assert heavy[2] == 32 * (300 + 32) * TOP_K * num_layers
+    for rows, num_tokens in ((light[2], 9 + 32), (heavy[2], 32 * (300 + 32))):
+        assert 1.0 <= rows / (num_tokens * TOP_K * num_layers) < 1.1  # a step may run again
     assert heavy[1] > 5 * light[1]
     assert 0 < light[1] < 0.5 * light[0]
     assert heavy[1] < heavy[0]
