@@ -3,6 +3,7 @@ knows, its step alone runs again, and a header that says so to all makes the nex
 
 import exchange_emulated
 import exchange_worlds
+import mesh_worlds
 import nccl_emulated
 import process_world
 import pytest
@@ -18,6 +19,7 @@ from expertmesh.router.exchange import RowShape
 from expertmesh.router.group import RendezvousStore
 from expertmesh.router.guard import Guard
 from expertmesh.router.leader import BidPlaced, EpochInstalled, Leader, StepDone
+from expertmesh.router.mesh import LocalMesh
 from expertmesh.router.nccl_form import NcclForms
 
 CPU = torch.device("cpu")
@@ -148,6 +150,21 @@ def test_one_bid_that_asks_for_a_whole_step_makes_it_so_for_all(whole):
     (issued,) = leader.step(StepDone("m1", 1), 3.0)
     assert issued.header.num_tokens == (1, 1)
     assert issued.header.flags == (WHOLE if whole else 0)
+
+
+def test_a_process_whose_answers_had_no_place_bids_for_whole_steps_until_enough_went_through():
+    local = LocalMesh(mesh_worlds.TinyExperts(), mesh_worlds.placement(1, 1), mesh_worlds.SHAPE)
+    headers = []
+    local.start(headers.append)
+    local.guard.overflowed(layer_id=1, step_id=1, epoch=1)
+    flags = []
+    for _ in range(17):
+        local.bid(1, 0)
+        step = local.enter(headers[-1])
+        mesh_worlds.toy_model(step, 1, 1)
+        flags.append(headers[-1].flags)
+    assert flags == [WHOLE] * 16 + [0]
+    local.close()
 
 
 def test_places_are_a_quarter_more_than_the_even_share_and_bound_only_what_pays():
