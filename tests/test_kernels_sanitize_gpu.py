@@ -11,6 +11,7 @@ import torch
 
 from expertmesh.kernels import jit, reference
 from expertmesh.kernels.expert_layer import ExpertLayer
+from expertmesh.kernels.expert_work import ExpertWork
 from expertmesh.kernels.gate_topk import gate_topk
 from expertmesh.kernels.pack_int4 import random_int4
 from expertmesh.kernels.plan import all_plans
@@ -69,6 +70,12 @@ def test_ugly_shapes(name, shape):
     for plan in (None, *(p for p in every if p.fits(layer.hidden_size, layer.intermediate_size))):
         assert torch.isfinite(layer.combined(x, ids, topk_weights, plan=plan)).all()
     assert torch.isfinite(layer.combined(x, ids, topk_weights, expert_map=expert_map)).all()
+    work = ExpertWork(1, torch.device(DEVICE))
+    work.count_for(1)
+    for _ in range(2):
+        layer.rows(x, ids, work=work.of(0))
+    torch.cuda.synchronize()
+    assert work.rows(1).sum() == 2 * ((ids >= 0) & (ids < NUM_LOCAL)).sum()
 
 
 def test_the_gate():
