@@ -30,7 +30,7 @@ GROUPS = (  # the first pattern that is found in a kernel's name
     ("exchange", r"^(begin|dispatch|answer)\b|nccl"),
     ("norm, rope", r"^(add_rms_norm|embed_rms_norm|qk_norm_rope|silu_mul)\b"),
     ("sampling", r"^sample_"),
-    ("dense", r"linear|gemm|nvjet|cutlass|xmma|gemv|splitK|cublas"),
+    ("dense", r"^(dense|quantize|dequantize)_|linear|gemm|nvjet|cutlass|xmma|gemv|splitK|cublas"),
     ("copies", r"[Mm]em(cpy|set)"),
 )
 

@@ -18,6 +18,7 @@ from .pack import pack_w2, unpack_w2
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 BLOCK = 128
 MAX_ROWS = 64
+MOST_CTAS = 256  # multiprocessors of a GPU; as many tiles may be shared (`dense_w8a8.py`)
 _TILES = (8, 16, 32, 64)
 _SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}  # a CTA's most; else 99 KiB
 
@@ -28,7 +29,7 @@ class Fp8Weight:
 
     packed: torch.Tensor  # uint8 [N / 128, K / 128, 16384], `pack.py`
     scales: torch.Tensor  # float32 [N / 128, K / 128]
-    counters: torch.Tensor  # int32 [N / 128], zero between launches: CTAs that have left their sums of a tile
+    counters: torch.Tensor  # int32, zero between launches: how many CTAs have left their sums of a shared tile
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,7 +53,7 @@ def pack_fp8(values: torch.Tensor, scales: torch.Tensor) -> Fp8Weight:
     )
     storage = values.view(torch.uint8).view(num_outputs // BLOCK, k // BLOCK, BLOCK * BLOCK)
     storage.copy_(pack_w2(values[None])[0])
-    counters = torch.zeros(num_outputs // BLOCK, dtype=torch.int32, device=values.device)
+    counters = torch.zeros(max(num_outputs // BLOCK, MOST_CTAS), dtype=torch.int32, device=values.device)
     return Fp8Weight(storage, scales, counters)
 
 
@@ -88,7 +89,7 @@ def _launch(x: torch.Tensor, w: Fp8Weight, out: torch.Tensor) -> None:
         return
     tile = next(tile for tile in _TILES if num_rows <= tile)
     stages = stages_for(tile, _capability(x.device.index or 0))
-    num_ctas = min(_num_sms(x.device.index or 0), w.scales.numel())
+    num_ctas = min(num_sms(x.device.index or 0), w.scales.numel())
     partial = torch.empty(2 * num_ctas * BLOCK * tile, dtype=torch.float32, device=x.device)
     dense_fp8_kernel(k, tile, stages).launch(
         (num_ctas,),
@@ -131,5 +132,5 @@ def _capability(device_index: int) -> tuple[int, int]:
 
 
 @functools.cache
-def _num_sms(device_index: int) -> int:
+def num_sms(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count

@@ -1,4 +1,5 @@
-"""fp8 weights written out in bf16, for the library's products: many rows where no fp8 kernel is (`dense_w8a8.py`)."""
+"""fp8 weights written out in bf16, for the library's products: many rows, on GPUs that
+`dense_w8a8.py` has no kernel for."""
 
 import functools
 

@@ -90,6 +90,8 @@ def test_every_case_is_a_model_that_loads_from_its_config_alone(name, tmp_path):
         ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "dense"),
         ("void cublasLt::splitKreduce_kernel<...>", "dense"),
         ("thin_linear", "dense"),
+        ("dense_fp8", "dense"),
+        ("quantize_rows", "dense"),
         ("sample_choose", "sampling"),
         ("Memcpy HtoD (Pinned -> Device)", "copies"),
         ("void at::native::index_elementwise_kernel", "other"),

@@ -10,7 +10,7 @@ from expertmesh.cluster.attention.products import PlainProducts
 from expertmesh.cluster.attention.weights import fp8_parameters, load_attention_weights
 from expertmesh.dummy_checkpoint import DummyCheckpoint
 from expertmesh.errors import KernelError
-from expertmesh.kernels import jit
+from expertmesh.kernels import dense_w8a8, jit
 from expertmesh.kernels.dense_fp8 import (
     Fp8Weight,
     most_rows,
@@ -147,5 +147,22 @@ def test_kernels_compile_without_spills(arch, k):
         (use,) = jit.compile_only("dense_fp8.cu", arch, defines).use()
         assert use.clean, use
         assert use.registers * num_threads(tile) <= 65536
-    (use,) = jit.compile_only("dequantize_fp8.cu", arch, {"K": k}).use()
+    for file in ("dequantize_fp8.cu", "quantize_rows.cu"):
+        (use,) = jit.compile_only(file, arch, {"K": k}).use()
+        assert use.clean, use
+
+
+@pytest.mark.parametrize("tile", dense_w8a8.TILES)
+@pytest.mark.parametrize("k", [2048, 4096, 8192])
+def test_the_product_of_many_rows_compiles_without_spills_or_waits_in_between(k, tile):
+    defines = {"K": k, "TILE": tile, "STAGES": dense_w8a8.stages_for(tile)}
+    compiled = jit.compile_only("dense_w8a8.cu", "sm_90a", defines)
+    (use,) = compiled.use()
     assert use.clean, use
+    assert "wgmma" not in compiled.log  # ptxas tells of products that it serialises
+    assert dense_w8a8.shared_bytes(tile) + 1024 <= 227 << 10
+
+
+@pytest.mark.parametrize(("rows", "tile"), [(1, 128), (128, 128), (129, 192), (256, 128), (384, 192), (2048, 128)])
+def test_tiles_are_chosen_for_little_padding(rows, tile):
+    assert dense_w8a8.tile_for(rows) == tile

@@ -7,9 +7,9 @@ stands in rows that nobody asked for is whatever was in memory. The promise is c
 start, and refused where it does not hold. Idea: Thinking Machines' batch-invariant kernels; the fixed piece is
 `numerics.py`'s, for another library.
 
-Weights that stay fp8 (`kernels/dense_fp8.py`) have kernels of our own, whose rows do not depend on each other at any
-number of rows. Where there are many rows and no hurry to read, plain mode writes the weights out in bf16 for the
-library; the batch-invariant mode never does: it has one kernel."""
+Weights that stay fp8 have kernels of our own: `kernels/dense_fp8.py` reads them for few rows, and a row's bits depend
+on no other; `kernels/dense_w8a8.py` multiplies many rows in fp8, or the library does in bf16 where that has no kernel.
+The batch-invariant mode takes the first one for any number of rows."""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from ...errors import ConfigError
 from ...kernels.dense_fp8 import Fp8Weight, dense_fp8
+from ...kernels.dense_w8a8 import dense_w8a8, has_kernel
 from ...kernels.dequantize_fp8 import dequantize_fp8
 from ...kernels.thin_linear import MAX_ROWS, takes, thin_linear
 
@@ -43,7 +44,9 @@ class PlainProducts:
 
     def __call__(self, x: torch.Tensor, w: Weight) -> torch.Tensor:
         if isinstance(w, Fp8Weight):
-            return dense_fp8(x, w) if x.shape[0] <= FEW_FP8_ROWS else F.linear(x, dequantize_fp8(w))
+            if x.shape[0] <= FEW_FP8_ROWS:
+                return dense_fp8(x, w)
+            return dense_w8a8(x, w) if has_kernel(x.device) else F.linear(x, dequantize_fp8(w))
         if x.is_cuda and x.shape[0] <= MAX_ROWS and takes(*w.shape):
             return thin_linear(x, w)
         return F.linear(x, w)
