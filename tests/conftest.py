@@ -1,9 +1,20 @@
-"""Fixtures that several files share: a tiny random checkpoint, and one Ray for the whole test session."""
+"""Fixtures that several files share, the order in which files use one cluster in turn, the seconds of each ring."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from rings import RingSeconds
+
+if TYPE_CHECKING:
+    from expertmesh.cluster.app import Cluster
+
+SHARERS = ("test_cluster", "test_elastic", "test_upgrade")  # of `shared_cluster`, in this order and together
+
+# Ray runs what it starts at nice 15; a cluster under test would stand still behind whatever else this host does.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +50,44 @@ def ray_runtime() -> Iterator[None]:
         start_ray()
     yield
     stop_ray()
+
+
+@pytest.fixture
+def shared(ray_runtime: None, tiny_checkpoint: Path) -> "Cluster":
+    """The cluster of `shared_cluster.py`, whole."""
+    from shared_cluster import shared_cluster
+
+    return shared_cluster(tiny_checkpoint)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that share the cluster run next to each other, where the first of them stands."""
+    sharing = [item for item in items if item.path.stem in SHARERS]
+    if sharing:
+        first = items.index(sharing[0])
+        sharing.sort(key=lambda item: SHARERS.index(item.path.stem))
+        others = [item for item in items if item.path.stem not in SHARERS]
+        items[:] = others[:first] + sharing + others[first:]
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """A Ray runs one cluster at a time: after its last user the shared one ends."""
+    if item.path.stem in SHARERS and (nextitem is None or nextitem.path.stem not in SHARERS):
+        from shared_cluster import end_shared_cluster
+
+        end_shared_cluster()
+
+
+# ---------------------------------------------------------------- the seconds of each ring
+
+_seconds = RingSeconds()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _seconds.add(Path(report.fspath).stem, report.duration)
+
+
+def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter") -> None:
+    terminalreporter.section("seconds of each ring", sep="-")
+    for line in _seconds.lines():
+        terminalreporter.write_line(line)

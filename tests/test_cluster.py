@@ -5,8 +5,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,12 +32,10 @@ def expected(tiny_checkpoint: Path) -> list[list[int]]:
     return solo_tokens(tiny_checkpoint, PROMPTS, LONG)
 
 
-@pytest.fixture(scope="module")
-def large(tiny_checkpoint: Path, ray_runtime: None) -> Iterator[Cluster]:
-    """Two gateways, two attention replicas, four shards; shared by the tests that leave it whole."""
-    config = config_of(tiny_checkpoint, num_attention=2, num_shards=4)
-    with Cluster(replace(config, num_gateways=2)) as cluster:
-        yield cluster
+@pytest.fixture
+def large(shared: Cluster) -> Cluster:
+    """Two gateways, two attention replicas, four shards with two copies of every expert."""
+    return shared
 
 
 def config_of(
@@ -253,6 +250,6 @@ def test_topology_names_every_member(large: Cluster):
         [(True, False, "ready")] * 2 + [(False, True, "ready")] * 4
     )
     assert sorted(m.ep_rank for m in topology.members) == [-1, -1, 0, 1, 2, 3]
-    assert sum(m.num_physical_experts for m in topology.members) == 64 * 2
+    assert sum(m.num_physical_experts for m in topology.members) == 64 * 2 * 2
     with Client(large.gateways, cluster_token="guessed") as stranger, pytest.raises(Unauthenticated):
         stranger.topology()

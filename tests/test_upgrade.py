@@ -1,37 +1,37 @@
 """A cluster whose processes are all replaced, tier by tier, under running streams: none ends, no token changes."""
 
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from solo_engine import solo_tokens
-from test_cluster import all_idle, client_of, config_of, eventually, token_ids
-from test_elastic import PROMPTS, serving
+from elastic_streams import PROMPTS, expected_tokens
+from shared_cluster import NUM_ATTENTION, NUM_GATEWAYS, serving, sized
+from test_cluster import all_idle, client_of, eventually, token_ids
 
 from expertmesh.client import Client
 from expertmesh.cluster.app import Cluster
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_runtime"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+NUM_SHARDS = 2
 
 NUM_TOKENS = 60  # far below a gateway's grace, on a busy machine too
 
 
-def test_an_upgrade_replaces_every_process_and_ends_no_stream(tiny_checkpoint: Path):
-    expected = solo_tokens(tiny_checkpoint, PROMPTS, NUM_TOKENS)
-    config = replace(config_of(tiny_checkpoint, num_attention=2, num_shards=2), num_gateways=2)
-    config = replace(config, network=replace(config.network, gateway_port=two_free_ports()))
-    with Cluster(config) as cluster:
-        before = {process.pid for process in cluster.state().processes}
-        assert len(before) == 6
-        with client_of(cluster) as client, resumable_streams(client, expected):
-            cluster.upgrade()
-        assert eventually(lambda: {p.pid for p in cluster.state().processes if p.state == "ready"}.isdisjoint(before))
-        assert eventually(lambda: len(serving(cluster, "attention")) == len(serving(cluster, "expert")) == 2, 60.0)
-        assert eventually(lambda: all_idle(cluster))
+def test_an_upgrade_replaces_every_process_and_ends_no_stream(shared: Cluster, tiny_checkpoint: Path):
+    """Also where an operator has asked for another number of shards than the configuration's: it stays."""
+    expected = [tokens[:NUM_TOKENS] for tokens in expected_tokens(tiny_checkpoint)]
+    sized(shared, NUM_SHARDS)
+    before = {process.pid for process in shared.state().processes if process.state == "ready"}
+    assert len(before) == NUM_GATEWAYS + NUM_ATTENTION + NUM_SHARDS
+    with client_of(shared) as client, resumable_streams(client, expected):
+        shared.upgrade()
+    assert eventually(lambda: {p.pid for p in shared.state().processes if p.state == "ready"}.isdisjoint(before))
+    for role, count in (("attention", NUM_ATTENTION), ("expert", NUM_SHARDS)):
+        assert eventually(lambda role=role, count=count: len(serving(shared, role)) == count, 60.0)
+    assert eventually(lambda: all_idle(shared))
 
 
 @contextmanager
@@ -71,16 +71,3 @@ def resumable_streams(client: Client, expected: list[list[int]]) -> Iterator[Non
             thread.join(timeout=120.0)
     assert not wrong
     print(f"\n{num_streams[0]} streams over the upgrade")
-
-
-def two_free_ports() -> int:
-    """The first of two neighbours: clients know the gateways' addresses, so successors take the same ports."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port
