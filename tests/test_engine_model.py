@@ -15,6 +15,7 @@ from expertmesh.cluster.attention.runner import (
     kv_dtype_of,
     size_kv_pool,
     tokenizer_vocab_size,
+    warn_of_cut_keys,
 )
 from expertmesh.config import CacheConfig, SchedulerConfig
 from expertmesh.errors import StartupError
@@ -90,6 +91,15 @@ def test_pool_is_sized_from_its_bytes(folder, kv_dtype, num_blocks):
     runner = Runner.load(Checkpoint(folder), cache)
     assert runner.num_blocks == num_blocks
     assert sum(k.nbytes + v.nbytes for k, v in runner.kv_pages) == 10 * block_bytes
+
+
+def test_keys_that_fp8_may_cut_are_named(folder, caplog):
+    runner = Runner.load(Checkpoint(folder), CacheConfig(num_blocks=2, kv_dtype="fp8"))
+    assert "cuts them" not in caplog.text
+    layers = list(runner.model.weights.layers)
+    layers[1] = replace(layers[1], qk_norm=layers[1].qk_norm * 200)
+    warn_of_cut_keys(replace(runner.model.weights, layers=tuple(layers)), runner.model.config, torch.float8_e4m3fn)
+    assert "keys of layer 1 may reach" in caplog.text
 
 
 def test_fp8_kv_changes_logits_by_its_rounding_alone(folder):

@@ -45,6 +45,7 @@ from .runner import (
     kv_dtype_of,
     size_kv_pool,
     tokenizer_vocab_size,
+    warn_of_cut_keys,
 )
 from .sampler import Sampled, Sampler
 from .sequence import UNSEEN, Sequence
@@ -158,6 +159,7 @@ class DeviceRunner:
                 batch_invariant=batch_invariant,
                 progress=progress,
             )
+        warn_of_cut_keys(model.weights, config, kv_dtype)
         attention = select_attention(
             "auto",
             config.num_heads,

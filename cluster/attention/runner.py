@@ -4,6 +4,7 @@ A failed step leaves nothing behind that matters: KV is written by slot, so runn
 values, and the draw depends on seed and position alone."""
 
 import json
+import logging
 import os
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import torch
 from ...checkpoint import Checkpoint, ProgressCallback
 from ...config import CacheConfig
 from ...errors import CheckpointError, StartupError
-from ...kernels.kv_numbers import E4M3
+from ...kernels.kv_numbers import E4M3, E4M3_MAX
 from ...model_config import ModelConfig
 from ...router.contracts import StepContext
 from ...router.device_step import DeviceStep
@@ -23,11 +24,14 @@ from ...startup_phases import StartupPhases
 from ..sizing import attention_parameters
 from .batch import ScheduledTokens, StepBatch, build
 from .model import Model
+from .rope import inverse_frequencies
 from .sampler import Sampled, Sampler
 from .sequence import Sequence
+from .weights import AttentionWeights
 
 KVPages = Seq[tuple[torch.Tensor, torch.Tensor]]  # per layer K, V [num_blocks, block_size, num_kv_heads, head_dim]
 
+_log = logging.getLogger(__name__)
 _GPU_MEMORY_SHARE = 0.85  # of the free memory, for weights and KV
 
 
@@ -161,6 +165,7 @@ class Runner:
                 batch_invariant=batch_invariant,
                 progress=progress,
             )
+        warn_of_cut_keys(model.weights, checkpoint.config, kv_dtype)
         with phases.phase("kv"):
             return cls(
                 model,
@@ -218,6 +223,23 @@ def attention_weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 def kv_dtype_of(cache: CacheConfig, dtype: torch.dtype) -> torch.dtype:
     """What KV is stored as beside weights of `dtype`."""
     return {"auto": dtype, "bf16": torch.bfloat16, "fp8": E4M3}[cache.kv_dtype]
+
+
+def warn_of_cut_keys(weights: AttentionWeights, config: ModelConfig, kv_dtype: torch.dtype) -> None:
+    """e4m3 ends at 448. A normed key is at most sqrt(head_dim) long before its weight, so its norm's weights say where
+    keys could be cut; values have no such bound, and are small."""
+    if kv_dtype != E4M3:
+        return
+    _, factor = inverse_frequencies(config.rope, config.head_dim)
+    most = [float(layer.qk_norm[config.num_heads :].abs().max()) for layer in weights.layers]
+    longest = factor * config.head_dim**0.5 * max(most)
+    if longest > E4M3_MAX:
+        _log.warning(
+            "keys of layer %d may reach %.0f, and fp8 KV cuts them at %.0f: compare answers with cache.kv_dtype=bf16",
+            most.index(max(most)),
+            longest,
+            E4M3_MAX,
+        )
 
 
 def size_kv_pool(
