@@ -75,7 +75,7 @@ def test_ugly_shapes(name, shape):
     for _ in range(2):
         layer.rows(x, ids, work=work.of(0))
     torch.cuda.synchronize()
-    assert work.rows(1).sum() == 2 * ((ids >= 0) & (ids < NUM_LOCAL)).sum()
+    assert work.rows(1).sum() == 2 * ((ids >= 0) & (ids < NUM_LOCAL)).sum().item()
 
 
 def test_the_gate():
