@@ -19,7 +19,7 @@ MAX_EXPERTS = 512  # of a rank and layer, as permute.cu
 class LayerWork:
     """What the kernels of one layer's product write to; its addresses never change."""
 
-    clock: torch.Tensor  # [3] int64, `struct Work`: busy ns, beginning and end of the last product
+    clock: torch.Tensor  # [4] int64, `struct Work`: busy ns, beginning and end of the last product
     rows: torch.Tensor  # [MAX_EXPERTS] int64, added to
 
 
@@ -27,7 +27,7 @@ class ExpertWork:
     """`count_for` in the engine's thread; `rows` and `busy_s` from any."""
 
     def __init__(self, num_layers: int, device: torch.device) -> None:
-        self._clock = torch.zeros(3, dtype=torch.int64, device=device)
+        self._clock = torch.zeros(4, dtype=torch.int64, device=device)
         self._rows = torch.zeros(num_layers, MAX_EXPERTS, dtype=torch.int64, device=device)
         self._layers = [LayerWork(self._clock, rows) for rows in self._rows]
         self._lock = threading.Lock()

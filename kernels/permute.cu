@@ -60,6 +60,8 @@ extern "C" __global__ void ROUTE_CLUSTER __launch_bounds__(WARPS * 32, 1)
           int granule, int* counts, int* pair_of_row, int4* tiles, u32* ready, int* state, Work* work, u64* rows) {
   __shared__ int histogram[WARPS * NUM_EXPERTS];
   __shared__ int first_row[NUM_EXPERTS];
+  __shared__ Work kept;
+  __shared__ u64 began;
   const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
   const int rank = blockIdx.x;  // in the cluster, which is the grid
   const i64 segment = (num_pairs + ROUTE_CTAS * WARPS * 32 - 1) / (ROUTE_CTAS * WARPS * 32) * 32;
@@ -70,7 +72,7 @@ extern "C" __global__ void ROUTE_CLUSTER __launch_bounds__(WARPS * 32, 1)
   allow_next_kernel();
   wait_for_previous_kernel();
   const bool notes = rank == 0 && thread == (WARPS - 1) * 32;
-  const Beginning beginning = begin_product(work, notes);
+  if (notes) begin_product(work, kept, began);
 
   int* mine = histogram + warp * NUM_EXPERTS;
   for (i64 base = begin; base < end; base += 32 * BATCH) {
@@ -133,7 +135,7 @@ extern "C" __global__ void ROUTE_CLUSTER __launch_bounds__(WARPS * 32, 1)
       __syncwarp();
     }
   }
-  if (notes) note_product(work, beginning, places.total_pairs);
+  if (notes) note_product(work, kept, began, places.total_pairs);
 }
 
 // The warps of a CTA move neighbouring rows. Their number is known only on the device.

@@ -33,6 +33,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                    int4* tiles, u32* ready, int* state, u8* packed, float* scales, Work* work, u64* expert_rows) {
   __shared__ int histogram[WARPS][NUM_EXPERTS];
   __shared__ int first_row[NUM_EXPERTS];
+  __shared__ Work kept;
+  __shared__ u64 began;
   __shared__ int row_pair[MAX_ROWS];
   const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31;
   const int segment = (num_pairs + THREADS - 1) / THREADS * 32;  // pairs of a warp
@@ -44,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   allow_next_kernel();
   wait_for_previous_kernel();
   const bool notes = blockIdx.x == gridDim.x - 1 && thread == THREADS - 32;
-  const Beginning beginning = begin_product(work, notes);
+  if (notes) begin_product(work, kept, began);
 
   // Of each pair: expert << 16 | how many pairs of this warp and expert stand before it; -1 not local.
   int found[MOST];
@@ -98,5 +100,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     const u32 row = item % num_groups * ROWS + lane / LANES;
     gather(x, row_pair[row], row, item / num_groups * LOADS, capacity, packed, scales);
   }
-  if (notes) note_product(work, beginning, places.total_pairs);
+  if (notes) note_product(work, kept, began, places.total_pairs);
 }
