@@ -238,6 +238,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
               u32* counters) {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
   if (threadIdx.x == 0) {
+    if (stage(0) & 127) __trap();  // the swizzle is by address
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(full[i], 2 * PRODUCER_ARRIVALS);
       barrier_init(empty[i], CONSUMERS * WARP_ARRIVALS);

@@ -21,7 +21,7 @@ from ...errors import ConfigError
 from ...kernels.dense_fp8 import Fp8Weight, dense_fp8
 from ...kernels.dense_w8a8 import dense_w8a8, has_kernel
 from ...kernels.dequantize_fp8 import dequantize_fp8
-from ...kernels.thin_linear import MAX_ROWS, takes, thin_linear
+from ...kernels.thin_linear import MAX_ROWS, is_faster, takes, thin_linear
 
 ROWS = 128  # a whole tile of the tensor cores
 FEW_FP8_ROWS = 128  # up to here fp8 weights are read once for each 64 rows
@@ -47,7 +47,7 @@ class PlainProducts:
             if x.shape[0] <= FEW_FP8_ROWS:
                 return dense_fp8(x, w)
             return dense_w8a8(x, w) if has_kernel(x.device) else F.linear(x, dequantize_fp8(w))
-        if x.is_cuda and x.shape[0] <= MAX_ROWS and takes(*w.shape):
+        if x.is_cuda and x.shape[0] <= MAX_ROWS and takes(*w.shape) and is_faster(*w.shape, x.device.index or 0):
             return thin_linear(x, w)
         return F.linear(x, w)
 
