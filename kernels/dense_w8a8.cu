@@ -42,15 +42,17 @@ struct Ring {  // position in a ring; the parity flips at each turn
 struct Work {
   u32 tile, first, last;
   u32 whole, shared_blocks;    // tiles from `whole` on are shared
+  u32 sharers;                 // by so many CTAs, none with nothing and hardly one with less than four blocks
   u32 next_whole, block, end;  // what is left of this CTA's part
 
   __device__ __forceinline__ explicit Work(u32 num_tiles) : next_whole(blockIdx.x) {
     whole = num_tiles / gridDim.x * gridDim.x;
     shared_blocks = (num_tiles - whole) * K_BLOCKS;
+    sharers = max(1u, min(gridDim.x, shared_blocks / 4));
     block = begin(blockIdx.x), end = begin(blockIdx.x + 1);
   }
-  __device__ __forceinline__ u32 begin(u32 cta) const { return (u64)cta * shared_blocks / gridDim.x; }
-  __device__ __forceinline__ u32 owner(u32 b) const { return ((u64)(b + 1) * gridDim.x - 1) / shared_blocks; }
+  __device__ __forceinline__ u32 begin(u32 cta) const { return (u64)min(cta, sharers) * shared_blocks / sharers; }
+  __device__ __forceinline__ u32 owner(u32 b) const { return ((u64)(b + 1) * sharers - 1) / shared_blocks; }
   __device__ __forceinline__ bool next() {
     if (next_whole < whole) {
       tile = next_whole, first = 0, last = K_BLOCKS;
