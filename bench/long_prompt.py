@@ -2,8 +2,9 @@
 
 After a replica's own warm-up short streams decode undisturbed; then prompts of 32K and 128K tokens (YaRN) come, one
 after the other, while they go on. Chunks of a long prompt share steps with the decodes, so their size sets everybody's
-time; the scheduler makes them smaller as the context grows (`scheduler.py`). Goal: p99 at most 3 x undisturbed.
-The longest steps beside each prompt are shown with what was in them (`step_watch.py`). The last line is JSON.
+time; the scheduler makes them smaller as the context grows, by what it has learned of steps (`pace.py`, shown). Goal:
+p99 at most 3 x undisturbed. When the streams have gone the first prompt comes once more, alone. The longest steps
+beside each prompt are shown with what was in them (`step_watch.py`). The last line is JSON.
 
     python -m expertmesh.bench.long_prompt --prompts 32768,131000 --streams 32"""
 
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--prompts", type=lambda text: [int(n) for n in text.split(",")], default=[32768, 131000])
     parser.add_argument("--chunk", type=int, default=1024, help="scheduler.max_prefill_tokens_per_step")
+    parser.add_argument("--stretch", type=float, default=2.5, help="scheduler.max_step_stretch")
+    parser.add_argument("--max-num-seqs", type=int, default=256)
     arguments = parser.parse_args(argv)
     if arguments.device == "cpu":
         torch.set_num_threads(1)
@@ -46,9 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = open_case(arguments.case, Path(folder))
         longest = max(arguments.prompts) + 64
         scheduler = SchedulerConfig(
-            max_num_seqs=arguments.streams + 1,
-            max_num_batched_tokens=max(2048, arguments.chunk + arguments.streams),
+            max_num_seqs=arguments.max_num_seqs,
+            max_num_batched_tokens=max(2048, arguments.chunk + arguments.max_num_seqs),
             max_prefill_tokens_per_step=arguments.chunk,
+            max_step_stretch=arguments.stretch,
         )
         on_gpu = arguments.device != "cpu"
         kv_bytes = 0 if on_gpu else 2 * longest * checkpoint.config.kv_bytes_per_token(4)
@@ -65,11 +69,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         watch.watch(engine.runner)
         with engine:
             vocab_size = min(checkpoint.config.vocab_size, engine.engine.vocab_size)
-            print(f"warm after {engine.warm_up():.1f} s", flush=True)
+            print(warmed(engine), flush=True)
             result = measure(engine, watch, arguments.streams, arguments.prompts, vocab_size)
     name = torch.cuda.get_device_name() if on_gpu else "cpu"
-    print(json.dumps({"device": name, "streams": arguments.streams, "chunk": arguments.chunk} | result))
+    told = {"device": name, "streams": arguments.streams, "chunk": arguments.chunk, "stretch": arguments.stretch}
+    print(json.dumps(told | result))
     return 0 if all(p["complete"] for p in result["prompts"]) else 1
+
+
+def warmed(engine: LocalEngine) -> str:
+    """What the warm-up took."""
+    runner: Any = engine.runner
+    on_gpu = torch.device(runner.device).type == "cuda"
+    free = torch.cuda.mem_get_info(runner.device)[0] if on_gpu else 0
+    before, idle = engine.warm_up()
+    said = f"warm after {before:.1f} s, and {idle:.1f} s of idle time"
+    if on_gpu:
+        taken = (free - torch.cuda.mem_get_info(runner.device)[0]) / 2**20
+        said += f"; {runner.num_captures} graphs of decodes, {taken:.0f} MiB of the GPU taken meanwhile"
+    return f"{said}\n{engine.engine.scheduler.pace}"
 
 
 def measure(
@@ -112,12 +130,16 @@ def measure(
         for step in longest:
             print(f"  at {step.at_s - began:6.3f} s, {step}", flush=True)
         found[-1]["longest_steps"] = [str(step) for step in longest]
+        print(engine.engine.scheduler.pace, flush=True)
     company.stop()
+    (alone,) = engine.run([request("alone", prompts[0], 2)])
+    print(f"{prompts[0]} tokens alone: first token after {alone.time_to_first_token_s:.3f} s", flush=True)
     watch.close()
     return {
         "undisturbed_p50_ms": 1e3 * statistics.median(undisturbed),
         "undisturbed_p99_ms": 1e3 * float(np.quantile(undisturbed, 0.99)),
         "prompts": found,
+        "alone_s": alone.time_to_first_token_s,
         "goal_times_undisturbed": GOAL,
         "goal_met": all(p["times_undisturbed"] <= GOAL for p in found),
     }

@@ -2,8 +2,8 @@
 
 A step's milliseconds are those between its tokens and the step's before, as a stream sees them: whatever holds the
 engine thread up is in them. Beside it stand the host's time for launching, the device's from the first kernel to the
-last, and what may hold either up: a graph that was captured in the step, memory that the allocator had to ask the
-driver for, and Python's search for garbage."""
+last, and what may hold either up: a graph that was captured in the step, memory that the allocators had to ask the
+driver for, the GPU's and pinned, and Python's search for garbage."""
 
 import gc
 from collections.abc import Callable
@@ -34,6 +34,8 @@ class Watched:
     device_ms: float = 0.0  # 0 on a CPU
     ms: float = 0.0
     num_mallocs: int = 0  # of the driver's memory, while it was launched
+    num_pinned: int = 0  # pieces of pinned memory, likewise ...
+    pinned_ms: float = 0.0  # ... and what the driver took for them
     gc_ms: float = 0.0  # between the step's before and its tokens, in any thread
     _events: Any = field(default=None, repr=False)
 
@@ -43,6 +45,7 @@ class Watched:
         held = f"{self.num_decodes} decodes, prompts {prompts or '-'}{more}, bucket {self.bucket}, {self.how}"
         times = f"{self.ms:.1f} ms (host {self.host_ms:.1f}, device {self.device_ms:.1f})"
         spoilt = f", {self.num_mallocs} allocations" if self.num_mallocs else ""
+        spoilt += f", {self.num_pinned} pinned in {self.pinned_ms:.1f} ms" if self.num_pinned else ""
         return times + f": {held}{spoilt}" + (f", garbage {self.gc_ms:.1f} ms" if self.gc_ms else "")
 
 
@@ -64,11 +67,12 @@ class StepWatch:
 
         def watched(batch: StepBatch, scheduled: Seq[ScheduledTokens], step: StepContext) -> Flight:
             one = self._flying[step.header.step_id] = _begun(scheduled, step, self._clock())
-            counts, mallocs, began = _counts(anything), self._num_mallocs(), self._event()
+            counts, mallocs, pinned, began = _counts(anything), self._num_mallocs(), self._pinned(), self._event()
             flight = launch(batch, scheduled, step)
             one.host_ms = 1e3 * (self._clock() - one.at_s)
             one.how = _how(counts, _counts(anything))
             one.num_mallocs = self._num_mallocs() - mallocs
+            one.num_pinned, one.pinned_ms = (after - before for after, before in zip(self._pinned(), pinned))
             one._events = began and (began, self._event())
             return flight
 
@@ -106,6 +110,13 @@ class StepWatch:
             return 0
         found = torch.cuda.memory_stats_as_nested_dict(self._device)
         return int(found["num_device_alloc"]) + int(found["num_alloc_retries"])
+
+    def _pinned(self) -> tuple[int, float]:
+        """Pieces that were made so far, and milliseconds."""
+        if self._device is None:
+            return 0, 0.0
+        found = torch.cuda.host_memory_stats()
+        return int(found.get("num_host_alloc", 0)), 1e-3 * float(found.get("host_alloc_time.total", 0))
 
     def _event(self) -> Any:
         if self._device is None:

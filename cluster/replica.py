@@ -91,6 +91,7 @@ class AttentionReplica:
         self._copies: CopyServer | None = None  # of one that owns experts
         self._row_reporter: asyncio.Task[None] | None = None  # of one that owns experts
         self._warming: asyncio.Task[None] | None = None
+        self._warm_up: WarmUp | None = None
         self._is_warm = False  # gateways dial from then on
         settle_on_cpu()
         self._reporter = asyncio.create_task(report_forever(conductor, self._status))
@@ -138,7 +139,7 @@ class AttentionReplica:
         )
         self._steps = StepTelemetry(self._telemetry)
         spans = RequestSpans(self._telemetry, self._link.publish) if self._telemetry.tracing else None
-        warm_up = WarmUp(spans.publish if spans else self._link.publish)
+        warm_up = self._warm_up = WarmUp(spans.publish if spans else self._link.publish)
         engine = Engine(
             runner,
             self._mesh,
@@ -192,6 +193,7 @@ class AttentionReplica:
         self._phases.log(self.member_id)
         with contextlib.suppress(Unavailable):
             await self._conductor.report(self._status())
+        await asyncio.to_thread(warm_up.rest, engine, config.scheduler, max_model_len=max_model_len)
 
     def check_health(self) -> None:
         if self._engine is not None and self._engine.failure is not None:
@@ -217,6 +219,8 @@ class AttentionReplica:
         self._reporter.cancel()
         if self._row_reporter is not None:
             self._row_reporter.cancel()
+        if self._warm_up is not None:
+            self._warm_up.stop()
         if self._warming is not None:
             self._warming.cancel()
         if self._engine is None:

@@ -1,5 +1,6 @@
 """The engine on the real model: busy streams equal solo runs, and the prefix cache saves what it promises."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from expertmesh.bench.in_process import InProcessModel
 from expertmesh.bench.local_engine import LocalEngine
 from expertmesh.bench.preemption import run as run_preemption
 from expertmesh.checkpoint import Checkpoint
+from expertmesh.cluster.attention.pace import Allowance
 from expertmesh.cluster.attention.runner import (
     Runner,
     attention_weight_bytes,
@@ -71,6 +73,25 @@ def test_any_chunking_gives_the_same_tokens(folder, kv_dtype):
         with LocalEngine(folder, cache=cache, scheduler=scheduler) as engine:
             streams.append([s.token_ids for s in engine.run([greedy(f"r{k}", p) for k, p in enumerate(prompts)])])
     assert streams[0] == streams[1] == streams[2]
+
+
+def test_chunks_beside_decodes_that_follow_the_clock_change_no_token(folder):
+    """What a step may take is drawn anew for each, so that no two prompts are cut alike."""
+    prompts = [[(i * k) % 500 for i in range(30 + 40 * k)] for k in range(1, 6)]
+    requests = [greedy(f"r{k}", prompt, 30) for k, prompt in enumerate(prompts)]
+    with LocalEngine(folder, cache=CacheConfig(num_blocks=100)) as one:
+        alone = [one.run([r])[0].token_ids for r in requests]
+    for seed in range(3):
+        with LocalEngine(folder, cache=CacheConfig(num_blocks=100)) as engine:
+            draw = random.Random(seed)
+            engine.engine.scheduler.pace.allowance = lambda _, draw=draw: Allowance(draw.choice((1, 7, 30, 90)), 50)
+            streams = []
+            for r in requests:
+                streams.append(engine.submit(r))
+                engine.wait_for_step_after_now()
+            engine.wait([r.request_id for r in requests])
+            assert [s.token_ids for s in streams] == alone
+            assert engine.books_balance
 
 
 def test_model_that_cannot_fit_is_refused_with_the_numbers(folder):

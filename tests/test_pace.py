@@ -187,3 +187,4 @@ def test_tokens_and_their_cost_are_inverse(context: int, parity: float):
     allowance = Allowance(1000.0, parity)
     count = allowance.num_tokens(context)
     assert allowance.cost_of(context, count) <= 1000 < allowance.cost_of(context, count + 1)
+    assert Allowance.of(1024, parity).num_tokens(0) == 1024

@@ -1,6 +1,7 @@
 """Steps that hold prompts on one GPU: what runs in graphs is what runs eagerly, bit for bit; few tokens far into a long
 context take the right kernel and come out right."""
 
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -19,9 +20,10 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from expertmesh.cluster.attention import prompt_graphs  # noqa: E402
+from expertmesh.cluster.attention import device_runner, prompt_graphs  # noqa: E402
 from expertmesh.cluster.attention.device_runner import DeviceRunner  # noqa: E402
 from expertmesh.cluster.attention.flash import FlashAttention  # noqa: E402
+from expertmesh.cluster.attention.pace import Allowance  # noqa: E402
 from expertmesh.cluster.attention.prompt_graphs import PromptGraphs  # noqa: E402
 
 try:
@@ -151,21 +153,83 @@ def test_of_too_many_sets_the_oldest_is_dropped_and_made_again(folder, monkeypat
         assert one.equal(by_length.setdefault(length, one))
 
 
-def test_a_warm_engine_captures_no_step_with_prompts_beside_streams(folder):
+def num_pinned():
+    return torch.cuda.host_memory_stats()["num_host_alloc"]
+
+
+def test_a_warm_engine_captures_nothing_and_makes_no_memory_beside_streams(folder):
     with engine_of(folder, max_num_seqs=16) as engine:
         engine.warm_up()
         graphs, runner = engine.runner.prompt_graphs, engine.runner
         captures, met, replays = graphs.num_captures, set(graphs._met), graphs.num_replays
         assert len(met) == len([size for size in PROMPT_BUCKETS if size <= 1152]) == captures
-        short = [request(f"short{i}", 20 + i, max_tokens=300, seed=i) for i in range(8)]
+        decodes, eager, pinned = runner.num_captures, runner.num_eager, num_pinned()
+        assert decodes == 3 * len((1, 2, 4, 8, 12, 16)), "each bucket in each form"
+        short = [request(f"short{i}", 20 + i, max_tokens=300 + 10 * i, seed=i) for i in range(13)]
         for one in short:
             engine.submit(one)
-        for length in (3000, 700, 90, 1500, 1024):
+        for length in (3000, 700, 90, 1500, 1024, 9000):
             engine.run([request(f"long{length}", length)])
         engine.wait([one.request_id for one in short])
         assert (graphs.num_captures, graphs._met) == (captures, met)
+        assert (runner.num_captures, runner.num_eager, num_pinned()) == (decodes, eager, pinned)
         assert graphs.num_replays >= replays + 8
         assert runner.num_replays > 200
+        assert engine.books_balance
+
+
+def test_a_larger_bucket_does_for_one_that_is_not_captured_until_that_has_been_wanted_often(folder, monkeypatch):
+    requests = [request(f"r{i}", 3 + 31 * i, max_tokens=60, seed=i) for i in range(11)]
+    with engine_of(folder, batch_invariant=True) as one:
+        alone = [one.run([r])[0].token_ids for r in requests]
+    with engine_of(folder, batch_invariant=True, max_num_seqs=16) as engine:
+        engine._warm_up.run(engine.engine, engine._scheduler, max_model_len=4000)
+        runner = engine.runner
+        assert {graph.bucket for graph in runner._graphs.values()} == {1, 2, 4, 8, 16}
+        captures, eager = runner.num_captures, runner.num_eager
+        assert [s.token_ids for s in engine.run(requests)] == alone
+        assert (runner.num_captures, runner.num_eager) == (captures, eager)
+        monkeypatch.setattr(device_runner, "PATIENCE", 0)
+        again = [replace(r, request_id=f"again-{r.request_id}") for r in requests]
+        assert [s.token_ids for s in engine.run(again)] == alone
+        assert 12 in {graph.bucket for graph in runner._graphs.values()}
+        assert runner.num_captures > captures
+
+
+def test_chunks_that_follow_the_clock_change_no_token(folder):
+    """In batch-invariant mode. What a step may take is drawn anew for each, so no two prompts are cut alike."""
+    requests = [request(f"r{i}", 7 + 311 * i, max_tokens=40, seed=i, temperature=0.7 * (i % 2)) for i in range(8)]
+    with engine_of(folder, batch_invariant=True) as one:
+        alone = [one.run([r])[0].token_ids for r in requests]
+    for seed in range(3):
+        with engine_of(folder, batch_invariant=True) as engine:
+            draw = random.Random(seed)
+            engine.engine.scheduler.pace.allowance = lambda _, draw=draw: Allowance(
+                draw.choice((1, 20, 333, 900)), 2000
+            )
+            streams = []
+            for r in requests:
+                streams.append(engine.submit(r))
+                engine.wait_for_step_after_now()
+            engine.wait([r.request_id for r in requests])
+            assert [s.token_ids for s in streams] == alone
+            assert engine.books_balance
+
+
+def test_an_engine_learns_what_its_steps_take(folder):
+    with engine_of(folder, max_num_seqs=64) as engine:
+        engine.warm_up()
+        pace = engine.engine.scheduler.pace
+        assert 0 < pace.base_s(8) < 0.1
+        assert 0 < pace.token_s < 1e-3
+        company = [request(f"short{i}", 20 + i, max_tokens=400, seed=i) for i in range(8)]
+        for one in company:
+            engine.submit(one)
+        engine.run([request("long", 20_000)])
+        engine.wait([one.request_id for one in company])
+        allowance = pace.allowance(8)
+        assert allowance is not None
+        assert allowance.cost > 64
         assert engine.books_balance
 
 

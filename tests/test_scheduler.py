@@ -251,7 +251,7 @@ def test_prompt_tokens_far_into_a_context_count_for_more_where_decodes_wait():
     long = desk.add(900)
     while long.num_pending_tokens > 1:
         computed, pending = long.num_computed_tokens, long.num_pending_tokens
-        count = min(pending, Allowance(120, 100).num_tokens(computed))
+        count = min(pending, Allowance.of(120, 100).num_tokens(computed))
         if computed >= 100 and count < pending:
             count -= (computed + count) % BLOCK  # most of it is attention: whole blocks
         assert desk.scheduler.bid() == (1, count), "a step is no larger than what runs in it"

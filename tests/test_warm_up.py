@@ -1,6 +1,7 @@
 """Before a replica serves: its own requests run the whole path, cost no client anything, and leave nothing behind."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -8,14 +9,14 @@ from expertmesh.bench.fake_engine import FakeEngine
 from expertmesh.bench.local_engine import LocalEngine
 from expertmesh.cluster.attention import warm_up
 from expertmesh.cluster.attention.step_stats import StepStats
-from expertmesh.cluster.attention.warm_up import Round, WarmUp, rounds
+from expertmesh.cluster.attention.warm_up import STEPS, Round, WarmUp, lessons, rounds
 from expertmesh.config import CacheConfig, SchedulerConfig
 from expertmesh.errors import KVCacheExhausted
 from expertmesh.kernels import compile_ahead, jit
 from expertmesh.kernels.grouped_gemm import gemm_kernel
 from expertmesh.kernels.grouped_gemm_mma import choose_mma_plan, mma_kernel
 from expertmesh.kernels.plan import choose_plan
-from expertmesh.request import EngineRequest, RequestOutput, SamplingParams
+from expertmesh.request import EngineRequest, FinishReason, RequestOutput, SamplingParams
 from expertmesh.router.leader import PROMPT_BUCKETS
 
 UP_TO_1024 = [Round(size) for size in PROMPT_BUCKETS if size <= 1024 for _ in range(2)]
@@ -57,6 +58,135 @@ def test_decodes_beside_the_longest_prompt_fill_the_buckets_above_it(tiny_checkp
         assert local.streams == {}
     beside = [decodes for decodes, tokens in steps if tokens == 30]
     assert [beside.count(num_decodes) for num_decodes in (1, 3, 35)] == [2, 2, 2]
+
+
+def test_each_bucket_of_decodes_is_gone_through_powers_of_two_before_others_are_served(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(warm_up, "BOUND_S", 60.0)
+    steps: list[tuple[int, int]] = []  # decodes, tokens of prompts
+
+    class Observer:
+        def observe(self, stats: StepStats) -> None:
+            steps.append((stats.num_decode_tokens, stats.num_prefill_tokens))
+
+    scheduler = SchedulerConfig(max_num_batched_tokens=64, max_prefill_tokens_per_step=32, max_num_seqs=13)
+    assert scheduler.graph_buckets == (1, 2, 4, 8, 12, 13)
+    cache = CacheConfig(kv_memory_bytes=4 << 20)
+    local = LocalEngine(tiny_checkpoint, cache=cache, scheduler=scheduler, observer=Observer(), max_model_len=90)
+    with local:
+        local._warm_up.run(local.engine, scheduler, max_model_len=90)
+        before = [decodes for decodes, tokens in steps if not tokens]
+        assert {size for size in range(1, 14) if before.count(size) >= STEPS - 1} == {1, 2, 4, 8, 13}
+        assert [tokens for _, tokens in steps if tokens > 4][-3:] == list(lessons(scheduler, 90)) == [8, 16, 32]
+        assert local.books_balance
+        steps.clear()
+        local._warm_up.rest(local.engine, scheduler, max_model_len=90)
+        after = [decodes for decodes, tokens in steps if not tokens]
+        assert {size for size in range(1, 14) if after.count(size) >= STEPS - 1} == {12}
+        assert local.books_balance
+        steps.clear()
+        local._warm_up.rest(local.engine, scheduler, max_model_len=90)
+        assert steps == []
+
+
+class RoomyEngine(FakeEngine):
+    """With what the warm-up asks of a real one beside its steps."""
+
+    vocab_size, others_seen_s = 100, float("-inf")
+
+    def __init__(self, publish) -> None:
+        self.prepared: list[bool] = []
+        super().__init__(publish, lambda _request: [7] * 100_000)
+
+    def load(self):
+        num_others = sum(not name.startswith("warm-up") for name in list(self._running))
+        return replace(super().load(), num_running=num_others, num_free_kv_blocks=1000)
+
+    def prepare(self, on: bool) -> None:
+        self.prepared.append(on)
+
+    def abort(self, request_id: str) -> None:
+        super().abort(request_id)
+        self._publish([RequestOutput(request_id, [], finish_reason=FinishReason.CANCELLED)])
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch):
+    """An engine whose warm-up in idle time has begun and waits for steps."""
+    monkeypatch.setattr(warm_up, "QUIET_S", 0.01)
+    heard: list[str] = []
+    warm = WarmUp(lambda outputs: heard.extend(output.request_id for output in outputs))
+    engine = RoomyEngine(warm.publish)
+    engine.allow(0)
+    thread = threading.Thread(
+        target=warm.rest, args=(engine, SchedulerConfig(max_num_seqs=8)), kwargs={"max_model_len": 100_000}
+    )
+    thread.start()
+    with engine._changed:
+        assert engine._changed.wait_for(lambda: engine.submitted, 10)
+    yield warm, engine, thread, heard
+    warm.stop()
+    engine.allow(-1)
+    thread.join(10)
+    engine.stop()
+    assert not thread.is_alive()
+
+
+def test_own_requests_are_nobodys_load(tiny_checkpoint):
+    """Gateways and the autoscaler read it: neither should hold a client back, or start replicas, for them."""
+    loads = []
+    local = LocalEngine(tiny_checkpoint, cache=CacheConfig(kv_memory_bytes=4 << 20))
+    warm = WarmUp(lambda _outputs: None)
+
+    def publish(outputs):
+        loads.append((local.engine.scheduler.num_running, local.engine.load().num_running))
+        warm.publish(outputs)
+
+    local.engine._publish = publish
+    with local:
+        warm.run(local.engine, SchedulerConfig(max_num_batched_tokens=16, max_num_seqs=4), max_model_len=100)
+        assert {reported for _, reported in loads} == {0}
+        assert max(running for running, _ in loads) >= 4
+        local.engine.submit(
+            EngineRequest(request_id="client", prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=4))
+        )
+        assert local.engine.wait_until_idle(60)
+        assert loads[-2] == (1, 1)
+        assert local.engine.load().num_running == local.engine.load().num_waiting == 0
+
+
+def test_who_comes_ends_the_warm_up_of_idle_time_within_a_step_and_it_goes_on_later(idle):
+    _, engine, thread, heard = idle
+    client = EngineRequest(request_id="client", prompt_ids=(1,), sampling=SamplingParams(max_tokens=3))
+    engine.submit(client)
+    engine.allow(1)
+    with engine._changed:
+        assert engine._changed.wait_for(lambda: engine.aborted, 10)
+    assert engine.prepared == [True, False]
+    assert len(engine.aborted) == 1
+    assert heard == ["client"]
+    engine.allow(-1)
+    thread.join(10)
+    assert not thread.is_alive()
+    assert heard.count("client") == 3
+    assert engine.prepared == [True, False] * 2
+    assert len(engine.submitted) == 1 + 1 + 8
+    assert len(engine.aborted) == 1 + 8
+
+
+def test_another_replicas_tokens_end_it_too(idle):
+    warm, engine, thread, _ = idle
+    engine.others_seen_s = float("inf")
+    engine.allow(1)
+    with engine._changed:
+        assert engine._changed.wait_for(lambda: engine.aborted, 10)
+    assert engine.prepared == [True, False]
+    engine.allow(-1)
+    thread.join(0.1)
+    assert thread.is_alive()
+    assert len(engine.submitted) == 1, "nothing is begun while others are at work"
+    warm.stop()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_an_engine_answers_itself_and_nobody_else_hears_of_it(tiny_checkpoint):

@@ -47,6 +47,7 @@ from .step_stats import StepObserver, StepStats
 _log = logging.getLogger(__name__)
 _POLL_S = 1e-4  # how often a step in flight is looked after
 _NOT_FINITE = "the model's output for this request is not finite; nothing of it was cached"
+OWN_SALT = b"warm-up"  # prefix_salt of an engine's requests to itself: nobody's prefix, and nobody's load
 _NO_TOKEN = "the model's output for this request is not finite, or its response_format allows no token here"
 
 Publish = Callable[[list[RequestOutput]], None]
@@ -123,10 +124,12 @@ class Engine:
         # Shared with callers, under the lock.
         self._lock = threading.Lock()
         self._live_ids: set[str] = set()
+        self._own_ids: set[str] = set()  # of them, those with OWN_SALT
         self._num_incoming = 0  # submitted, still in the event queue
         self._draining = False
         self._failure: ExpertMeshError | None = None
         self._idle = threading.Condition(self._lock)
+        self.others_seen_s = float("-inf")  # by `perf_counter`: the last step with tokens of another replica
         # The engine thread's own.
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._headers: deque[StepHeader] = deque()
@@ -161,6 +164,8 @@ class Engine:
                 raise InvalidRequest("request_id", request.request_id, "an id that is not running already")
             self.scheduler.check_queue(self._num_incoming + self.scheduler.num_waiting)
             self._live_ids.add(request.request_id)
+            if request.prefix_salt == OWN_SALT:
+                self._own_ids.add(request.request_id)
             self._num_incoming += 1
         if request.grammar is None:
             self._events.put(request)
@@ -188,10 +193,11 @@ class Engine:
         self._events.put(header)
 
     def load(self) -> EngineLoad:
-        cache = self.scheduler.cache
+        """Without the engine's own requests, which give way at once."""
+        cache, num_own, num_running = self.scheduler.cache, len(self._own_ids), self.scheduler.num_running
         return EngineLoad(
-            num_running=self.scheduler.num_running,
-            num_waiting=self.scheduler.num_waiting + self._num_incoming,
+            num_running=max(0, num_running - num_own),
+            num_waiting=max(0, self.scheduler.num_waiting + self._num_incoming - max(0, num_own - num_running)),
             num_free_kv_blocks=cache.num_free_blocks,
             num_kv_blocks=cache.num_blocks,
             draining=self._draining,
@@ -206,6 +212,10 @@ class Engine:
     def failure(self) -> ExpertMeshError | None:
         """Why this engine serves no more; None = healthy."""
         return self._failure
+
+    def prepare(self, on: bool) -> None:
+        """Nobody waits for the steps from here on: what later ones replay may be captured in them."""
+        self._runner.prepare(on)
 
     def drain(self) -> None:
         """Take no new requests; those at hand finish."""
@@ -319,6 +329,8 @@ class Engine:
             return
         self._epoch = header.epoch
         granted = header.num_tokens[self._mesh.rank]
+        if sum(header.num_tokens) > granted:
+            self.others_seen_s = started
         pending = self._choose(granted) if granted else None
         launched = _Launched(step, Landed(None), pending, started_at, perf_counter() - started)
         try:
@@ -477,6 +489,7 @@ class Engine:
         self._needs_host.discard(request_id)
         with self._lock:
             self._live_ids.discard(request_id)
+            self._own_ids.discard(request_id)
 
     def _expire(self) -> None:
         """End requests whose deadline has passed."""

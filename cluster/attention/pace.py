@@ -50,13 +50,18 @@ class Allowance:
     cost: float
     parity: float  # 0 = context costs nothing
 
+    @classmethod
+    def of(cls, num_tokens: int, parity: float) -> "Allowance":
+        """So many tokens of no context."""
+        return cls(cls(0.0, parity).cost_of(0, num_tokens), parity)
+
     def num_tokens(self, context: int, cost: float | None = None) -> int:
         """That run for this much, the next of a prompt of which so many have been computed."""
         cost = self.cost if cost is None else cost
         if not self.parity:
             return int(cost)
         first = 1 + context / self.parity
-        return int(2 * cost / (first + math.sqrt(first * first + 2 * cost / self.parity)))
+        return int(2 * cost / (first + math.sqrt(first * first + 2 * cost / self.parity)) + 1e-6)
 
     def cost_of(self, context: int, num_tokens: int) -> float:
         return num_tokens * (1 + (context + num_tokens / 2) / self.parity) if self.parity else float(num_tokens)

@@ -188,7 +188,7 @@ class Scheduler:
 
     def _prefill_budget(self, num_tokens: int, num_decodes: int) -> "_PrefillBudget":
         most = self.config.max_prefill_tokens_per_step
-        allowance = Allowance(most, self._parity if num_decodes else 0)
+        allowance = Allowance.of(most, self._parity if num_decodes else 0)
         if num_decodes:
             allowance = self.pace.allowance(num_decodes) or allowance
         return _PrefillBudget(min(num_tokens, most), allowance, self.cache.block_size)

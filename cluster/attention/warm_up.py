@@ -1,10 +1,14 @@
 """An engine's requests to itself before anybody else's: what its first steps cost, no client waits for.
 
 Why requests and not calls of the model: they take the very path that clients' take (scheduler, steps of the mesh,
-experts elsewhere, sampling), so all of it is compiled, loaded and allocated, cuBLAS has chosen, and the smallest bucket
-of decodes and all of steps with prompts are captured: prompts alone fill most, those above a step's prompt tokens need
-decodes beside. Four seconds of a first request on a GPU. Prompts are long enough for each plan of the expert product
-(`kernels/plan.py`) and are ids that nobody sends; what they say goes nowhere."""
+experts elsewhere, sampling), so all of it is compiled, loaded and allocated, cuBLAS has chosen, and what clients' steps
+replay is captured. Four seconds of a first request on a GPU. Prompts are long enough for each plan of the expert
+product (`kernels/plan.py`) and are ids that nobody sends; what they say goes nowhere.
+
+Steps with prompts: all buckets; prompts alone fill most, those above a step's prompt tokens need decodes beside. Steps
+of decodes: a **company** of requests grows from bucket to bucket. Before others are served (`run`) it is the powers of
+two, for a bounded time: a rank alone replays a larger bucket for one that it has not captured. The buckets between
+follow (`rest`) while nobody asks for anything, here or at another replica; whoever comes ends it within a step."""
 
 import itertools
 import logging
@@ -14,19 +18,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 
 from ...config import SchedulerConfig
 from ...errors import ExpertMeshError
 from ...request import EngineRequest, FinishReason, RequestOutput, SamplingParams
 from ...router.leader import PROMPT_BUCKETS
-from .engine import Engine
+from .engine import OWN_SALT, Engine
 
 _log = logging.getLogger(__name__)
 
 Publish = Callable[[list[RequestOutput]], None]
 
 OUTPUT = 3  # tokens: a bucket runs eagerly, is captured, and is replayed
+STEPS = 6  # tokens of the newest of a company: a prompt's step, eager, captured, two other forms captured, replayed
 TIMEOUT_S = 60.0  # of one request
+BOUND_S = 2.0  # for steps of decodes, before others are served
+QUIET_S = 0.5  # between two looks whether somebody asks for something
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +51,12 @@ class WarmUp:
     def __init__(self, pass_on: Publish) -> None:
         self._pass_on = pass_on
         self._own: set[str] = set()  # requests of ours that have not ended
-        self._begun: set[str] = set()  # those that have said something
+        self._said: dict[str, int] = {}  # their tokens so far
         self._ends: dict[str, RequestOutput] = {}
         self._changed = threading.Condition()
+        self._turns = itertools.count()
+        self._decoded: set[int] = set()  # buckets of decodes that have been gone through
+        self._stopped = threading.Event()
 
     def publish(self, outputs: list[RequestOutput]) -> None:
         """From the engine thread: own outputs stay here."""
@@ -58,24 +69,90 @@ class WarmUp:
 
     def run(self, engine: Engine, scheduler: SchedulerConfig, *, max_model_len: int) -> float:
         """Seconds that it took. A request that fails is logged: clients' requests will say what is wrong."""
-        began = time.monotonic()
-        turns = itertools.count()
+        began, going = time.monotonic(), True
         for beside, group in itertools.groupby(rounds(scheduler, max_model_len), key=lambda one: one.beside):
-            company = [f"warm-up-beside-{beside}-{i}" for i in range(beside)]
-            going = all(self._submit(engine, name, next(turns), 2, max_model_len - 2) for name in company)
-            going = going and self._wait(partial(self._begun.issuperset, company))
-            going = going and all(self._ask(engine, one.prompt, next(turns)) for one in group)
-            for name in company:
-                engine.abort(name)
-            self._wait(partial(self._own.isdisjoint, company))
+            company = self._company(engine, max_model_len)
+            going = going and self._grow(company, beside, 1)
+            going = going and all(self._ask(engine, one.prompt) for one in group)
+            self._dismiss(company)
             if not going:
-                break
+                return time.monotonic() - began
+        ends = time.monotonic() + BOUND_S
+        self._decode(engine, _powers_of_two(scheduler), max_model_len, lambda: time.monotonic() >= ends)
+        for length in lessons(scheduler, max_model_len):
+            self._ask(engine, length)
         return time.monotonic() - began
 
-    def _ask(self, engine: Engine, length: int, turn: int) -> bool:
+    def rest(self, engine: Engine, scheduler: SchedulerConfig, *, max_model_len: int) -> None:
+        """What `run` has left, in idle time; returns when that is done, cannot be done, or `stop` was called."""
+        while not self._stopped.is_set():
+            left = [size for size in scheduler.graph_buckets if size not in self._decoded]
+            if not left:
+                return
+            if _has_others(engine, perf_counter() - QUIET_S):
+                self._stopped.wait(QUIET_S)
+                continue
+            began = perf_counter()
+            if not self._decode(engine, left, max_model_len, partial(_has_others, engine, began)):
+                return
+
+    def stop(self) -> None:
+        """From any thread: `rest` ends."""
+        self._stopped.set()
+
+    # -- steps of decodes
+
+    def _decode(self, engine: Engine, sizes: Sequence[int], max_model_len: int, is_over: Callable[[], bool]) -> bool:
+        """As many of these buckets as there is time for, until `is_over`. False = no more of
+        them can be done: there is no room, or a request failed or ended before the first of them."""
+        company, num_before = self._company(engine, max_model_len), len(self._decoded)
+        engine.prepare(True)
+        try:
+            for size in sizes:
+                if is_over():
+                    return True
+                if not company.has_room(size):
+                    return False
+                if not self._grow(company, size, STEPS, is_over):
+                    return is_over() or len(self._decoded) > num_before
+                self._decoded.add(size)
+            return True
+        finally:
+            engine.prepare(False)
+            self._dismiss(company)
+
+    def _company(self, engine: Engine, max_model_len: int) -> "_Company":
+        return _Company(engine, [], f"warm-up-{next(self._turns)}", max_model_len - 2)
+
+    def _grow(
+        self, company: "_Company", size: int, num_tokens: int, is_over: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Until it is so large and all who are new have said so many tokens, and nobody has ended."""
+        new = [f"{company.name}-{i}" for i in range(len(company.names), size)]
+        company.names += new
+        if not all(self._submit(company.engine, name, 2, company.max_tokens) for name in new):
+            return False
+
+        def reached() -> bool:
+            return all(self._said.get(name, 0) >= num_tokens for name in new)
+
+        self._wait(lambda: reached() or is_over() or not self._own.issuperset(company.names))
+        return reached() and self._own.issuperset(company.names)
+
+    def _dismiss(self, company: "_Company") -> None:
+        for name in company.names:
+            company.engine.abort(name)
+        self._wait(lambda: self._own.isdisjoint(company.names))
+        for name in company.names:
+            self._said.pop(name, None)
+            self._ends.pop(name, None)
+
+    # -- requests
+
+    def _ask(self, engine: Engine, length: int) -> bool:
         name = f"warm-up-{length}"
         self._ends.pop(name, None)
-        if not self._submit(engine, name, turn, length, OUTPUT):
+        if not self._submit(engine, name, length, OUTPUT):
             return False
         self._wait(lambda: name in self._ends)
         end = self._ends.get(name)
@@ -87,13 +164,13 @@ class WarmUp:
             return False
         return True
 
-    def _submit(self, engine: Engine, name: str, turn: int, length: int, num_tokens: int) -> bool:
-        draw = random.Random(turn)  # no prompt begins as one before it, whose blocks may be cached
+    def _submit(self, engine: Engine, name: str, length: int, num_tokens: int) -> bool:
+        draw = random.Random(next(self._turns))  # no prompt begins as one before it, whose blocks may be cached
         request = EngineRequest(
             request_id=name,
             prompt_ids=tuple(draw.randrange(engine.vocab_size) for _ in range(length)),
             sampling=SamplingParams(max_tokens=num_tokens),
-            prefix_salt=b"warm-up",  # nobody's prefix
+            prefix_salt=OWN_SALT,
         )
         self._own.add(name)
         try:
@@ -107,7 +184,7 @@ class WarmUp:
     def _take(self, own: list[RequestOutput]) -> None:
         with self._changed:
             for output in own:
-                self._begun.add(output.request_id)
+                self._said[output.request_id] = self._said.get(output.request_id, 0) + len(output.token_ids)
                 if output.finish_reason is not FinishReason.NONE:
                     self._own.discard(output.request_id)
                     self._ends[output.request_id] = output
@@ -116,6 +193,20 @@ class WarmUp:
     def _wait(self, until: Callable[[], bool]) -> bool:
         with self._changed:
             return self._changed.wait_for(until, TIMEOUT_S)
+
+
+@dataclass(slots=True)
+class _Company:
+    """Requests that decode together."""
+
+    engine: Engine
+    names: list[str]
+    name: str
+    max_tokens: int
+
+    def has_room(self, size: int) -> bool:
+        """A block for each who is new, and two for each to grow into."""
+        return self.engine.load().num_free_kv_blocks >= 3 * size - len(self.names)
 
 
 def rounds(scheduler: SchedulerConfig, max_model_len: int) -> Sequence[Round]:
@@ -132,3 +223,21 @@ def rounds(scheduler: SchedulerConfig, max_model_len: int) -> Sequence[Round]:
         if most == a_step and most < bucket and beside < scheduler.max_num_seqs and fits:
             found += [Round(most, beside)] * 2
     return found
+
+
+def lessons(scheduler: SchedulerConfig, max_model_len: int) -> Sequence[int]:
+    """Prompts from whose steps the scheduler learns what a token costs, once it knows steps of decodes."""
+    longest = max((one.prompt for one in rounds(scheduler, max_model_len)), default=0)
+    return sorted({length for length in (longest // 4, longest // 2, longest) if length > 0})
+
+
+def _powers_of_two(scheduler: SchedulerConfig) -> list[int]:
+    """Buckets of decodes, of which each other is less than half of the next; the largest among them."""
+    sizes = scheduler.graph_buckets
+    return [size for size in sizes if size & (size - 1) == 0 or size == sizes[-1]]
+
+
+def _has_others(engine: Engine, since_s: float) -> bool:
+    """Somebody else's requests are here, or were in a step of another replica since then."""
+    load = engine.load()
+    return load.num_running + load.num_waiting > 0 or engine.others_seen_s > since_s
