@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from expertmesh.cluster.attention import device_runner, prompt_graphs  # noqa: E402
+from expertmesh.cluster.attention import device_runner, prompt_graphs, warm_up  # noqa: E402
 from expertmesh.cluster.attention.device_runner import DeviceRunner  # noqa: E402
 from expertmesh.cluster.attention.flash import FlashAttention  # noqa: E402
 from expertmesh.cluster.attention.pace import Allowance  # noqa: E402
@@ -179,6 +179,7 @@ def test_a_warm_engine_captures_nothing_and_makes_no_memory_beside_streams(folde
 
 
 def test_a_larger_bucket_does_for_one_that_is_not_captured_until_that_has_been_wanted_often(folder, monkeypatch):
+    monkeypatch.setattr(warm_up, "BOUND_S", 60.0)
     requests = [request(f"r{i}", 3 + 31 * i, max_tokens=60, seed=i) for i in range(11)]
     with engine_of(folder, batch_invariant=True) as one:
         alone = [one.run([r])[0].token_ids for r in requests]
@@ -203,10 +204,8 @@ def test_chunks_that_follow_the_clock_change_no_token(folder):
         alone = [one.run([r])[0].token_ids for r in requests]
     for seed in range(3):
         with engine_of(folder, batch_invariant=True) as engine:
-            draw = random.Random(seed)
-            engine.engine.scheduler.pace.allowance = lambda _, draw=draw: Allowance(
-                draw.choice((1, 20, 333, 900)), 2000
-            )
+            draw, sizes = random.Random(seed), (1, 20, 333, 900)
+            engine.engine.scheduler.pace.allowance = lambda _, draw=draw: Allowance(draw.choice(sizes), 2000)
             streams = []
             for r in requests:
                 streams.append(engine.submit(r))
