@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from ..checkpoint import Checkpoint, LoadProgress, ProgressCallback
 from ..config import ClusterConfig
@@ -51,6 +52,7 @@ from ..telemetry import (
     ATTR_EPOCH,
     ATTR_NUM_TOKENS,
     ATTR_STEP_ID,
+    METRIC_EXPERT_SECONDS,
     METRIC_KV_TOTAL,
     METRIC_KV_USED,
     METRIC_RUNNING,
@@ -258,7 +260,10 @@ class AttentionReplica:
         if self._engine is None:
             return process
         load, epoch = self._engine.load(), self._mesh.epoch
-        busy_s = self._steps.take_expert_s()
+        expert_load: dict[str, Any] = {}
+        if self._load is not None:
+            expert_load = self._load.read(self._steps.take_expert_s())
+            self._telemetry.record(METRIC_EXPERT_SECONDS, self._load.busy_s)
         return replace(
             process,
             state=state_of(epoch is not None, self._draining),
@@ -273,7 +278,7 @@ class AttentionReplica:
             exchange_s=self._steps.exchange_s,
             faults=faults_of(self._mesh, self._scrubber),
             suspect_spans=self._scrubber.suspect_spans if self._scrubber is not None else (),
-            **(self._load.read(busy_s) if self._load is not None else {}),
+            **expert_load,
         )
 
 

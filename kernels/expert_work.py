@@ -42,8 +42,11 @@ class ExpertWork:
         return self._layers[layer_id]
 
     def count_for(self, version: int) -> None:
-        """Count rows anew, of this placement version, from here on. Enqueued on the current stream."""
+        """Count rows of this placement version from here on, anew where it is another one. Enqueued on the current
+        stream."""
         with self._lock:
+            if version == self._version:
+                return
             self._version = version
             self._rows.zero_()
             if self._cleared is not None:
