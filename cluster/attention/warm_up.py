@@ -8,7 +8,9 @@ product (`kernels/plan.py`) and are ids that nobody sends; what they say goes no
 Steps with prompts: all buckets; prompts alone fill most, those above a step's prompt tokens need decodes beside. Steps
 of decodes: a **company** of requests grows from bucket to bucket. Before others are served (`run`) it is the powers of
 two, for a bounded time: a rank alone replays a larger bucket for one that it has not captured. The buckets between
-follow (`rest`) while nobody asks for anything, here or at another replica; whoever comes ends it within a step."""
+follow (`rest`) while nobody asks for anything. Whoever comes ends a company within a step, and so does another replica
+with tokens in the step, which waits for what is captured here: of several that start together the one that draws the
+shorter pause goes first."""
 
 import itertools
 import logging
@@ -77,8 +79,13 @@ class WarmUp:
             self._dismiss(company)
             if not going:
                 return time.monotonic() - began
-        ends = time.monotonic() + BOUND_S
-        self._decode(engine, _powers_of_two(scheduler), max_model_len, lambda: time.monotonic() >= ends)
+        since = perf_counter()
+        self._decode(
+            engine,
+            _powers_of_two(scheduler),
+            max_model_len,
+            lambda: perf_counter() - since >= BOUND_S or _has_others(engine, since),
+        )
         for length in lessons(scheduler, max_model_len):
             self._ask(engine, length)
         return time.monotonic() - began
@@ -90,7 +97,7 @@ class WarmUp:
             if not left:
                 return
             if _has_others(engine, perf_counter() - QUIET_S):
-                self._stopped.wait(QUIET_S)
+                self._stopped.wait(QUIET_S * random.uniform(1, 2))
                 continue
             began = perf_counter()
             if not self._decode(engine, left, max_model_len, partial(_has_others, engine, began)):
@@ -113,9 +120,11 @@ class WarmUp:
                     return True
                 if not company.has_room(size):
                     return False
+                began = perf_counter()
                 if not self._grow(company, size, STEPS, is_over):
                     return is_over() or len(self._decoded) > num_before
-                self._decoded.add(size)
+                if engine.others_seen_s < began:  # else it was another bucket
+                    self._decoded.add(size)
             return True
         finally:
             engine.prepare(False)
