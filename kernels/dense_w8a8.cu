@@ -169,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       barrier_init(at(full[i]), 1);
       barrier_init(at(empty[i]), WARPGROUPS * 4 * WARP_ARRIVALS);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_visible();
   }
   __syncthreads();
   allow_next_kernel();
