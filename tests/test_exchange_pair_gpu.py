@@ -46,7 +46,7 @@ def test_rows_without_a_place_are_told_and_whole_steps_bring_them(store, bucket)
         exchange_worlds.conform_bounded, 2, "nccl bounded", "2 colocated", bucket, 2, store.port, key()
     )
     assert sum(pairs for pairs, _ in counted) > 500
-    assert sum(num_overflows for _, num_overflows in counted) > 0
+    assert (sum(num_overflows for _, num_overflows in counted) > 0) == (bucket == 0)  # 48 rows have room for all cases
 
 
 @pytest.mark.skipif(NUM_GPUS < 4, reason="needs 4 GPUs")

@@ -170,7 +170,8 @@ def test_a_process_whose_answers_had_no_place_bids_for_whole_steps_until_enough_
 def test_places_are_a_quarter_more_than_the_even_share_and_bound_only_what_pays():
     two, four, eight = forms(2), forms(4), forms(8)
     assert two.bound(128, whole=False) == 731  # 1.25 * 512 + 4 * 22.6 of 1024: 2.3 MiB less
-    assert two.bound(64, whole=False) == 0  # would save 1.0 MiB: less than its launch and copy cost
+    assert two.bound(64, whole=False) == 384  # of 512: 1 MiB less
+    assert two.bound(63, whole=False) == 0  # would save less than its launch and copy cost
     assert four.bound(128, whole=False) == 448  # 1.5 * 256 + 64: three owners of which 576 places each are saved
     assert eight.bound(32, whole=False) == 79
     assert forms(1).bound(2048, whole=False) == 0
