@@ -2,11 +2,12 @@
 every rank finds the same one and it may stand in a graph's key.
 
 *Padded*: a place for every (token, k) of every source and owner; nothing can be without one. An owner answers 1 of n
-pairs, so n - 1 of n bytes of its answers are empty. *Bounded*: rows go there padded, but the answers of one owner to one
-source have `bound` places: the even share, more by a quarter with two owners and by a quarter more with each doubling
-(shares of fewer experts differ more), and four standard deviations of an even draw. It costs a launch and a copy, so it
-is used where it saves `worth_bytes`: 1 MiB is 4 to 9 us over NVLink, by NCCL's channels, and 20 us over a network. *Exact*: counts are read by the host; where neither is: above `exact_above` rows a source in a `whole`
-step, and with more owners than `MOST_BOUNDED`, who need less than two rows of three.
+pairs, so n - 1 of n bytes of its answers are empty. *Bounded*: rows go there padded, but the answers of one owner to
+one source have `bound` places: the even share, more by a quarter with two owners and by a quarter more with each
+doubling (shares of fewer experts differ more), and four standard deviations of an even draw. It costs a launch and a
+copy, so it is used where it saves `worth_bytes`: 1 MiB is 4 to 9 us over NVLink, by NCCL's channels, and 20 us over a
+network. *Exact*: counts are read by the host; where neither is: above `exact_above` rows a source in a `whole` step,
+and with more owners than `MOST_BOUNDED`, who need less than two rows of three.
 
 A source whose answers do not fit knows it by itself when the step is over: its step alone is void, it asks for the next
 ones to be whole (`guard.py`), and the header says so to all. Idea: the capacity factor of GShard and Switch, though
