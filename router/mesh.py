@@ -511,11 +511,12 @@ class ClusterMesh:
             exchange.abort()
 
     def _abort_replaced(self) -> None:
+        """Under the lock, so beside it: to close Gloo's connections takes tens of milliseconds, steps of a stream."""
         replaced, self._replaced = self._replaced, None
         if isinstance(replaced, DeviceExchange):
             replaced.retire()
         elif replaced is not None:
-            replaced.abort()
+            threading.Thread(target=replaced.abort, name="exchange-abort", daemon=True).start()
 
     def _build_exchange(self, epoch: Epoch, rank: int) -> Exchange | DeviceExchange:
         options = self._options
