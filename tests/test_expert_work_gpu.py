@@ -255,8 +255,8 @@ def test_a_real_shard_is_as_busy_as_its_work(layout, backend, capsys):
         for rank, role in enumerate(roles):
             world.start(f"rank{rank}", role, rank)
         world.wait_for_epoch([f"rank{rank}" for rank in range(len(roles))])
-        for turn in ("first", "captured"):
-            world.wait(world.submit("rank0", [stream(f"{turn}-{i}", 9) for i in range(32)]))
+        for turn in ("first", "captured"):  # what is compiled, loaded and allocated between two launches would count
+            world.wait(world.submit("rank0", [stream(f"{turn}-{i}", 300) for i in range(32)]))
             world.wait(world.submit("rank0", [stream(f"{turn}-one", 9)]))
         idle = window(lambda: time.sleep(0.3))
         light = window(lambda: world.wait(world.submit("rank0", [stream("light", 9)])))
