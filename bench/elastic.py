@@ -234,7 +234,7 @@ def figures_of(setup: Setup, load: Load, seen: Watch) -> dict[str, Any]:
     tokens_per_s = {n: throughput(load, seen, n) for n in counts}
     return {
         "model": setup.model.name,
-        "cpus": os.cpu_count(),
+        "cpus": len(os.sched_getaffinity(0)),
         "attention_replicas": setup.num_attention,
         "cost_model_row_us": setup.row_us,
         "target_busy": setup.target_busy,
@@ -255,7 +255,7 @@ def chart(setup: Setup, load: Load, seen: Watch) -> Chart:
     rows = (
         f"rows cost {setup.row_us:.0f} us more (cost model)"
         if setup.row_us
-        else f"{os.cpu_count()} cores, no cost model"
+        else f"{len(os.sched_getaffinity(0))} cores, no cost model"
     )
     return Chart(
         f"Load {course} streams, {name}; {rows}",
