@@ -2,8 +2,9 @@
 
 Why: `ray down` on hosts of your own stops Ray on the head only. The other hosts' Ray waits a minute for it and then
 leaves half of its processes behind, and whatever serves on it knows nothing. So each host runs this watcher beside
-Ray. It starts the host's command (the head's: `expertmesh serve`), looks whether the head's Ray answers, and where it
-does not any more ends the command with all its children, then this host's Ray."""
+Ray. It starts the host's command (the head's: `expertmesh serve`), looks whether the head's Ray answers and this host's
+raylet lives, and where that is over ends the command with all its children, then this host's Ray. `ray down` ends the
+raylet first and then waits for processes that do not heed SIGTERM: the watcher's SIGKILL cuts that wait short."""
 
 import argparse
 import contextlib
@@ -75,18 +76,30 @@ def watch(head: str, command: list[str]) -> int:
     PID_FILE.parent.mkdir(parents=True, exist_ok=True)
     PID_FILE.write_text(str(os.getpid()))
     child = subprocess.Popen(command) if command else None
-    gone = Absence(lambda: knock(head), clock=time.monotonic)
-    while not asked_to_end and not gone():
+    gone, raylet = Absence(lambda: knock(head), clock=time.monotonic), own_raylet()
+    while not asked_to_end and not gone() and not has_ended(raylet):
         if child is not None and child.poll() is not None:
             print(f"{command[0]} ended with {child.returncode}; Ray goes on", file=sys.stderr, flush=True)
             child = None
         time.sleep(LOOK_S)
     end_children()
     if not asked_to_end:
-        print(f"the head's Ray ({head}) is gone: this host stops", file=sys.stderr, flush=True)
+        whose = "this host's Ray" if has_ended(raylet) else f"the head's Ray ({head})"
+        print(f"{whose} is gone: this host stops", file=sys.stderr, flush=True)
         stop_ray()
     PID_FILE.unlink(missing_ok=True)
     return 0
+
+
+def own_raylet() -> psutil.Process | None:
+    """The process that runs Ray's workers on this host, started just before the watcher."""
+    return next((process for process in psutil.process_iter(["name"]) if process.info["name"] == "raylet"), None)
+
+
+def has_ended(process: psutil.Process | None) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process is not None and not (process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return True
 
 
 class Absence:
@@ -132,6 +145,10 @@ def end_children() -> None:
 
 
 def stop_ray() -> None:
+    """Ray's own command takes two seconds to find that there is nothing to stop, and each `ray up` begins with it."""
+    lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    if not any(mark in line for line in lines for mark in ("ray::", "/ray/", "ray.util.client")):
+        return
     ray = Path(sys.executable).parent / "ray"
     subprocess.run([str(ray), "stop", "--force"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=60)
 

@@ -130,6 +130,7 @@ def serve_yaml(model: Path) -> dict[str, Any]:
 
 def test_ray_up_serves_on_every_host_and_ray_down_leaves_nothing(tiny_checkpoint: Path):
     environment = {"PYTHONPATH": str(ROOT / ".link"), "OMP_NUM_THREADS": "1"}
+    environment |= {"RAY_worker_niceness": "0", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}  # Ray's monitor looks every 5 s
     with PseudoHosts([LAPTOP, HEAD, *WORKERS], environment=environment) as hosts:
         laptop = Laptop(hosts, tiny_checkpoint)
         try:
