@@ -155,7 +155,9 @@ class RayNode:
         self._gcs_again: subprocess.Popen[bytes] | None = None  # a control store that was started again
         port = free_port()
         self.address = head or f"{node_address(index)}:{port}"
-        where = ["--address", head] if head else ["--head", "--port", str(port), "--include-dashboard", "false"]
+        where = ["--head", "--port", str(port), "--include-dashboard", "false", "--no-monitor"]
+        if head:
+            where = ["--address", head]
         command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *where]
         if gcs_store is None:
             command.append("--block")  # which ends the node when a process of it ends
@@ -165,6 +167,7 @@ class RayNode:
             environment["RAY_external_storage_namespace"] = f"chaos-{port}"
         command += ["--node-ip-address", node_address(index), "--num-cpus", "8", "--disable-usage-stats"]
         command += ["--object-store-memory", str(80 << 20), "--dashboard-agent-listen-port", str(free_port())]
+        command += ["--include-log-monitor", "false"]  # nobody reads what it would send
         for _ in range(STARTS):
             if not (told := self._start(command, environment)):
                 return
