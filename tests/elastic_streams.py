@@ -14,6 +14,7 @@ from expertmesh.client import AnswerDelta, Client, ReasoningDelta
 
 PROMPTS = [[1, 2, 3], list(range(1000, 1050)), [7]]
 NUM_TOKENS = 200
+BREATH_S = 0.5  # between two streams of a prompt: on two cores what starts meanwhile would wait for all of them
 
 
 @cache
@@ -82,6 +83,7 @@ def under_load(client: Client, expected: list[list[int]]) -> Iterator[None]:
             except Exception as error:
                 failures.append(f"{prompt}: {error!r}")
             pauses_s.append(listener.pause_after(0.0))
+            enough.wait(BREATH_S)
 
     threads = [threading.Thread(target=repeat, args=pair) for pair in zip(PROMPTS, expected, strict=True)]
     for thread in threads:

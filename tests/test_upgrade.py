@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from elastic_streams import PROMPTS, expected_tokens
+from elastic_streams import BREATH_S, PROMPTS, expected_tokens
 from shared_cluster import NUM_ATTENTION, NUM_GATEWAYS, serving, sized
 from test_cluster import all_idle, client_of, eventually, token_ids
 
@@ -59,6 +59,7 @@ def resumable_streams(client: Client, expected: list[list[int]]) -> Iterator[Non
             except Exception as error:
                 wrong.append(f"{prompt[:3]}: {error!r}")
             num_streams[0] += 1
+            enough.wait(BREATH_S)
 
     threads = [threading.Thread(target=repeat, args=pair) for pair in zip(PROMPTS, expected, strict=True)]
     for thread in threads:
