@@ -98,7 +98,7 @@ cudaError_t attend(const Fa2Call& call, Params params) {
 
 // o[row, head] = sum over chunks of 2^(lse - largest lse) * partial_o, over the sum of the factors. One CTA a row and
 // head; warp w adds chunks w, w + 4, ... in order, then the warps are added in order: a chunk that sees nothing (lse
-// -inf) adds zeros, so a row's bits do not depend on how many of them follow. Rows without chunks become zeros.
+// -inf) adds zeros, so a row's bits do not depend on how many of them follow. Rows without chunks are another call's.
 template <int WARPS = 4>
 __global__ void __launch_bounds__(WARPS * 32)
     merge_chunks(const bf16* __restrict__ partial_o, const float* __restrict__ partial_lse,
@@ -111,6 +111,7 @@ __global__ void __launch_bounds__(WARPS * 32)
   asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+  if (begin == end) return;
   float peak = -INFINITY;
   for (int64_t c = begin + threadIdx.x; c < end; c += WARPS * 32) peak = fmaxf(peak, partial_lse[c * heads + head]);
 #pragma unroll
@@ -171,10 +172,7 @@ cudaError_t run(const Fa2Call& call) {
   cudaError_t error;
   switch (call.tile_q) {
     case 16:
-      // e4m3: twice the positions, so that as many bytes are on their way
-      error = call.mma_kv > 2   ? attend<16, KV_FP8 ? 4 : 2>(call, params)
-              : call.mma_kv > 1 ? attend<16, 2>(call, params)
-                                : attend<16, 1>(call, params);
+      error = call.mma_kv > 1 ? attend<16, 2>(call, params) : attend<16, 1>(call, params);
       break;
     case 64:
       error = call.mma_kv > 1 ? attend<64, 4>(call, params) : attend<64, 1>(call, params);

@@ -17,7 +17,7 @@ struct Fa2Call {
   int32_t q_stride_n, q_stride_h;
   int32_t num_heads, num_kv_heads, page_size, num_requests, num_items, num_rows, tile_q, num_sms, device, overlap;
   float scale;
-  int32_t mma_kv;  // times 16 KV positions a warp: 1, 2 or 4, as far as the template has it; fewer: more CTAs an SM
+  int32_t mma_kv;  // 1: short contexts, more CTAs an SM; else the template's usual share of KV a warp
 };
 
 struct Fa3Call {

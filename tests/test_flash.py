@@ -7,7 +7,7 @@ import pytest
 import torch
 from flash_world import NumpyKernels, Step, ints, random_step
 
-from expertmesh.cluster.attention import flash
+from expertmesh.cluster.attention import flash, flash_wide
 from expertmesh.cluster.attention.flash import FlashAttention
 from expertmesh.cluster.attention.flash_torch import TorchAttention, select_attention
 from expertmesh.cluster.attention.schedule import SINGLE, aligned, choose_chunk, make_items, make_works
@@ -99,25 +99,42 @@ def test_every_kernel_is_launched_once_before_anybody_waits_for_it():
     assert isinstance(kernels.calls[-1], paged_attention.PrefillCall)
 
 
-@pytest.mark.parametrize("invariant", [False, True])
-def test_fp8_kv_is_read_as_it_is_by_short_queries_and_widened_for_long_ones(invariant):
-    kernels = NumpyKernels(DIM, num_sms=16, kv_dtype=E4M3)
-    attention = make(kernels, kv_dtype=E4M3, invariant=invariant)
+@pytest.mark.parametrize("has_prefill", [True, False])
+@pytest.mark.parametrize("num_sms", [1, 16])
+def test_fp8_kv_is_read_as_it_is_by_decodes_and_widened_for_prompts(has_prefill, num_sms):
+    kernels = NumpyKernels(DIM, num_sms=num_sms, kv_dtype=E4M3)
+    wide = NumpyKernels(DIM, num_sms=num_sms, has_prefill=has_prefill)
+    attention = make(kernels, kv_dtype=E4M3, wide_library=wide)
     mixed = step_of((1, 400), (70, 70), (200, 900), (130, 140), (1, 1), (20, 300), (128, 128), kv_dtype=E4M3)
     assert_close(attend(attention, mixed), mixed)
-    assert [type(c).__name__ for c in kernels.calls] == ["AttentionCall", "PrefillCall"][: 1 if invariant else 2]
+    assert [c.tile_q for c in kernels.calls] == [16]
+    assert [type(c).__name__ for c in wide.calls] == ["AttentionCall", "PrefillCall"][: 1 + has_prefill]
     decode = step_of((1, 900), (1, 3), (1, 64), kv_dtype=E4M3)
-    assert_close(attend(attention, decode, bucket=4)[:3], decode)
+    for bucket in (4, None):
+        assert_close(attend(attention, decode, bucket)[:3], decode)
+    prompts = step_of((40, 40), (30, 300), kv_dtype=E4M3)
+    assert_close(attend(attention, prompts), prompts)
+    assert len(kernels.calls) == 3, "prompts need none of it"
+    attention.load(decode.k, decode.v)
 
 
-def test_long_queries_whose_pages_find_no_room_go_the_other_way(monkeypatch):
-    monkeypatch.setattr(flash, "WIDE_TOKENS", 32 * 16)
+def test_fp8_kv_in_the_invariant_mode_is_read_by_one_tile(monkeypatch):
     kernels = NumpyKernels(DIM, kv_dtype=E4M3)
-    attention = make(kernels, kv_dtype=E4M3, max_num_blocks=32)
-    step = step_of((200, 200), (128, 300), (150, 150), (128, 128), kv_dtype=E4M3)  # 13, 19, 10 and 8 pages; 32 fit
+    attention = make(kernels, kv_dtype=E4M3, invariant=True)
+    step = step_of((1, 400), (70, 70), (200, 900), (1, 1), kv_dtype=E4M3)
     assert_close(attend(attention, step), step)
-    short, long = kernels.calls
+    assert [c.tile_q for c in kernels.calls] == [flash.INVARIANT_TILE]
+
+
+def test_prompts_whose_pages_find_no_room_are_read_as_they_are(monkeypatch):
+    monkeypatch.setattr(flash_wide, "WIDE_TOKENS", 32 * 16)
+    kernels, wide = NumpyKernels(DIM, kv_dtype=E4M3), NumpyKernels(DIM)
+    attention = make(kernels, kv_dtype=E4M3, max_num_blocks=32, wide_library=wide)
+    step = step_of((200, 200), (100, 300), (150, 150), (128, 128), kv_dtype=E4M3)  # 13, 19, 10 and 8 pages; 32 fit
+    assert_close(attend(attention, step), step)
+    (short,), (over_wide, long) = kernels.calls, wide.calls
     assert set(ints(short.item_request, short.num_items).tolist()) == {2, 3}
+    assert set(ints(over_wide.item_request, over_wide.num_items).tolist()) == {1}
     assert long.work_starts
     with pytest.raises(KernelError, match=r"k_cache: torch\.bfloat16 on cpu; expected torch\.float8_e4m3fn"):
         attend(attention, step_of((1, 5)))

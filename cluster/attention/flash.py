@@ -12,20 +12,20 @@ With `invariant` a token's bits depend on its own sequence alone: one tile of qu
 a KV tile that a row does not see is not quite without effect: its sums are scaled by 1 within rounding), KV chunks of
 a fixed size from position 0 on, and chunks added up in order. So decode, chunked and whole prefill run the same sums.
 
-KV in e4m3 is read as it is by the kernel for short queries. The one for long queries takes bf16 alone, so the pages
-that its requests read are widened before it, layer by layer, into memory of their own (`kernels/widen_kv.py`).
+KV in e4m3 is read as it is by decodes. What prompts read is widened to bf16 before them, layer by layer, into memory of
+its own (`flash_wide.py` says why), but in the invariant mode, where one tile does everything.
 Ideas: FlashInfer's plan and run; vLLM's persistent buffers for CUDA graphs."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from ...errors import KernelError
 from ...kernels.paged_attention import HEAD_SIZES, AttentionCall, AttentionLibrary, PrefillCall, load_library
-from ..sizing import WIDE_TOKENS
-from .flash_staging import Form, Staging, clamp_pages
+from .flash_staging import TURNS, Form, Staging, clamp_pages
+from .flash_wide import WidePages
 from .schedule import SINGLE, Items, Works, aligned, choose_chunk, make_items, make_works, tile_for
 
 LONG_QUERY = 128  # queries of this many tokens and more take the kernel for long queries
@@ -36,7 +36,6 @@ FORMS = ("short", "whole", "cut")  # of a bucket
 _CTAS_PER_SM = 2
 _ROUNDS = 4  # of the whole GPU that chunks may add to a step with prompts: few tokens far into a context need some
 _WIDE, _NARROW = 4, 1  # shares of KV that a warp takes at a time; narrow ones let more CTAs be at work on an SM
-_NARROW_FP8 = 2  # as many bytes
 
 
 @dataclass(slots=True)
@@ -44,11 +43,20 @@ class _Planned:
     """What `attend` needs until the next plan."""
 
     num_tokens: int
-    short: AttentionCall | None
-    long: PrefillCall | None
-    kept: list[torch.Tensor]  # what the calls point to
-    widened: torch.Tensor | None = None  # [n] int32, pages to widen for `long`; None: it reads the caches
+    short: AttentionCall | None = None
+    wide: AttentionCall | None = None  # short queries too, over widened pages
+    long: PrefillCall | None = None
+    widened: torch.Tensor | None = None  # [n] int32, blocks to widen for `wide` and `long`; None: they read the caches
+    kept: list[torch.Tensor] = field(default_factory=list)  # what the calls point to
     checked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Pages:
+    """Where a call finds the pages of its requests."""
+
+    starts: np.ndarray  # [R + 1] into the blocks
+    blocks: np.ndarray | None  # block ids, of any shape; None: the widened pages, in their order
 
 
 class FlashAttention:
@@ -70,10 +78,11 @@ class FlashAttention:
         max_num_blocks: int = 8192,
         invariant: bool = False,
         library: AttentionLibrary | None = None,
+        wide_library: AttentionLibrary | None = None,
         num_sms: int | None = None,
     ) -> None:
         """`max_num_reqs`: the largest bucket; `max_num_blocks`: most blocks of one sequence. Raises KernelError where
-        the kernels are missing or cannot do this model. `library` and `num_sms` are for tests."""
+        the kernels are missing or cannot do this model. The libraries and `num_sms` are for tests."""
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -91,7 +100,7 @@ class FlashAttention:
         if kv_dtype not in (torch.bfloat16, torch.float8_e4m3fn):
             raise KernelError(f"KV of {kv_dtype}: the attention kernels read bfloat16 and float8_e4m3fn")
         self.library = library or load_library(head_dim, self.device, kv_dtype)
-        self.kv_dtype, self._narrow = kv_dtype, _NARROW if kv_dtype == torch.bfloat16 else _NARROW_FP8
+        self.kv_dtype = kv_dtype
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.group_size, self.block_size, self.invariant = num_heads // num_kv_heads, block_size, invariant
         self.max_num_reqs, self.max_num_blocks = max_num_reqs, max_num_blocks
@@ -104,13 +113,11 @@ class FlashAttention:
         self._partial_o, self._partial_lse = self._partials(most)
         self._forms: dict[Hashable, Form] = {}
         self._staging = Staging(self.device)
-        self._wide: tuple[torch.Tensor, torch.Tensor] | None = None
-        if kv_dtype != torch.bfloat16 and self.library.has_prefill and not invariant:
-            pages = num_wide_pages(block_size, max_num_blocks)
-            shape = (pages, block_size, num_kv_heads, head_dim)
-            made = torch.zeros((2, *shape), dtype=dtype, device=device)
-            self._wide = made[0], made[1]
-            self._wide_order = torch.arange(pages, dtype=torch.int32, device=self.device)
+        self.wide_library, self._wide = self.library, None
+        if kv_dtype != torch.bfloat16 and not invariant:
+            self._staging = Staging(self.device, 2 * TURNS)  # twice the copies for a step with prompts
+            self.wide_library = wide_library or load_library(head_dim, self.device)
+            self._wide = WidePages((block_size, num_kv_heads, head_dim), max_num_blocks, self.device)
         self._planned: _Planned | None = None
         self._chosen: tuple[Hashable, int] = (None, SINGLE)
 
@@ -150,31 +157,43 @@ class FlashAttention:
             call = planned.short
             call.q, call.o, call.k, call.v, call.stream = pointers
             self.library.attend(call)
-        if planned.long is not None:  # after the short ones, whose second kernel zeroes the other rows
+        if self._wide is not None and planned.widened is not None:
+            self._wide.widen(self.library, k_cache, v_cache, planned.widened)
+            pointers = (*pointers[:2], self._wide.k.data_ptr(), self._wide.v.data_ptr(), stream)
+        if planned.wide is not None:
+            call = planned.wide
+            call.q, call.o, call.k, call.v, call.stream = pointers
+            self.wide_library.attend(call)
+        if planned.long is not None:
             long = planned.long
             long.q, long.o, long.k, long.v, long.stream = pointers
-            if self._wide is not None and planned.widened is not None:
-                self.library.widen(k_cache, v_cache, planned.widened, *self._wide)
-                long.fill(k=self._wide[0], v=self._wide[1])
-            self.library.attend_long(long)
+            self.wide_library.attend_long(long)
         return out
 
     def load(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         """Launch every kernel once, on zeros: what a long context is the first to need would else be loaded beside
         streams. Reads block 0 alone."""
-        one, row, blocks = np.ones(1, np.int32), np.zeros(1, np.int64), np.zeros((1, LONG_QUERY), np.int32)
+        one, many = np.ones(1, np.int32), np.full(1, LONG_QUERY, np.int32)
+        blocks, all_of_them = np.zeros((1, LONG_QUERY), np.int32), np.ones(1, bool)
+        cached = widened = _Pages(np.arange(2) * LONG_QUERY, blocks)
         q = torch.zeros(LONG_QUERY, self.num_heads, self.head_dim, dtype=torch.bfloat16, device=self.device)
-        for tile_q, mma_kv in ((tile_q, mma_kv) for tile_q in (16, 64, 128) for mma_kv in (_WIDE, self._narrow)):
+        for tile_q, mma_kv in ((tile_q, mma_kv) for tile_q in (16, 64, 128) for mma_kv in (_WIDE, _NARROW)):
             items = make_items(one, one, group_size=self.group_size, tile_q=tile_q, chunk=LONG_QUERY)
-            call, kept = self._short_call(items, one, one, blocks, row)
-            call.mma_kv = mma_kv
-            self._planned = _Planned(1, call, None, kept)
+            planned = self._planned = _Planned(1)
+            planned.short = self._short_call(planned, items, one, one, cached)
+            planned.short.mma_kv = mma_kv
             self.attend(q[:1], k_cache, v_cache)
-        if self.library.has_prefill:
-            many, chosen = np.full(1, LONG_QUERY, np.int32), np.ones(1, bool)
-            works = make_works(many, many, chosen, num_heads=self.num_heads, num_ctas=self.num_sms)
-            self._planned = _Planned(LONG_QUERY, None, None, [])
-            self._add_long(self._planned, works, many, many, blocks, chosen)
+        planned = self._planned = _Planned(LONG_QUERY)
+        if self._wide is not None:
+            planned.widened = self._send(planned, {}, blocks)["pages"]
+            widened = _Pages(cached.starts, None)
+            for tile_q in (64, 128):
+                items = make_items(many, many, group_size=self.group_size, tile_q=tile_q, chunk=LONG_QUERY // 2)
+                planned.wide = self._short_call(planned, items, many, many, widened)
+                self.attend(q, k_cache, v_cache)
+        if self.wide_library.has_prefill:
+            works = make_works(many, many, all_of_them, num_heads=self.num_heads, num_ctas=self.num_sms)
+            planned.long = self._long_call(planned, works, many, many, widened)
             self.attend(q, k_cache, v_cache)
         self._planned = None
 
@@ -208,7 +227,7 @@ class FlashAttention:
                 f"raise max_num_blocks ({self.max_num_blocks})"
             )
         made.send(self._staging, self._fixed, seq_lens, table, chunk)
-        self._planned = _Planned(bucket, made.call, None, [])
+        self._planned = _Planned(bucket, made.call)
         return key
 
     def _form_of(self, seq_lens: np.ndarray, bucket: int, longest: int, most: int, form: str | None) -> tuple[str, int]:
@@ -237,12 +256,12 @@ class FlashAttention:
     def _make_form(self, bucket: int, form: str, num_items: int) -> Form:
         """Measured on an H100 (`bench/attention.py`, docs/performance.md): which tile is fastest for which form."""
         small = tile_for(1, self.group_size)
-        tile_q, mma_kv = small, _WIDE
+        tile_q, mma_kv, fp8 = small, _WIDE, self.kv_dtype != torch.bfloat16
         if self.invariant:
             tile_q = INVARIANT_TILE
         elif form == "short":
-            tile_q, mma_kv = (small if bucket <= 64 else max(64, small)), self._narrow
-        elif form == "cut" and bucket <= 8:
+            tile_q, mma_kv = (small if bucket <= 64 or fp8 else max(64, small)), _NARROW
+        elif form == "cut" and bucket <= 8 and not fp8:
             tile_q = max(64, small)
         call = self._new_call(tile_q, mma_kv, num_requests=bucket + 1, num_items=num_items, num_rows=bucket)
         made = Form(bucket, num_items, form == "cut", call, self._fixed)
@@ -251,42 +270,60 @@ class FlashAttention:
         return made
 
     def _plan_eager(self, q_lens: np.ndarray, seq_lens: np.ndarray, block_table: np.ndarray) -> None:
-        long = q_lens >= LONG_QUERY if self.library.has_prefill and not self.invariant else np.zeros(len(q_lens), bool)
-        planned = _Planned(int(q_lens.sum()), None, None, [])
-        longest = int(seq_lens.max())
-        table = self._used_columns(longest, block_table)
-        row = np.arange(len(q_lens))
-        num_widened = 0
+        planned = _Planned(int(q_lens.sum()))
+        table = self._used_columns(int(seq_lens.max()), block_table)
+        cached = _Pages(np.arange(len(table) + 1) * table.shape[1], table)
+        if self.invariant:
+            items, lens, ends, request = self._invariant_items(q_lens, seq_lens)
+            pages = _Pages(cached.starts[np.append(request, len(table))], table)
+            planned.short = self._short_call(planned, items, lens, ends, pages)
+            self._planned = planned
+            return
+        prompts, read = np.ones(len(q_lens), bool), cached
         if self._wide is not None:
-            num_pages = np.cumsum(np.where(long, -(-seq_lens.astype(np.int64) // self.block_size), 0))
-            long &= num_pages <= len(self._wide_order)  # others find no room
-            num_widened = int(seq_lens[long].sum()) * self.num_kv_heads * self.head_dim
+            more_than_a_tile = tile_for(1, self.group_size) < q_lens * self.group_size
+            prompts = self._wide.with_room(seq_lens, more_than_a_tile)
+        if self._wide is not None and prompts.any():
+            starts, blocks = self._wide.place(seq_lens, table, prompts)
+            planned.widened = self._send(planned, {}, blocks)["pages"]
+            read = _Pages(starts, None)
+        long = prompts & (q_lens >= LONG_QUERY) & self.wide_library.has_prefill
         if long.any():
             works = make_works(q_lens, seq_lens, long, num_heads=self.num_heads, num_ctas=self.num_sms)
-            if works.pay(q_lens, seq_lens, long, num_heads=self.num_heads, num_widened=num_widened):
-                self._add_long(planned, works, q_lens, seq_lens, table, long)
+            if works.pay(q_lens, seq_lens, long, num_heads=self.num_heads):
+                planned.long = self._long_call(planned, works, q_lens, seq_lens, read)
             else:
-                long = np.zeros(len(q_lens), bool)
-        if not long.all():
-            if self.invariant:
-                tile_q, chunk = INVARIANT_TILE, INVARIANT_CHUNK if longest > INVARIANT_CHUNK else SINGLE
-                q_lens, seq_lens, row = aligned(q_lens, seq_lens, INVARIANT_TILE // self.group_size)
-                long = np.zeros(len(row), bool)
-            else:
-                tile_q = tile_for(int(q_lens[~long].max()), self.group_size)
-                tiles = np.where(long, 0, -(-q_lens.astype(np.int64) * self.group_size // tile_q))
-                chunk = choose_chunk(
-                    seq_lens,
-                    tiles,
-                    slots=self.slots,
-                    kv_heads=self.num_kv_heads,
-                    most_items=int(tiles.sum()) + _ROUNDS * self.slots,
-                    num_rows=int(q_lens.sum()),
-                )
-            items = make_items(q_lens, seq_lens, group_size=self.group_size, tile_q=tile_q, chunk=chunk, chosen=~long)
-            planned.short, kept = self._short_call(items, q_lens, seq_lens, table, row)
-            planned.kept += kept
+                long[:] = False
+        short, wide = ~long, np.zeros(len(q_lens), bool)
+        if planned.widened is not None:
+            short, wide = ~prompts, prompts & ~long
+        if short.any():
+            planned.short = self._short_call(planned, self._items(q_lens, seq_lens, short), q_lens, seq_lens, cached)
+        if wide.any():
+            planned.wide = self._short_call(planned, self._items(q_lens, seq_lens, wide), q_lens, seq_lens, read)
         self._planned = planned
+
+    def _invariant_items(
+        self, q_lens: np.ndarray, seq_lens: np.ndarray
+    ) -> tuple[Items, np.ndarray, np.ndarray, np.ndarray]:
+        """Items; the lengths that they are of, and which request each of those is a part of."""
+        chunk = INVARIANT_CHUNK if int(seq_lens.max()) > INVARIANT_CHUNK else SINGLE
+        lens, ends, request = aligned(q_lens, seq_lens, INVARIANT_TILE // self.group_size)
+        items = make_items(lens, ends, group_size=self.group_size, tile_q=INVARIANT_TILE, chunk=chunk)
+        return items, lens, ends, request
+
+    def _items(self, q_lens: np.ndarray, seq_lens: np.ndarray, chosen: np.ndarray) -> Items:
+        tile_q = tile_for(int(q_lens[chosen].max()), self.group_size)
+        tiles = np.where(chosen, -(-q_lens.astype(np.int64) * self.group_size // tile_q), 0)
+        chunk = choose_chunk(
+            seq_lens,
+            tiles,
+            slots=self.slots,
+            kv_heads=self.num_kv_heads,
+            most_items=int(tiles.sum()) + _ROUNDS * self.slots,
+            num_rows=int(q_lens.sum()),
+        )
+        return make_items(q_lens, seq_lens, group_size=self.group_size, tile_q=tile_q, chunk=chunk, chosen=chosen)
 
     def _most_items(self, bucket: int, longest: int) -> int:
         """Items of the largest grid of a bucket whose contexts are cut."""
@@ -314,16 +351,15 @@ class FlashAttention:
         return o, torch.empty(rows, self.num_heads, dtype=torch.float32, device=self.device)
 
     def _short_call(
-        self, items: Items, q_lens: np.ndarray, seq_lens: np.ndarray, table: np.ndarray, row: np.ndarray
-    ) -> tuple[AttentionCall, list[torch.Tensor]]:
-        """`row` [R]: each request's row of the table."""
+        self, planned: _Planned, items: Items, q_lens: np.ndarray, seq_lens: np.ndarray, pages: _Pages
+    ) -> AttentionCall:
         num_reqs, num_rows = len(q_lens), int(q_lens.sum())
         q_starts = np.cumsum(q_lens) - q_lens
         parts: dict[str, np.ndarray] = {
             "q_starts": q_starts,
             "q_lens": q_lens,
             "kv_lens": seq_lens,
-            "page_starts": np.append(row, len(table)) * table.shape[1],
+            "page_starts": pages.starts,
             "item_request": items.request,
             "item_q_tile": items.q_tile,
             "item_chunk": items.kv_chunk,
@@ -333,46 +369,29 @@ class FlashAttention:
             merge_starts = np.zeros(num_rows + 1, np.int64)
             np.cumsum(np.repeat(items.num_chunks, q_lens), out=merge_starts[1:])
             parts |= {"merge_starts": merge_starts, "o_starts": merge_starts[q_starts]}
-        pointers, kept = self._send(parts, table)
-        call = self._new_call(
-            items.tile_q, _WIDE, num_requests=num_reqs, num_items=items.num_items, num_rows=num_rows, **pointers
-        )
+        pointers = self._send(planned, parts, pages.blocks)
+        call = self._new_call(items.tile_q, _WIDE, num_requests=num_reqs, num_items=items.num_items, num_rows=num_rows)
+        call.fill(**pointers)
         if items.cut:
             partial_o, partial_lse = self._partials(int(merge_starts[-1]))
             call.fill(partial_o=partial_o, partial_lse=partial_lse)
-            kept += [partial_o, partial_lse]
-        return call, kept
+            planned.kept += [partial_o, partial_lse]
+        return call
 
-    def _add_long(
-        self,
-        planned: _Planned,
-        works: Works,
-        q_lens: np.ndarray,
-        seq_lens: np.ndarray,
-        table: np.ndarray,
-        chosen: np.ndarray,
-    ) -> None:
-        """The call for long queries. Where pages are widened they lie one after the other, request by request."""
-        request, page_starts = works.request, np.arange(len(q_lens)) * table.shape[1]
-        if self._wide is not None:
-            counts = np.where(chosen, -(-seq_lens.astype(np.int64) // self.block_size), 0)
-            page_starts = np.cumsum(counts) - counts
-            table = table[np.arange(table.shape[1]) < counts[:, None]]  # [n]
+    def _long_call(
+        self, planned: _Planned, works: Works, q_lens: np.ndarray, seq_lens: np.ndarray, pages: _Pages
+    ) -> PrefillCall:
+        request = works.request
         parts = {
             "work_starts": works.starts,
             "work_head": works.head,
             "work_q_tile": works.q_tile,
             "work_q_start": (np.cumsum(q_lens) - q_lens)[request],
-            "work_page_start": page_starts[request],
+            "work_page_start": pages.starts[request],
             "work_q_len": q_lens[request],
             "work_kv_len": seq_lens[request],
         }
-        pointers, kept = self._send(parts, table)
-        if self._wide is not None:
-            planned.widened = kept[0][-len(table) :]
-            pointers["pages"] = self._wide_order.data_ptr()
-        planned.kept += kept
-        planned.long = PrefillCall(
+        call = PrefillCall(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             page_size=self.block_size,
@@ -381,8 +400,9 @@ class FlashAttention:
             scale=self.head_dim**-0.5,
             o_stride_n=self.num_heads * self.head_dim,
             o_stride_h=self.head_dim,
-            **pointers,
         )
+        call.fill(**self._send(planned, parts, pages.blocks))
+        return call
 
     def _used_columns(self, longest: int, block_table: np.ndarray) -> np.ndarray:
         width = max(1, -(-longest // self.block_size))
@@ -393,20 +413,25 @@ class FlashAttention:
             )
         return block_table[:, :width]
 
-    def _send(self, parts: dict[str, np.ndarray], table: np.ndarray) -> tuple[dict[str, int], list[torch.Tensor]]:
-        """One copy of all parts and the table to the device; pointers by name."""
-        total = sum(map(len, parts.values())) + table.size
+    def _send(
+        self, planned: _Planned, parts: dict[str, np.ndarray], blocks: np.ndarray | None
+    ) -> dict[str, torch.Tensor]:
+        """One copy of all parts and the blocks (None: widened pages are read) to the device; where they lie there."""
+        sizes = [*map(len, parts.values()), 0 if blocks is None else blocks.size]
+        total = sum(sizes)
         host = self._staging.take(total)
         device = torch.empty(total, dtype=torch.int32, device=self.device)
-        base, offset, pointers = device.data_ptr(), 0, {}
-        for name, part in parts.items():
-            host[offset : offset + len(part)] = part
-            pointers[name] = base + 4 * offset
-            offset += len(part)
-        clamp_pages(table, host[offset:total])
-        pointers["pages"] = base + 4 * offset
+        for at, part in zip(np.cumsum(sizes).tolist(), parts.values()):
+            host[at - len(part) : at] = part
+        if blocks is not None:
+            clamp_pages(blocks, host[total - blocks.size : total])
         self._staging.send(total, device)
-        return pointers, [device]
+        planned.kept.append(device)
+        lies = dict(zip((*parts, "pages"), device.split(sizes)))
+        if blocks is None:
+            assert self._wide is not None
+            lies["pages"] = self._wide.order
+        return lies
 
     def _check(self, planned: _Planned, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         """Once a plan: all layers are alike."""
@@ -426,8 +451,8 @@ class FlashAttention:
         for name, x, dtype in (("q", q, torch.bfloat16), ("k_cache", k_cache, kv), ("v_cache", v_cache, kv)):
             if x.dtype != dtype or x.device != self.device:
                 raise KernelError(f"{name}: {x.dtype} on {x.device}; expected {dtype} on {self.device}")
-        read_by_long = k_cache if self._wide is None else self._wide[0]
-        for call, pages in ((planned.short, k_cache), (planned.long, read_by_long)):
+        widened = k_cache if self._wide is None else self._wide.k
+        for call, pages in ((planned.short, k_cache), (planned.wide, widened), (planned.long, widened)):
             if call is not None:
                 call.fill(
                     page_stride=pages.stride(0),
@@ -437,8 +462,3 @@ class FlashAttention:
                     q_stride_h=q.stride(1),
                 )
         planned.checked = True
-
-
-def num_wide_pages(block_size: int, max_num_blocks: int) -> int:
-    """Pages that can be widened for one launch: any one sequence, or as many of several."""
-    return max(max_num_blocks, WIDE_TOKENS // block_size)

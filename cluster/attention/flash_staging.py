@@ -9,25 +9,25 @@ import torch
 
 from ...kernels.paged_attention import AttentionCall
 
-TURNS = 4  # plans that may be ahead of the GPU
+TURNS = 4  # copies that may be ahead of the GPU
 
 
 class Staging:
     """Pinned int32 memory of any size, in turns."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, turns: int = TURNS) -> None:
         self.cuda = device.type == "cuda"
-        self._pieces = [torch.empty(0, dtype=torch.int32) for _ in range(TURNS)]
-        self._sent: list[torch.cuda.Event | None] = [None] * TURNS
+        self._pieces = [torch.empty(0, dtype=torch.int32) for _ in range(turns)]
+        self._sent: list[torch.cuda.Event | None] = [None] * turns
         self._turn = 0
 
     def reserve(self, size: int) -> None:
         """Before the first plan: the driver takes milliseconds for pinned memory; no step should wait for that."""
-        self._pieces = [torch.empty(size, dtype=torch.int32, pin_memory=self.cuda) for _ in range(TURNS)]
+        self._pieces = [torch.empty(size, dtype=torch.int32, pin_memory=self.cuda) for _ in self._pieces]
 
     def take(self, size: int) -> np.ndarray:
         """[size] int32 to write; `send` follows."""
-        self._turn = (self._turn + 1) % TURNS
+        self._turn = (self._turn + 1) % len(self._pieces)
         event = self._sent[self._turn]
         if event is not None:
             event.synchronize()  # done long since, unless plans outrun the GPU

@@ -21,12 +21,11 @@ SINGLE = 1 << 30  # a chunk that holds any sequence
 # In tokens of KV that a CTA of the kernel for long queries reads, 15 ns each on an H100:
 SHORT_COST = 2.1  # what the kernel for short queries takes for the same products on a full GPU, uneven ends included
 CUT_COST = 550  # its second launch and the partial results
-WIDEN_COST = 1.4e-4  # a number of K and its of V, from e4m3 to bf16: two bytes read, four written
 
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """One launch over short queries. Rows of requests without items get zeros if `chunk` cuts anything."""
+    """One launch over short queries. Rows of requests without items are left as they are."""
 
     tile_q: int
     chunk: int  # tokens of KV; SINGLE: nothing is cut, and no second kernel follows
@@ -54,15 +53,13 @@ class Works:
     q_tile: np.ndarray
     longest: int  # tokens of KV that the CTA with the most to do reads
 
-    def pay(
-        self, q_lens: np.ndarray, seq_lens: np.ndarray, chosen: np.ndarray, *, num_heads: int, num_widened: int = 0
-    ) -> bool:
+    def pay(self, q_lens: np.ndarray, seq_lens: np.ndarray, chosen: np.ndarray, *, num_heads: int) -> bool:
         """Whether the kernel for long queries takes less time than the one for short ones. It is twice as fast, but
         reads a context from end to end: few tokens far into one keep a part of the GPU busy for long, and the other one
-        cuts contexts in chunks. `num_widened`: numbers of K that must become bf16 before."""
+        cuts contexts in chunks."""
         tokens = np.where(chosen, q_lens, 0).astype(np.int64)
         reads = int(tokens @ (seq_lens - q_lens // 2)) * num_heads / LONG_TILE / (len(self.starts) - 1)
-        return self.longest + WIDEN_COST * num_widened <= SHORT_COST * reads + CUT_COST
+        return self.longest <= SHORT_COST * reads + CUT_COST
 
 
 def tile_for(q_len: int, group_size: int) -> int:
