@@ -20,6 +20,14 @@ __device__ __forceinline__ void allow_next_kernel() {
 #endif
 }
 
+// What others wrote before they added to `p` is seen, and what this CTA wrote before its last barrier is seen by those
+// who add later. A weaker fence than __threadfence(), which orders all of memory for everybody.
+__device__ __forceinline__ u32 add_acquire_release(u32* p, u32 v) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(v) : "memory");
+  return before;
+}
+
 __device__ __forceinline__ float bf16_low(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float bf16_high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 

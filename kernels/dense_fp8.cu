@@ -200,10 +200,8 @@ __device__ __forceinline__ bool gather_shared(float (&acc)[SUBS][N_TILES][4], u3
   for (int i = 0; i < SUBS * N_TILES * 4; ++i) __stcg(mine + i * 32, acc[i / (N_TILES * 4)][i / 4 % N_TILES][i % 4]);
   named_barrier(LAST_BARRIER, M_WARPS * 32);
   if (m_warp == 0 && lane == 0) {
-    __threadfence();
-    is_last = atomicAdd(counters + m, 1) == last - first;
+    is_last = add_acquire_release(counters + m, 1) == last - first;
     if (is_last) counters[m] = 0;  // for the next launch
-    __threadfence();
   }
   named_barrier(LAST_BARRIER, M_WARPS * 32);
   if (!is_last) return false;

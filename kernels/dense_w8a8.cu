@@ -132,10 +132,8 @@ __device__ __forceinline__ bool gather_shared(float (&acc)[64], const Work& work
   for (int i = 0; i < 64; ++i) __stcg(mine + i * CONSUMERS, acc[i]);
   named_barrier(1, CONSUMERS);
   if (threadIdx.x == 128) {
-    __threadfence();
-    is_last = atomicAdd(counters + shared, 1) == last - first;
+    is_last = add_acquire_release(counters + shared, 1) == last - first;
     if (is_last) counters[shared] = 0;  // for the next launch
-    __threadfence();
   }
   named_barrier(1, CONSUMERS);
   if (!is_last) return false;

@@ -11,8 +11,9 @@
 #define CTAS 8
 #endif
 
-constexpr int GROUPS = NUM_EXPERTS / 8 / CTAS, TOKENS_EACH = 8 / CTAS;
-static_assert(NUM_EXPERTS % (8 * CTAS) == 0 && 8 % CTAS == 0, "gate_linear.cu: NUM_EXPERTS or CTAS");
+constexpr int GROUPS = NUM_EXPERTS / 8 / CTAS, TOKENS_EACH = 8 / CTAS, AHEAD = GROUPS % 2 || WARPS > 8 ? 1 : 2;
+static_assert(NUM_EXPERTS % (8 * CTAS) == 0 && 8 % CTAS == 0 && GROUPS % AHEAD == 0,
+              "gate_linear.cu: NUM_EXPERTS or CTAS");
 
 extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(WARPS * 32)
     gate_linear(const u16* x, int num_tokens, const u16* gate, const i64* rows, int* topk_ids, float* topk_weights,
@@ -21,13 +22,25 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(WARPS 
   __shared__ float parts[GROUPS][WARPS][64];
   __shared__ float logits[TOKENS_EACH][NUM_EXPERTS];
   const int rank = cluster_rank(), first = blockIdx.x / CTAS * 8, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  ThinGemm gemm;
-  gemm.start(gate, rank * GROUPS);
-  wait_for_previous_kernel();
-  gemm.load_rows(x + (i64)first * K, min(8, num_tokens - first));
+  ThinGemm gemm[AHEAD];  // so many groups' weights are in registers before the rows are there, the others in the L2
 #pragma unroll
-  for (int i = 0; i < GROUPS; ++i)
-    gemm.group_sums(rank * GROUPS + i, i + 1 < GROUPS ? rank * GROUPS + i + 1 : -1, parts[i][warp]);
+  for (int i = 0; i < AHEAD; ++i) gemm[i].start(gate, rank * GROUPS + i);
+#pragma unroll
+  for (int i = AHEAD; i < GROUPS; ++i) gemm[0].prefetch(rank * GROUPS + i);
+  wait_for_previous_kernel();
+  gemm[0].load_rows(x + (i64)first * K, min(8, num_tokens - first));
+#pragma unroll
+  for (int i = 0; i < LOADS; ++i) gemm[AHEAD - 1].x[i] = gemm[0].x[i];
+  // A loop, of a length that the compiler does not know: in one straight line the assembler would issue a load of x,
+  // multiply by it and issue the next.
+  const int groups = GROUPS * gridDim.y, begin = rank * GROUPS;
+#pragma unroll 1
+  for (int first_of = 0; first_of < groups; first_of += AHEAD)
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      const int group = first_of + i, next = group + AHEAD;
+      gemm[i].group_sums(begin + group, GROUPS > AHEAD && next < groups ? begin + next : -1, parts[group][warp]);
+    }
   cluster_sync();  // of this CTA's parts, and every CTA of the cluster is there to be written to
   for (int place = threadIdx.x; place < GROUPS * 64; place += WARPS * 32) {
     const int group = place / 64, token = place % 64 / 8;

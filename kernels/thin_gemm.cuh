@@ -21,9 +21,10 @@ constexpr int DEPTH = deepest(LOADS < 8 ? LOADS : 8);  // a load of the next gro
 constexpr int COLUMNS = LOADS * 32;
 static_assert(K % 32 == 0 && LOADS <= 8 && WARPS <= 16 && WARPS >= 2, "thin_gemm.cuh: K or WARPS");
 
+// Not `ld.global.nc`: the assembler would move such loads behind the wait for the kernel before, or each to its use.
 __device__ __forceinline__ uint4 load_weights_once(const u16* p) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(p));
   return v;
@@ -58,6 +59,13 @@ struct ThinGemm {
     from = w + (i64)((threadIdx.x >> 2) & 7) * K + column(0);
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i) load(i, group, i);
+  }
+
+  // Bring a group's weights as far as the L2.
+  __device__ __forceinline__ void prefetch(int group) const {
+#pragma unroll
+    for (int i = 0; i < LOADS; i += 2)
+      if (inside(i)) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + (i64)group * 8 * K + i * 32));
   }
 
   // x [num_rows, K]; rows from num_rows on are zero.

@@ -183,8 +183,7 @@ T __ldg(const T* p) {
 }
 inline float __ldcg(const float* p) { return *p; }
 inline void __stcg(float* p, float v) { *p = v; }
-inline void __threadfence() {}
-inline u32 atomicAdd(u32* p, u32 v) { return (*p += v) - v; }
+inline u32 add_acquire_release(u32* p, u32 v) { return (*p += v) - v; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
