@@ -86,6 +86,7 @@ class StepBench:
         scheduler = SchedulerConfig(
             max_num_batched_tokens=arguments.batched_tokens,
             max_prefill_tokens_per_step=arguments.batched_tokens,
+            max_step_stretch=1e6,  # nobody waits for a token: all of a batch should soon decode
             max_num_seqs=most,
         )
         needed = most * (arguments.prompt + arguments.output)

@@ -144,6 +144,7 @@ def opened(
             max_num_seqs=most,
             max_num_batched_tokens=arguments.batched_tokens,
             max_prefill_tokens_per_step=arguments.batched_tokens,
+            max_step_stretch=1e6,  # nobody waits for a token: all of a batch should soon decode
         ),
         kv_memory_bytes=(most + 1) * (tokens + 2 * block) * config.kv_bytes_per_token(2 if on_gpu else 4),
         mesh_type=mesh_type,
