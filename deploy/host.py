@@ -82,11 +82,11 @@ def watch(head: str, command: list[str]) -> int:
             print(f"{command[0]} ended with {child.returncode}; Ray goes on", file=sys.stderr, flush=True)
             child = None
         time.sleep(LOOK_S)
-    end_children()
     if not asked_to_end:
         whose = "this host's Ray" if has_ended(raylet) else f"the head's Ray ({head})"
         print(f"{whose} is gone: this host stops", file=sys.stderr, flush=True)
         stop_ray()
+    end_children()
     PID_FILE.unlink(missing_ok=True)
     return 0
 
