@@ -42,11 +42,11 @@ def test_only_idle_workers_of_the_jobs_are_chosen():
 
 
 LEAK = """
-import asyncio, sys, tempfile, time
+import asyncio, contextlib, sys, time
 from pathlib import Path
-import ray
+import psutil, ray
 from ray._private.state import actors
-from expertmesh.bench.chaos_world import RayNode
+from expertmesh.bench.ray_node import RayNode
 from expertmesh.bench.valkey import ValkeyProcess
 from expertmesh.cluster import stray_workers
 
@@ -63,24 +63,33 @@ class Replica:
 def state():
     return actors(handle._actor_id.hex())["State"]
 
+def has_started():
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("A_POOLED_WORKER") == MARK:
+                return True
+    return False
+
 folder = Path(sys.argv[1])
+MARK = f"has not got {folder}"
 store = ValkeyProcess(folder, "--appendonly", "yes")
 node = RayNode(0, "", gcs_store=store)
 try:
     ray.init(node.address, namespace="test", log_to_driver=False)
-    fresh = {"env_vars": {"A_POOLED_WORKER": "has not got this"}}
+    fresh = {"env_vars": {"A_POOLED_WORKER": MARK}}
     whole = ray.remote(num_cpus=8, runtime_env=fresh)(Replica)  # all that the node has
     handle = whole.options(name="SERVE_REPLICA::r", lifetime="detached").remote()
     assert until(lambda: state() == "PENDING_CREATION", 10)
     node.kill_gcs()
-    time.sleep(3)  # the worker starts meanwhile, leased to nobody
+    assert until(has_started, 10)  # a worker, leased to nobody
     node.start_gcs()
-    leaked = not until(lambda: state() == "ALIVE", 8)
+    leaked = not until(lambda: state() == "ALIVE", 4)
     waiting = stray_workers.replicas_without_a_worker()
     assert list(waiting) == ["SERVE_REPLICA::r"] * leaked, waiting
     told = []
-    while leaked and not until(lambda: state() == "ALIVE", 10):
-        told += asyncio.run(stray_workers.end_stray_workers(set(waiting.values())))
+    while leaked and not told:
+        told = asyncio.run(stray_workers.end_stray_workers(set(waiting.values())))
+    assert until(lambda: state() == "ALIVE", 20)
     assert ray.get(handle.there.remote(), timeout=30)
     print("leaked" if leaked else "not leaked", told)
 finally:
