@@ -1,4 +1,4 @@
-"""A Ray node of this host at a loopback address of its own, whose parts can be killed: raylet, helpers, control store."""
+"""A Ray node of this host at a loopback address of its own. Its parts can be killed: raylet, helpers, control store."""
 
 import contextlib
 import os
