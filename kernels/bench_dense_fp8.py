@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from .bench_clock import DEVICE, measure_read_gbps, median_us
 from .dense_fp8 import BLOCK, E4M3, Fp8Weight, dense_fp8, pack_fp8
 from .dense_w8a8 import TILES, dense_w8a8
+from .dense_w8a8_few import dense_w8a8_few
 from .dequantize_fp8 import dequantize_fp8
 from .thin_linear import MAX_ROWS, takes, thin_linear
 
 BF16 = torch.bfloat16
 SHAPES = {"qkv": (9216, 4096), "o": (4096, 8192)}  # Qwen3-235B-A22B: N, K
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 512, 2048)
 MANY_BYTES = 400e6
-MOST_THIN = 512  # rows for which pieces of 64 are worth a look
 Product = Callable[[torch.Tensor, Any], torch.Tensor]
 
 
@@ -65,8 +65,10 @@ def _ways(num_tokens: int, num_outputs: int, k: int, fp8: Any, bf16: Any) -> lis
     ways: list[tuple[str, Product, Any]] = [("bf16 BLAS", F.linear, bf16)]
     if num_tokens <= MAX_ROWS and takes(num_outputs, k):
         ways.append(("bf16 thin", thin_linear, bf16))
-    if num_tokens <= MOST_THIN:
+    if num_tokens <= 32:
         ways.append(("w8a16", dense_fp8, fp8))
+    if num_tokens <= 256:
+        ways.append(("w8a8 few", dense_w8a8_few, fp8))
     if num_tokens > 64:
         ways.append(("dequantised", lambda x, w: F.linear(x, dequantize_fp8(w)), fp8))
         ways += [(f"w8a8/{tile}", functools.partial(dense_w8a8, tile=tile), fp8) for tile in TILES]

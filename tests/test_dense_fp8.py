@@ -12,14 +12,14 @@ from expertmesh.dummy_checkpoint import DummyCheckpoint
 from expertmesh.errors import KernelError
 from expertmesh.kernels import dense_w8a8, jit
 from expertmesh.kernels.dense_fp8 import (
+    FewRowsPlan,
     Fp8Weight,
-    most_rows,
-    num_threads,
+    num_slices,
+    outputs_of_slice,
     pack_fp8,
-    shared_bytes,
-    stages_for,
     unpack_fp8,
 )
+from expertmesh.kernels.dense_w8a8_few import SlicePlan
 from expertmesh.make_checkpoint import complete_config
 from expertmesh.quantized import Fp8Matrix, dequantize
 
@@ -123,33 +123,75 @@ def test_a_matrix_in_parts_of_a_block_is_widened(checkpoint, tmp_path):
     assert PlainProducts()(torch.ones(2, 256).bfloat16(), layer.qkv).shape == (2, layer.qkv.shape[0])
 
 
-@pytest.mark.parametrize(
-    ("capability", "rows"), [((8, 0), 32), ((8, 6), 16), ((8, 9), 16), ((9, 0), 64), ((10, 0), 64), ((12, 0), 16)]
-)
-def test_a_launch_fits_the_shared_memory_of_each_gpu(capability, rows):
-    limit = {(8, 0): 163, (9, 0): 227, (10, 0): 227}.get(capability, 99) << 10
-    assert most_rows(capability) == rows
-    for tile in (8, 16, 32, 64):
-        if tile <= rows:
-            stages = stages_for(tile, capability)
-            assert stages >= 2
-            assert shared_bytes(tile, stages) + 1024 <= limit
+GPUS = {
+    "sm_80": ((8, 0), 108, 163),
+    "sm_89": ((8, 9), 128, 99),
+    "sm_90a": ((9, 0), 132, 227),
+    "sm_100a": ((10, 0), 148, 227),
+}
+SHAPES = [(9216, 4096), (4096, 8192), (5120, 2048), (2048, 4096), (51200, 5120), (5120, 25600), (128, 128)]  # N, K
+
+
+@pytest.mark.parametrize("num_sms", [1, 78, 108, 132, 148])
+@pytest.mark.parametrize("num_outputs", [128, 384, 4096, 9216, 51200])
+def test_outputs_are_shared_evenly(num_outputs, num_sms):
+    num_ctas = num_slices(num_outputs, num_sms)
+    eights = num_outputs // 8
+    counts = [(i + 1) * eights // num_ctas - i * eights // num_ctas for i in range(num_ctas)]
+    assert sum(counts) == eights
+    assert 0 < min(counts) <= max(counts) == outputs_of_slice(num_outputs, num_ctas) // 8 <= 16
+    assert max(counts) - min(counts) <= 1
+    assert num_ctas % num_sms == 0 or num_ctas == eights
+
+
+@pytest.mark.parametrize("arch", GPUS)
+@pytest.mark.parametrize(("num_outputs", "k"), SHAPES)
+def test_a_launch_fits_each_gpu(num_outputs, k, arch):
+    capability, num_sms, kib = GPUS[arch]
+    outputs = outputs_of_slice(num_outputs, num_slices(num_outputs, num_sms))
+    plans = [FewRowsPlan.choose(rows, outputs, k, capability) for rows in (1, 8, 9, 16)]
+    assert [plan.tile for plan in plans] == [8, 8, 16, 16]
+    assert len({plan.parts for plan in plans}) == 1
+    for plan in plans:
+        assert plan.stages >= 2
+        assert plan.shared_bytes + 1024 <= kib << 10
+        assert plan.num_threads <= 704
+
+
+@pytest.mark.parametrize(("num_outputs", "k"), SHAPES)
+def test_a_launch_of_some_rows_fits_hopper(num_outputs, k):
+    outputs = outputs_of_slice(num_outputs, num_slices(num_outputs, 132))
+    plans = [SlicePlan.choose(rows, outputs, k) for rows in (1, 17, 64, 128)]
+    assert [plan.tile for plan in plans] == [8, 32, 64, 128]
+    for plan in plans:
+        assert plan.stages >= 3
+        assert plan.shared_bytes + 1024 <= 227 << 10
+        assert plan.num_threads == (384 if outputs > 64 or k % 256 == 0 else 256)
 
 
 @pytest.mark.parametrize("arch", jit.SUPPORTED_ARCHS)
-@pytest.mark.parametrize("k", [2048, 4096, 8192])
-def test_kernels_compile_without_spills(arch, k):
-    capability = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90a": (9, 0), "sm_100a": (10, 0)}[arch]
-    for tile in (8, 16, 32, 64):
-        if tile > most_rows(capability):
-            continue
-        defines = {"K": k, "TILE": tile, "STAGES": stages_for(tile, capability)}
-        (use,) = jit.compile_only("dense_fp8.cu", arch, defines).use()
+@pytest.mark.parametrize(("num_outputs", "k"), SHAPES[:4])
+def test_kernels_compile_without_spills(arch, num_outputs, k):
+    capability, num_sms, _ = GPUS[arch]
+    outputs = outputs_of_slice(num_outputs, num_slices(num_outputs, num_sms))
+    for rows in (8, 16):
+        plan = FewRowsPlan.choose(rows, outputs, k, capability)
+        (use,) = jit.compile_only("dense_fp8.cu", arch, {"K": k, **plan.defines}).use()
         assert use.clean, use
-        assert use.registers * num_threads(tile) <= 65536
+        assert use.registers * plan.num_threads <= 65536
     for file in ("dequantize_fp8.cu", "quantize_rows.cu"):
         (use,) = jit.compile_only(file, arch, {"K": k}).use()
         assert use.clean, use
+
+
+@pytest.mark.parametrize(("num_outputs", "k"), SHAPES[:4])
+def test_products_of_some_rows_compile_without_spills_or_waits_in_between(num_outputs, k):
+    for rows in (8, 16, 32, 64, 128):
+        plan = SlicePlan.choose(rows, outputs_of_slice(num_outputs, num_slices(num_outputs, 132)), k)
+        compiled = jit.compile_only("dense_w8a8_few.cu", "sm_90a", {"K": k, **plan.defines})
+        (use,) = compiled.use()
+        assert use.clean, use
+        assert "wgmma" not in compiled.log  # ptxas tells of products that it serialises
 
 
 @pytest.mark.parametrize("tile", dense_w8a8.TILES)
@@ -159,7 +201,7 @@ def test_the_product_of_many_rows_compiles_without_spills_or_waits_in_between(k,
     compiled = jit.compile_only("dense_w8a8.cu", "sm_90a", defines)
     (use,) = compiled.use()
     assert use.clean, use
-    assert "wgmma" not in compiled.log  # ptxas tells of products that it serialises
+    assert "wgmma" not in compiled.log
     assert dense_w8a8.shared_bytes(tile) + 1024 <= 227 << 10
 
 

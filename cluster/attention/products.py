@@ -7,9 +7,9 @@ stands in rows that nobody asked for is whatever was in memory. The promise is c
 start, and refused where it does not hold. Idea: Thinking Machines' batch-invariant kernels; the fixed piece is
 `numerics.py`'s, for another library.
 
-Weights that stay fp8 have kernels of our own: `kernels/dense_fp8.py` reads them for few rows, and a row's bits depend
-on no other; `kernels/dense_w8a8.py` multiplies many rows in fp8, or the library does in bf16 where that has no kernel.
-The batch-invariant mode takes the first one for any number of rows."""
+Weights that stay fp8 have kernels of our own: `kernels/dense_fp8.py` reads them for few rows as they are,
+`dense_w8a8_few.py` and `dense_w8a8.py` multiply more rows in fp8; on GPUs that these are not for, the library does in
+bf16. A row's bits depend on no other in the first two, so the batch-invariant mode takes one of them for all."""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -18,13 +18,16 @@ import torch
 import torch.nn.functional as F
 
 from ...errors import ConfigError
+from ...kernels.dense_fp8 import MAX_ROWS as MOST_FP8_ROWS
 from ...kernels.dense_fp8 import Fp8Weight, dense_fp8
 from ...kernels.dense_w8a8 import dense_w8a8, has_kernel
+from ...kernels.dense_w8a8_few import MAX_ROWS as MOST_W8A8_ROWS
+from ...kernels.dense_w8a8_few import dense_w8a8_few
 from ...kernels.dequantize_fp8 import dequantize_fp8
 from ...kernels.thin_linear import MAX_ROWS, is_faster, takes, thin_linear
 
 ROWS = 128  # a whole tile of the tensor cores
-FEW_FP8_ROWS = 128  # up to here fp8 weights are read once for each 64 rows
+MOST_WIDENED_ROWS = 64  # on GPUs without fp8 products: above, the library's with weights written out cost less
 Weight = torch.Tensor | Fp8Weight
 
 
@@ -44,12 +47,19 @@ class PlainProducts:
 
     def __call__(self, x: torch.Tensor, w: Weight) -> torch.Tensor:
         if isinstance(w, Fp8Weight):
-            if x.shape[0] <= FEW_FP8_ROWS:
-                return dense_fp8(x, w)
-            return dense_w8a8(x, w) if has_kernel(x.device) else F.linear(x, dequantize_fp8(w))
+            return _fp8_product(x, w)
         if x.is_cuda and x.shape[0] <= MAX_ROWS and takes(*w.shape) and is_faster(*w.shape, x.device.index or 0):
             return thin_linear(x, w)
         return F.linear(x, w)
+
+
+def _fp8_product(x: torch.Tensor, w: Fp8Weight) -> torch.Tensor:
+    num_rows = x.shape[0]
+    if num_rows <= MOST_FP8_ROWS:
+        return dense_fp8(x, w)
+    if has_kernel(x.device):
+        return dense_w8a8_few(x, w) if num_rows <= MOST_W8A8_ROWS else dense_w8a8(x, w)
+    return dense_fp8(x, w) if num_rows <= MOST_WIDENED_ROWS else F.linear(x, dequantize_fp8(w))
 
 
 class InvariantProducts:
@@ -71,7 +81,7 @@ class InvariantProducts:
 
     def __call__(self, x: torch.Tensor, w: Weight) -> torch.Tensor:
         if isinstance(w, Fp8Weight):
-            return dense_fp8(x, w)
+            return dense_w8a8_few(x, w) if has_kernel(x.device) else dense_fp8(x, w)
         assert x.shape[0] % ROWS == 0, "made with padded(T) rows"
         if x.shape[0] == ROWS:
             return F.linear(x, w)

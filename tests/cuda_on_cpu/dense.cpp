@@ -1,7 +1,9 @@
-// dense.cpp: kernels/dense_fp8.cu or dense_w8a8.cu (W8A8) as a library for ctypes.
+// dense.cpp: kernels/dense_fp8.cu, dense_w8a8.cu (MANY) or dense_w8a8_few.cu (FEW) as a library for ctypes.
 #include "emulated.h"
-#ifdef W8A8
+#if defined(MANY)
 #include "dense_w8a8.cu"
+#elif defined(FEW)
+#include "dense_w8a8_few.cu"
 #else
 #include "dense_fp8.cu"
 #endif
@@ -13,16 +15,21 @@ static void new_cta() {
   std::memset(ring_memory, 0xff, sizeof ring_memory);  // NaN, in both forms
 }
 
-#ifdef W8A8
+#if defined(MANY)
 extern "C" void run(int num_ctas, int backwards, const u8* w, const float* scales, const u8* x, const float* x_scales,
-                    i64 capacity, int num_rows, u16* y, int num_outputs, float* partial, u32* counters) {
+                    int num_rows, u16* y, int num_outputs, i64 capacity, float* partial, u32* counters) {
   launch(num_ctas, THREADS, backwards, new_cta,
          [=] { dense_w8a8(w, scales, x, x_scales, capacity, num_rows, y, num_outputs, partial, counters); });
 }
+#elif defined(FEW)
+extern "C" void run(int num_ctas, int backwards, const u8* w, const float* scales, const u8* x, const float* x_scales,
+                    int num_rows, u16* y, int num_outputs) {
+  launch(num_ctas, THREADS, backwards, new_cta,
+         [=] { dense_w8a8_few(w, scales, x, x_scales, num_rows, y, num_outputs); });
+}
 #else
 extern "C" void run(int num_ctas, int backwards, const u8* w, const float* scales, const u16* x, int num_rows, u16* y,
-                    int num_outputs, float* partial, u32* counters) {
-  launch(num_ctas, THREADS, backwards, new_cta,
-         [=] { dense_fp8(w, scales, x, num_rows, y, num_outputs, partial, counters); });
+                    int num_outputs) {
+  launch(num_ctas, THREADS, backwards, new_cta, [=] { dense_fp8(w, scales, x, num_rows, y, num_outputs); });
 }
 #endif

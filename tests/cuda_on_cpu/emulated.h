@@ -34,6 +34,9 @@ struct uint2 {
 struct uint4 {
   u32 x, y, z, w;
 };
+struct float2 {
+  float x, y;
+};
 struct Index {
   u32 x;
 };
@@ -210,6 +213,7 @@ inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
 inline void wait_for_previous_kernel() {}
 inline void allow_next_kernel() {}
 constexpr u32 WARP_ARRIVALS = 1;
+inline int round_up_8(int n) { return (n + 7) & ~7; }
 inline bool arrives(int lane) { return lane == 0; }
 inline float bf16_low(u32 pair) { return __uint_as_float(pair << 16); }
 inline float bf16_high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }

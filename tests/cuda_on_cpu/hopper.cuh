@@ -8,6 +8,7 @@ inline void barrier_arrive(u32 address) { arrive_at(address); }
 inline void barrier_arrive_expect(u32 address, u32 bytes) { expect_at(address, bytes); }
 inline void barrier_wait(u32 address, u32 parity) { wait_at(address, parity); }
 inline void bulk_load(u32 to, const void* from, u32 bytes, u32 address) { copy_at(to, from, bytes, address); }
+inline float2 load_shared_pair(u32 address) { return at_shared<float2>(address); }
 inline float load_shared_float(u32 address) { return at_shared<float>(address); }
 
 inline void wgmma_fence() {}
