@@ -67,8 +67,10 @@ def quantize_rows(x: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.T
 
 
 def tile_for(num_rows: int) -> int:
-    """The one with fewer rows of padding; the larger one reads less."""
-    return min(reversed(TILES), key=lambda tile: -(-num_rows // tile) * tile)
+    """The one with fewer rows, padding included, where the smaller one's cost a quarter more: it reads more for each.
+    Measured on one H200, N 9216, K 4096, us by 128 and by 192: 37.9, 42.4 at 256 rows, 58.7, 54.3 at 512, 214, 167 at
+    2048."""
+    return min(TILES, key=lambda tile: -(-num_rows // tile) * tile * (1.25 if tile == 128 else 1.0))
 
 
 def stages_for(tile: int) -> int:
