@@ -125,7 +125,7 @@ class CopyServer:
             _send_at_once(sock)
             challenge(sock, self._token, _ROLES)
             sock.sendall(b"\x01")
-            held = self._held() if receive_exactly(sock, 32) == self._layout.fingerprint else {}
+            held = self._held() if receive_exactly(sock, 32) == self._layout.fingerprint else []
             sock.sendall(_COUNT.pack(len(held)) + b"".join(_CELL.pack(*cell) for cell in held))
             while True:
                 sock.settimeout(_IDLE_S)
@@ -140,7 +140,7 @@ class CopyServer:
             _shut(sock)
 
     def _give(self, sock: socket.socket, cell: Cell) -> None:
-        found, truth = self._held().get(cell), self._holder.truths.known(*cell)
+        found, truth = self._find(cell), self._holder.truths.known(*cell)
         if found is None or truth is None:
             sock.sendall(b"\x00")
             return
@@ -149,13 +149,16 @@ class CopyServer:
         for view in views(truth, *found):
             sock.sendall(view)
 
-    def _held(self) -> dict[Cell, tuple[torch.Tensor, torch.Tensor]]:
-        return {
-            (layer_id, logical): (experts.w13[slot], experts.w2[slot])
-            for layer_id, experts in self._holder.resident_layers()
-            for slot, logical in enumerate(experts.logical_ids)
-            if logical >= 0
-        }
+    def _find(self, cell: Cell) -> tuple[torch.Tensor, torch.Tensor] | None:
+        for layer_id, experts in self._holder.resident_layers():
+            if layer_id == cell[0] and cell[1] in experts.logical_ids:
+                slot = experts.logical_ids.index(cell[1])
+                return experts.w13[slot], experts.w2[slot]
+        return None
+
+    def _held(self) -> list[Cell]:
+        layers = self._holder.resident_layers()
+        return list({(layer_id, i): None for layer_id, experts in layers for i in experts.logical_ids if i >= 0})
 
 
 @dataclass(slots=True, eq=False)

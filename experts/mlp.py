@@ -265,14 +265,18 @@ class LocalExpertMLP:
             )
 
     def _unlike_truth(self, layer_id: int, made: LayerExperts, slots: list[int]) -> list[int]:
-        bad, golden = [], self.truths.rows
-        for slot in slots:
-            logical, slot_ids = made.logical_ids[slot], torch.full((len(golden), 1), slot, dtype=torch.int32)
-            fits = self.truths.of(layer_id, logical).fits(made.w13[slot], made.w2[slot])
-            products = self._host_rows(made, golden, slot_ids)
-            if not fits or not self.truths.is_golden(layer_id, logical, products):
-                bad.append(slot)
-        return bad
+        """All golden rows of a layer in one product: it runs beside steps, and calls by the slot would hold them up."""
+        if not slots:
+            return []
+        golden, num = self.truths.rows, len(self.truths.rows)
+        slot_ids = torch.tensor(slots, dtype=torch.int32).repeat_interleave(num).unsqueeze(1)
+        products = self._host_rows(made, golden.repeat(len(slots), 1), slot_ids).split(num)
+        return [slot for slot, its in zip(slots, products, strict=True) if not self._is_true(layer_id, made, slot, its)]
+
+    def _is_true(self, layer_id: int, made: LayerExperts, slot: int, products: torch.Tensor) -> bool:
+        truths, logical = self.truths, made.logical_ids[slot]
+        fits = truths.of(layer_id, logical).fits(made.w13[slot], made.w2[slot])
+        return fits and truths.is_golden(layer_id, logical, products)
 
 
 def _experts_on_device(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> DeviceExperts | None:
