@@ -10,7 +10,8 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from time import monotonic, sleep
 from typing import Any, cast
@@ -25,6 +26,7 @@ from .epoch import Epoch
 
 _IDLE_TIMEOUT = timedelta(hours=24)
 _ABORT_TAG = (1 << 31) - 1  # no message has it
+_GIVE_WAY = 10  # in steps of `nice`: a tenth of a core beside one that steps
 
 
 class RendezvousStore:
@@ -162,3 +164,17 @@ def use_batch_scheduling() -> None:
     if hasattr(os, "SCHED_BATCH"):
         with contextlib.suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def beside_steps(work: Callable[[], None]) -> None:
+    """Do it in a thread that gives way to those that step, and wait. Below the lowest priorities: a thread that is
+    starved while it holds the interpreter's lock stops its process's steps. A thread of its own, because only root may
+    raise a priority again, and the threads of a communicator inherit their maker's."""
+    with ThreadPoolExecutor(1, "beside-steps", initializer=_give_way) as pool:
+        pool.submit(work).result()
+
+
+def _give_way() -> None:
+    thread = threading.get_native_id()
+    with contextlib.suppress(OSError):  # on Linux: of this thread
+        os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, thread) + _GIVE_WAY))

@@ -12,6 +12,7 @@ most two are alive. Locks: `_lock` guards all state; callbacks run without it.""
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from typing import cast
 
@@ -30,7 +31,7 @@ from .device_exchange import DeviceExchange, LocalDeviceExchange
 from .device_step import DeviceExperts, DeviceStep
 from .epoch import Epoch, Member, StepHeader
 from .exchange import Exchange, LocalExchange, RowShape
-from .group import RendezvousStore, build_gloo, use_batch_scheduling
+from .group import RendezvousStore, beside_steps, build_gloo, use_batch_scheduling
 from .guard import Guard, OnSuspect
 from .leader import BidPlaced, EpochInstalled, GraceOver, IssueHeader, Leader, LeaderEvent, StepDone
 from .placement import Placement
@@ -115,6 +116,7 @@ class ClusterMesh:
         self._last_step_id = 0
         self._highest_number = 0
         self._last_epoch = 0  # the newest that a header named
+        self._broken = 0  # the last epoch that something broke in
         self._batch_scheduled = False
         self._step: Step | DeviceStep | None = None
         # The exchange of the epoch before: a slower peer may still read from it.
@@ -284,7 +286,9 @@ class ClusterMesh:
         with self._lock:
             self._abort_replaced()  # at most two are alive
         if self._experts is not None:
-            self._experts.set_placement(epoch.placement, epoch.expert_ranks.index(rank))
+            place = partial(self._experts.set_placement, epoch.placement, epoch.expert_ranks.index(rank))
+            steps = latest is not None and latest.epoch.number != self._broken and self._shape.device.type == "cpu"
+            beside_steps(place) if steps else place()
         leader = epoch.members[epoch.leader_rank]
         if leader.member_id != self.member.member_id:
             self._connect(leader)
@@ -480,6 +484,7 @@ class ClusterMesh:
                         prepared.exchange.lose(rank, "its process is gone")
 
     def _trouble(self, epoch_number: int, error: ExpertMeshError) -> None:
+        self._broken = epoch_number
         if self._on_trouble is not None:
             self._on_trouble(epoch_number, error)
 
