@@ -72,7 +72,7 @@ class Load:
     num_done: int = 0
     failures: list[str] = field(default_factory=list)
     texts: dict[int, list[int]] = field(default_factory=dict)  # prompt -> its tokens, greedy: always the same
-    tokens: list[list[float]] = field(default_factory=list)  # of each answer
+    answers: list[tuple[int, list[float]]] = field(default_factory=list)  # (prompt, when each token came)
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -95,7 +95,7 @@ class Load:
     async def _one(self, prompt: int, num_tokens: int) -> None:
         came: list[float] = []
         ids: list[int] = []
-        self.tokens.append(came)
+        self.answers.append((prompt, came))
         try:
             stream = self.client.generate(
                 token_ids=[100 + prompt, 7, 8],
@@ -145,7 +145,7 @@ def per_second(load: Load) -> tuple[list[tuple[float, float]], list[tuple[float,
     """(tokens in each second, p99 inter-token time of each second in ms)."""
     counts: dict[int, int] = {}
     gaps: dict[int, list[float]] = {}
-    for came in load.tokens:
+    for _, came in load.answers:
         for at in came:
             counts[int(at)] = counts.get(int(at), 0) + 1
         for a, b in itertools.pairwise(came):
@@ -166,7 +166,7 @@ def throughput(load: Load, seen: Watch, shards: int) -> float:
     """Tokens a second with so many shards serving, under the most streams; 0 where there was no such time."""
     spans = _spans(load.phases, seen, shards, max(n for n, _ in load.phases))
     seconds = sum(b - a for a, b in spans)
-    count = sum(any(a <= at < b for a, b in spans) for came in load.tokens for at in came)
+    count = sum(any(a <= at < b for a, b in spans) for _, came in load.answers for at in came)
     return count / seconds if seconds else 0.0
 
 
@@ -191,11 +191,38 @@ def _spans(phases: Phases, seen: Watch, shards: int, streams: int) -> list[tuple
     return [(a, b) for (a, n), (b, _) in itertools.pairwise(seen.shards) if n == shards and first < a and b < last]
 
 
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Of a stream for its next event."""
+
+    at: float  # when it ended
+    seconds: float
+    num_held: int  # tokens of the event whose text cannot go alone (part of a character, none at all): steps, no stall
+
+    def steps(self, step_s: float) -> float:
+        return self.seconds / step_s - self.num_held
+
+
+def waits(load: Load) -> list[Wait]:
+    """What text holds back is seen from the answers: no event of any answer to the prompt ends with that token. An
+    event of several tokens that came late together is no such thing."""
+    ends: dict[int, set[int]] = {}
+    for prompt, came in load.answers:
+        ends.setdefault(prompt, set()).update(i for i, (a, b) in enumerate(itertools.pairwise(came)) if a < b)
+    found = []
+    for prompt, came in load.answers:
+        last = [i for i, (a, b) in enumerate(itertools.pairwise(came)) if a < b]
+        for before, end in itertools.pairwise([*last, len(came) - 1] if came else []):
+            num_held = sum(i not in ends[prompt] for i in range(before + 1, end))
+            found.append(Wait(came[end], came[end] - came[before], num_held))
+    return sorted(found, key=lambda wait: wait.at)
+
+
 def switches(load: Load, seen: Watch) -> list[dict[str, float]]:
     """For each change of the epoch: the longest wait of any stream around it, in steps of that time, and by how much
     that is longer than streams wait without a change (`undisturbed`): on a host of few cores that is no little."""
-    usual = undisturbed(load, seen)["p99.9"]
-    found = [longest_wait(load, at) for at, _ in seen.epochs[1:]]
+    usual, every = undisturbed(load, seen)["p99.9"], waits(load)
+    found = [longest_wait(every, at) for at, _ in seen.epochs[1:]]
     return [wait | {"excess_steps": round(max(0.0, wait["steps"] - usual), 2)} for wait in found if wait is not None]
 
 
@@ -203,33 +230,32 @@ def undisturbed(load: Load, seen: Watch) -> dict[str, float]:
     """What streams wait for a token in steps of that second, where no epoch changed and the load did not."""
     changes = [at for at, _ in seen.epochs[1:]]
     changes += itertools.accumulate(seconds for _, seconds in load.phases)
-    by_second: dict[int, list[float]] = {}
-    for came in load.tokens:
-        for a, b in itertools.pairwise(came):
-            if a < b > QUIET_S and all(abs(b - change) > QUIET_S for change in changes):
-                by_second.setdefault(int(b), []).append(b - a)
-    waits = sorted(wait / statistics.median(all_of) for all_of in by_second.values() for wait in all_of)
-    if not waits:
+    by_second: dict[int, list[Wait]] = {}
+    for wait in waits(load):
+        if wait.at > QUIET_S and all(abs(wait.at - change) > QUIET_S for change in changes):
+            by_second.setdefault(int(wait.at), []).append(wait)
+    steps = sorted(wait.steps(step_of(second)) for second in by_second.values() for wait in second)
+    if not steps:
         return {"p50": 0.0, "p99.9": 0.0, "most": 0.0}
     return {
-        "p50": round(waits[len(waits) // 2], 2),
-        "p99.9": round(waits[int(0.999 * (len(waits) - 1))], 2),
-        "most": round(waits[-1], 2),
+        "p50": round(steps[len(steps) // 2], 2),
+        "p99.9": round(steps[int(0.999 * (len(steps) - 1))], 2),
+        "most": round(steps[-1], 2),
     }
 
 
-def longest_wait(load: Load, at: float) -> dict[str, float] | None:
-    pairs = [
-        pair
-        for came in load.tokens
-        for pair in itertools.pairwise(came)
-        if at - 2.0 < pair[1] < at + 2.0 and pair[0] < pair[1]
-    ]
-    near = [b - a for a, b in pairs if at - 1.0 < b < at + 0.5]
+def longest_wait(every: Sequence[Wait], at: float) -> dict[str, float] | None:
+    near = [wait for wait in every if at - 1.0 < wait.at < at + 0.5]
     if not near:
         return None
-    step = statistics.median(b - a for a, b in pairs)
-    return {"at_s": round(at, 1), "longest_s": round(max(near), 4), "steps": round(max(near) / step, 2)}
+    step_s = step_of([wait for wait in every if at - 2.0 < wait.at < at + 2.0])
+    longest = max(near, key=lambda wait: wait.steps(step_s))
+    return {"at_s": round(at, 1), "longest_s": round(longest.seconds, 4), "steps": round(longest.steps(step_s), 2)}
+
+
+def step_of(some: Sequence[Wait]) -> float:
+    """Seconds of a step at that time."""
+    return statistics.median([wait.seconds for wait in some if not wait.num_held] or [wait.seconds for wait in some])
 
 
 def starts(seen: Watch) -> list[dict[str, Any]]:

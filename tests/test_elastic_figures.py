@@ -3,7 +3,17 @@
 import pytest
 
 from expertmesh.bench.elastic import phases_of, target_between
-from expertmesh.bench.elastic_load import Load, Watch, mean_busy, phase_of, seconds_with, throughput
+from expertmesh.bench.elastic_load import (
+    Load,
+    Watch,
+    mean_busy,
+    phase_of,
+    seconds_with,
+    switches,
+    throughput,
+    undisturbed,
+    waits,
+)
 from expertmesh.errors import ConfigError
 
 PHASES = ((1, 5.0), (64, 15.0), (1, 5.0))
@@ -15,7 +25,7 @@ def course() -> tuple[Load, Watch]:
     shards = [(at, 2.0 if at < 12 else 4.0) for at in times]
     busy = [(at, 0.3 if at < 5 else 0.9 if at < 12 else 0.5) for at in times]
     load = Load(client=None, phases=PHASES, began_at=0.0)  # type: ignore[arg-type]  # nothing is asked
-    load.tokens = [[0.1 * i for i in range(250)], [12 + 0.1 * i for i in range(80)]]
+    load.answers = [(0, [0.1 * i for i in range(250)]), (1, [12 + 0.1 * i for i in range(80)])]
     return load, Watch(shards=shards, busy=busy, epochs=[(0.0, 1), (12.0, 2)])
 
 
@@ -51,3 +61,18 @@ def test_the_target_leaves_two_shards_to_one_stream_and_asks_for_four_under_many
 def test_loads_that_keep_shards_alike_busy_give_no_target(one, many):
     with pytest.raises(ConfigError, match="busy"):
         target_between(one, many)
+
+
+def test_text_that_is_held_back_is_no_stall_and_tokens_that_come_late_together_are_one():
+    """Token 2 of every answer goes with token 3; once tokens 5 to 7 come together after a pause."""
+    usual = [0.0, 0.1, 0.3, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    late = [20.0, 20.1, 20.3, 20.3, 20.4, 20.7, 20.7, 20.7, 20.8]
+    load = Load(client=None, phases=((1, 30.0),), began_at=0.0)  # type: ignore[arg-type]
+    load.answers = [(0, usual), (0, [10 + at for at in usual]), (0, late)]
+    found = {round(wait.at, 1): wait for wait in waits(load)}
+    assert found[20.3].steps(0.1) == pytest.approx(1.0)
+    assert found[20.7].steps(0.1) == pytest.approx(3.0)
+    assert undisturbed(load, Watch(epochs=[(0.0, 1), (20.5, 2)]))["most"] == pytest.approx(1.0)
+    (switch,) = switches(load, Watch(epochs=[(0.0, 1), (20.5, 2)]))
+    assert switch["steps"] == pytest.approx(3.0, abs=0.01)
+    assert switch["excess_steps"] == pytest.approx(2.0, abs=0.01)
