@@ -21,8 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import KernelError
+from ..kernels.flashinfer_fixes import FIXES
 from ..kernels.paged_attention import (
-    FIXES,
     FLASHINFER,
     HEAD_SIZES,
     KEY_FILE,
@@ -122,11 +122,11 @@ def headers(flashinfer: Path | None, scratch: Path) -> Path:
 def fix(include: Path, out: Path) -> Path:
     """A copy of FlashInfer's own headers with `FIXES`."""
     shutil.copytree(include, out)
-    for name, removed in FIXES:
+    for name, before, after in FIXES:
         text = (out / name).read_text()
-        if text.count(removed) != 1:
+        if text.count(before) != 1:
             raise KernelError(f"{include / name} is not the header that FIXES was written for")
-        (out / name).write_text(text.replace(removed, ""))
+        (out / name).write_text(text.replace(before, after))
     return out
 
 

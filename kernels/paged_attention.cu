@@ -9,6 +9,8 @@
 // Needs: HEAD_SIZE 64 or 128, at most 128 heads a KV head, sm_80 or newer.  Built by deploy/build_attention.py.
 #include <cstdio>
 
+#include "paged_attention_e4m3.cuh"
+// before the template, which calls it
 #include "flashinfer/attention/prefill.cuh"
 #include "paged_attention_call.cuh"
 

@@ -18,23 +18,13 @@ from typing import Any
 import torch
 
 from ..errors import KernelError
+from .flashinfer_fixes import FIXES
 from .widen_kv import widen_kv
 
 PACKAGE = "expertmesh_attention"  # holds the libraries and KEY_FILE
 KEY_FILE = "key.txt"
 FLASHINFER = "0.6.8.post1"  # the headers' version
-SOURCES = ("paged_attention.cu", "paged_prefill.cu", "paged_attention_call.cuh")
-# (header, text to remove). At the end of a query tile 256 threads of FlashInfer's FA3 kernel arrive at and then wait
-# on one barrier of 256 (BAR.ARV 1, 256, then BAR.SYNC 1, 256), so four fast warps complete it by themselves and read
-# rows of the result that slow ones have not written yet. The wait alone is right; without the arrival the machine code
-# is the same but for names of registers. Seen under compute-sanitizer, which slows warps unevenly: 8 to 12 wrong rows.
-FIXES = (
-    (
-        "flashinfer/attention/hopper/epilogue.cuh",
-        "    cutlass::arch::NamedBarrier::arrive(NUM_MMA_THREADS,\n"
-        "                                        cutlass::arch::ReservedNamedBarriers::EpilogueBarrier);\n",
-    ),
-)
+SOURCES = ("paged_attention.cu", "paged_attention_e4m3.cuh", "paged_prefill.cu", "paged_attention_call.cuh")
 HEAD_SIZES = (64, 128)
 PREFILL_HEAD_SIZES = (128,)  # paged_prefill.cu
 KV_FP8 = "_fp8"  # ending of the kernel's name where pages hold e4m3

@@ -14,6 +14,7 @@ from expertmesh.cluster.attention.schedule import SINGLE, aligned, choose_chunk,
 from expertmesh.deploy import build_attention
 from expertmesh.errors import KernelError
 from expertmesh.kernels import paged_attention
+from expertmesh.kernels.flashinfer_fixes import FIXES
 
 HEADS, KV_HEADS, DIM = 4, 2, 64
 E4M3 = torch.float8_e4m3fn
@@ -367,11 +368,15 @@ def test_build_commands():
 
 
 def test_headers_are_fixed_or_refused(tmp_path):
-    (name, removed), *_ = paged_attention.FIXES
-    header = tmp_path / "include" / name
-    header.parent.mkdir(parents=True)
-    header.write_text(f"before\n{removed}after\n")
-    assert (build_attention.fix(tmp_path / "include", tmp_path / "a") / name).read_text() == "before\nafter\n"
+    for name in {name for name, _, _ in FIXES}:
+        header = tmp_path / "include" / name
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text("".join(["first\n", *(before for of, before, _ in FIXES if of == name), "last\n"]))
+    fixed = build_attention.fix(tmp_path / "include", tmp_path / "a")
+    for name, before, after in FIXES:
+        text = (fixed / name).read_text()
+        assert after in text
+        assert before in after or before not in text
     header.write_text("another version\n")
     with pytest.raises(KernelError, match="is not the header"):
         build_attention.fix(tmp_path / "include", tmp_path / "b")

@@ -127,22 +127,21 @@ def test_128k_tokens(kv_dtype):
 
 @pytest.mark.parametrize("invariant", [False, True])
 def test_fp8_kv_gives_what_bf16_kv_of_the_same_numbers_gives(invariant):
-    """Every e4m3 number is a bf16 one. Bit for bit where both run the same tiles; the long queries run one kernel."""
+    """Every e4m3 number is a bf16 one. Bit for bit what is widened before the kernel; where the kernel widens, products
+    have their columns in another order."""
     heads = (32, 4)
     for name in MIXED:
         step = step_of(heads, MIXED[name], kv_dtype=E4M3)
         wide = replace(step, k=from_kv(step.k, torch.bfloat16), v=from_kv(step.v, torch.bfloat16))
         actual = run(make(heads, kv_dtype=E4M3, invariant=invariant), step)
         expected = run(make(heads, invariant=invariant), wide)
-        if invariant:
-            assert torch.equal(actual, expected)
-        else:
-            assert error_of(actual, expected.double()) < 5e-3
-    step = step_of(heads, MIXED["whole prompts"][-3:], kv_dtype=E4M3)
+        assert error_of(actual, expected.double()) < 5e-3
+    step = step_of(heads, [*MIXED["whole prompts"][-3:], (70, 900)], kv_dtype=E4M3)
     wide = replace(step, k=from_kv(step.k, torch.bfloat16), v=from_kv(step.v, torch.bfloat16))
     attention = make(heads, kv_dtype=E4M3, invariant=invariant)
-    assert torch.equal(run(attention, step), run(make(heads, invariant=invariant), wide))
-    assert (attention._planned.long is None) == invariant
+    same = torch.equal(run(attention, step), run(make(heads, invariant=invariant), wide))
+    assert same or invariant
+    assert (attention._planned.long is None) == (attention._planned.wide is None) == invariant
 
 
 def test_strided_queries_and_caches():
