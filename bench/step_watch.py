@@ -33,6 +33,7 @@ class Watched:
     host_ms: float = 0.0
     device_ms: float = 0.0  # 0 on a CPU
     ms: float = 0.0
+    told_s: float = 0.0  # when its tokens were out
     num_mallocs: int = 0  # of the driver's memory, while it was launched
     num_pinned: int = 0  # pieces of pinned memory, likewise ...
     pinned_ms: float = 0.0  # ... and what the driver took for them
@@ -83,13 +84,15 @@ class StepWatch:
         one, now = self._flying.pop(stats.header.step_id, None), self._clock()
         if one is not None and stats.error is None:
             one.ms = 1e3 * (now - self._last_s) if self._last_s else 0.0
+            one.told_s = now
             one.gc_ms, self._gc_s = 1e3 * self._gc_s, 0.0
             self.steps.append(one)
         self._last_s = now
 
     def longest(self, count: int, began_s: float, ended_s: float) -> list[Watched]:
-        """Of those launched in this time, longest first; the device has done them all."""
-        found = sorted((s for s in self.steps if began_s <= s.at_s <= ended_s), key=lambda s: -s.ms)[:count]
+        """Of those launched in this time, and told of in it, longest first; the device has done them all."""
+        found = [s for s in self.steps if began_s <= s.at_s and s.told_s <= ended_s]
+        found = sorted(found, key=lambda s: -s.ms)[:count]
         for one in found:
             if one._events is not None:
                 one._events[1].synchronize()

@@ -118,7 +118,8 @@ class DeviceStep:
 
     def take_turns(self) -> None:
         """Enqueue all turns left without rows of our own, by a captured graph where there is one; capturable itself."""
-        if self._next_turn or self._launched or _capturing(self._shape.device):
+        alone = not self._exchange.capacity  # nothing to take
+        if alone or self._next_turn or self._launched or _capturing(self._shape.device):
             self._take_turns()
             return
         new = self._exchange.serve_graphs.run(self._serve_key(), self._take_turns, self._shape.device)

@@ -55,6 +55,7 @@ from .weights import fp8_parameters
 _log = logging.getLogger(__name__)
 MAX_GRAPHS = 128
 PATIENCE = 500  # steps of a bucket that a larger one takes before it is captured beside streams
+_SPARE_BYTES = 512 << 20  # of the GPU: what graphs made ahead leave to those that a step needs
 _NUM_STAGES = 3  # pinned inputs and outputs: two steps in flight and one being made
 _MEMORY_SHARE = 0.96  # of the GPU; the rest is the allocator's and the driver's
 
@@ -357,7 +358,10 @@ class DeviceRunner:
         return None
 
     def _capture_other_form(self, bucket: int, batch: StepBatch, step: DeviceStep) -> None:
-        """One that longer contexts will need; no more, for an exchange counts a step's first turn once."""
+        """One that longer contexts will need, where the driver has memory for it; no more, for an exchange counts a
+        step's first turn once."""
+        if torch.cuda.mem_get_info(self.device)[0] < _SPARE_BYTES:
+            return
         for form in FORMS:
             key = self._plan_bucket(bucket, batch, step, form)
             if key not in self._graphs:

@@ -9,8 +9,9 @@ decodes alone. A step with prompts is taken to last
 `base` is what a step of decodes takes that has met all experts (64 tokens and more), so it is measured by itself and
 not fitted: steps that are held to one length would be explained by a base of that length as well. The other two are
 least squares over recent steps, older ones counting less, neither below zero; arithmetic (`attention_parity`) stands
-in for their ratio until contexts of other lengths have been met. A step that was held up counts at most as twice as
-long as was expected of it.
+in for their ratio until contexts of other lengths have been met. What both have missed of the last steps is made good
+at once: other kernels take over as a context grows. A step that was held up counts at most as twice as long as was
+expected of it.
 
 While prompts go on without end nobody sees a step of decodes alone, and streams grow longer meanwhile: each
 `_BETWEEN` steps a few have no prompts in them, to be measured.
@@ -28,8 +29,10 @@ SATURATED = 64  # tokens of a step that meet about all experts
 _KEPT = 3  # last times of steps of decodes; their median counts
 _GAIN = 0.25  # of what others have in a new step
 _DECAY = 0.98  # of what older steps with prompts say: half after 34
+_DRIFT = 0.3  # of what was missed of a new one
 _TRUST = 8  # observations before a step can be called held up
 _BETWEEN = 128  # steps with prompts beside decodes, at most, between two without
+_DOUBT = 1e4  # weight of arithmetic: of a step of 200 tokens 5000 far into a context
 _CONTEXT = 1e4  # tokens of context: both unknowns come out alike in size
 
 
@@ -59,7 +62,7 @@ class Allowance:
         """That run for this much, the next of a prompt of which so many have been computed."""
         cost = self.cost if cost is None else cost
         if not self.parity:
-            return int(cost)
+            return int(cost + 1e-6)
         first = 1 + context / self.parity
         return int(2 * cost / (first + math.sqrt(first * first + 2 * cost / self.parity)) + 1e-6)
 
@@ -80,6 +83,7 @@ class Pace:
         self._num_beside = 0  # steps in a row that held both ...
         self._num_owed = 0  # ... and without prompts, to be made now
         self._count = 0
+        self._drift = 1.0  # of prompts' part of a step: what it was lately, of what was expected
         self._tt = self._tr = self._rr = self._ty = self._ry = 0.0  # decayed sums over tokens, reach and seconds
         self.token_s = self.context_s = 0.0  # the second per token and `_CONTEXT` tokens of context
 
@@ -110,7 +114,7 @@ class Pace:
         base = self.base_s(num_decodes)
         if not base or not self.token_s:
             return None
-        cost = max(self._stretch * self._decodes_s(num_decodes) - base, base) / self.token_s
+        cost = max(self._stretch * self._decodes_s(num_decodes) - base, base) / (self._drift * self.token_s)
         parity = _CONTEXT * self.token_s / self.context_s if self.context_s else 0.0
         return Allowance(0.0 if self._num_owed else max(cost - self._others, cost / 4), parity)
 
@@ -139,6 +143,7 @@ class Pace:
             expected = self.token_s * tokens + self.context_s * reach
             seconds = min(max(seconds, (base + expected) / 2), 2 * (base + expected))
             share = min(1.0, expected / base)
+            self._drift += _DRIFT * share * (min(max((seconds - base) / expected, 0.5), 2.0) - self._drift)
         self._count += 1
         extra, decay = max(0.0, seconds - base), 1 - share * (1 - _DECAY)
         self._tt = decay * self._tt + tokens * tokens
@@ -150,7 +155,7 @@ class Pace:
 
     def _solve(self) -> None:
         """Least squares, with one observation more, of little weight: context_s = guess * token_s."""
-        guess, weight = self._guess, 1e-3 * self._tt
+        guess, weight = self._guess, _DOUBT
         tt, tr, rr = self._tt + weight * guess * guess, self._tr - weight * guess, self._rr + weight
         scale = 1 / (tt * rr - tr * tr)
         token_s, context_s = scale * (self._ty * rr - self._ry * tr), scale * (self._ry * tt - self._ty * tr)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from ...config import SchedulerConfig
 from ...errors import InvalidRequest, KVCacheExhausted, QueueFull
+from ...router.leader import PROMPT_BUCKETS
 from .batch import ScheduledTokens
 from .kv_cache import KVCache
 from .pace import Allowance, Pace, Work
@@ -189,8 +190,9 @@ class Scheduler:
     def _prefill_budget(self, num_tokens: int, num_decodes: int) -> "_PrefillBudget":
         most = self.config.max_prefill_tokens_per_step
         allowance = Allowance.of(most, self._parity if num_decodes else 0)
-        if num_decodes:
-            allowance = self.pace.allowance(num_decodes) or allowance
+        if num_decodes and (learned := self.pace.allowance(num_decodes)):
+            allowance = learned
+            most = min(most, max(PROMPT_BUCKETS[-1] - num_decodes, 1024))  # eager ones are told late
         return _PrefillBudget(min(num_tokens, most), allowance, self.cache.block_size)
 
     def _schedule_decodes(self, max_tokens: int) -> list[ScheduledTokens]:

@@ -7,10 +7,10 @@ product (`kernels/plan.py`) and are ids that nobody sends; what they say goes no
 
 Steps with prompts: all buckets; prompts alone fill most, those above a step's prompt tokens need decodes beside. Steps
 of decodes: a **company** of requests grows from bucket to bucket. Before others are served (`run`) it is the powers of
-two, for a bounded time: a rank alone replays a larger bucket for one that it has not captured. The buckets between
-follow (`rest`) while nobody asks for anything. Whoever comes ends a company within a step, and so does another replica
-with tokens in the step, which waits for what is captured here: of several that start together the one that draws the
-shorter pause goes first."""
+two, for a bounded time: a rank alone replays a larger bucket for one that it has not captured. The buckets between, and
+all forms, follow (`rest`) while nobody asks for anything. Whoever comes ends a company within a step, and so does
+another replica with tokens in the step, which waits for what is captured here: of several that start together the one
+that draws the shorter pause goes first."""
 
 import itertools
 import logging
@@ -33,7 +33,8 @@ _log = logging.getLogger(__name__)
 Publish = Callable[[list[RequestOutput]], None]
 
 OUTPUT = 3  # tokens: a bucket runs eagerly, is captured, and is replayed
-STEPS = 6  # tokens of the newest of a company: a prompt's step, eager, captured, two other forms captured, replayed
+STEPS = 4  # tokens of the newest of a company: of a prompt's step, an eager one, a captured one and a replay
+STEPS_REST = 6  # ... and of two in which other forms are captured
 TIMEOUT_S = 60.0  # of one request
 BOUND_S = 2.0  # for steps of decodes, before others are served
 QUIET_S = 0.5  # between two looks whether somebody asks for something
@@ -57,7 +58,7 @@ class WarmUp:
         self._ends: dict[str, RequestOutput] = {}
         self._changed = threading.Condition()
         self._turns = itertools.count()
-        self._decoded: set[int] = set()  # buckets of decodes that have been gone through
+        self._done: set[int] = set()  # buckets of decodes that `rest` has gone through
         self._stopped = threading.Event()
 
     def publish(self, outputs: list[RequestOutput]) -> None:
@@ -83,6 +84,7 @@ class WarmUp:
         self._decode(
             engine,
             _powers_of_two(scheduler),
+            STEPS,
             max_model_len,
             lambda: perf_counter() - since >= BOUND_S or _has_others(engine, since),
         )
@@ -93,14 +95,20 @@ class WarmUp:
     def rest(self, engine: Engine, scheduler: SchedulerConfig, *, max_model_len: int) -> None:
         """What `run` has left, in idle time; returns when that is done, cannot be done, or `stop` was called."""
         while not self._stopped.is_set():
-            left = [size for size in scheduler.graph_buckets if size not in self._decoded]
+            left = [size for size in scheduler.graph_buckets if size not in self._done]
             if not left:
                 return
             if _has_others(engine, perf_counter() - QUIET_S):
                 self._stopped.wait(QUIET_S * random.uniform(1, 2))
                 continue
-            began = perf_counter()
-            if not self._decode(engine, left, max_model_len, partial(_has_others, engine, began)):
+            is_over = partial(_has_others, engine, perf_counter())
+            engine.prepare(True)
+            try:
+                done = self._decode(engine, left, STEPS_REST, max_model_len, is_over)
+            finally:
+                engine.prepare(False)
+            self._done.update(done)
+            if not done and not is_over():
                 return
 
     def stop(self) -> None:
@@ -109,26 +117,19 @@ class WarmUp:
 
     # -- steps of decodes
 
-    def _decode(self, engine: Engine, sizes: Sequence[int], max_model_len: int, is_over: Callable[[], bool]) -> bool:
-        """As many of these buckets as there is time for, until `is_over`. False = no more of
-        them can be done: there is no room, or a request failed or ended before the first of them."""
-        company, num_before = self._company(engine, max_model_len), len(self._decoded)
-        engine.prepare(True)
-        try:
-            for size in sizes:
-                if is_over():
-                    return True
-                if not company.has_room(size):
-                    return False
-                began = perf_counter()
-                if not self._grow(company, size, STEPS, is_over):
-                    return is_over() or len(self._decoded) > num_before
-                if engine.others_seen_s < began:  # else it was another bucket
-                    self._decoded.add(size)
-            return True
-        finally:
-            engine.prepare(False)
-            self._dismiss(company)
+    def _decode(
+        self, engine: Engine, sizes: Sequence[int], num_tokens: int, max_model_len: int, is_over: Callable[[], bool]
+    ) -> list[int]:
+        """The buckets of these that were gone through: until `is_over`, there is no room, or a request ends."""
+        company, done = self._company(engine, max_model_len), list[int]()
+        for size in sizes:
+            began = perf_counter()
+            if is_over() or not company.has_room(size) or not self._grow(company, size, num_tokens, is_over):
+                break
+            if engine.others_seen_s < began:  # else it was another bucket
+                done.append(size)
+        self._dismiss(company)
+        return done
 
     def _company(self, engine: Engine, max_model_len: int) -> "_Company":
         return _Company(engine, [], f"warm-up-{next(self._turns)}", max_model_len - 2)
