@@ -146,17 +146,6 @@ def _primary_context(device: int) -> ctypes.c_void_p:
 
 
 @functools.cache
-def memory_gbps(device: int) -> float:
-    """What the memory's clock and width make: 3350 for an H100, 4900 for an H200."""
-    found = []
-    for attribute in (36, 37):  # clock in kHz, width in bits
-        value = ctypes.c_int()
-        check(driver().cuDeviceGetAttribute(ctypes.byref(value), attribute, device), "cuDeviceGetAttribute")
-        found.append(value.value)
-    return 2 * found[0] * found[1] / 8e6
-
-
-@functools.cache
 def _launch_call() -> Callable[..., int]:
     call: Any = driver().cuLaunchKernelEx
     call.argtypes, call.restype = [ctypes.c_void_p] * 4, ctypes.c_int

@@ -3,8 +3,7 @@
 Why not the BLAS: its kernels for so few rows read w well below the rate of the memory, and none begins to read before
 the kernel before it has ended, which at batch 1 is a third of the time. Here the first weights are on their way while
 the norm or attention still runs. Tensor cores take up to 8 rows at one row's price. A row's bits depend on that row and
-w alone. Its loads of 64 bytes a row stop at some 3100 GB/s, all that an H100 has; on an H200 the BLAS is faster where a
-product is long (`is_faster`)."""
+w alone."""
 
 import functools
 
@@ -13,12 +12,10 @@ import torch
 
 from .checks import require, require_sizes
 from .jit import Kernel
-from .launch import memory_gbps
 
 BF16 = torch.bfloat16
 MAX_ROWS = 8
 MAX_K = 4096  # x is held in registers by 16 warps
-SHORT_BYTES = 100e6  # of weights, where what is gained before and after the reading is more than what is lost in it
 
 
 def thin_linear(x: torch.Tensor, w: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -50,12 +47,6 @@ def thin_linear(x: torch.Tensor, w: torch.Tensor, *, out: torch.Tensor | None = 
 def takes(num_outputs: int, k: int) -> bool:
     """Whether there is a kernel for w [num_outputs, k]."""
     return k % 32 == 0 and 64 <= k <= MAX_K and num_outputs % 8 == 0 and num_outputs > 0
-
-
-@functools.cache
-def is_faster(num_outputs: int, k: int, device_index: int) -> bool:
-    """Than the BLAS, by what was measured: 30B's head took 202 us for 218 on an H100, 170 for 145 on an H200."""
-    return 2 * num_outputs * k <= SHORT_BYTES or memory_gbps(device_index) < 4000
 
 
 def warps_for(k: int) -> int:

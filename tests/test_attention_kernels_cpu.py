@@ -184,15 +184,6 @@ def test_thin_products_name_the_sizes_they_take():
     assert [thin_linear.warps_for(k) for k in (64, 512, 1024, 2048, 2560, 4096)] == [2, 2, 4, 8, 16, 16]
 
 
-def test_long_products_are_the_blass_where_the_memory_outruns_the_loads(monkeypatch):
-    shapes = ((5120, 2048), (9216, 4096), (151936, 2048))
-    for gbps, faster in ((3350, [True, True, True]), (4900, [True, True, False])):
-        monkeypatch.setattr(thin_linear, "memory_gbps", lambda device, gbps=gbps: gbps)
-        thin_linear.is_faster.cache_clear()
-        assert [thin_linear.is_faster(*shape, 0) for shape in shapes] == faster
-    thin_linear.is_faster.cache_clear()
-
-
 def test_sampler_compiles_for_float32_and_odd_rows_without_spills():
     use = jit.compile_only("sample.cu", "sm_90a", {"LOGITS_F32": 1, "ALIGNED": 0}).use()
     assert {u.name for u in use} == {"sample_scan", "sample_choose", "sample_admit", "sample_uniforms"}

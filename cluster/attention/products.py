@@ -24,7 +24,7 @@ from ...kernels.dense_w8a8 import dense_w8a8, has_kernel
 from ...kernels.dense_w8a8_few import MAX_ROWS as MOST_W8A8_ROWS
 from ...kernels.dense_w8a8_few import dense_w8a8_few
 from ...kernels.dequantize_fp8 import dequantize_fp8
-from ...kernels.thin_linear import MAX_ROWS, is_faster, takes, thin_linear
+from ...kernels.thin_linear import MAX_ROWS, takes, thin_linear
 
 ROWS = 128  # a whole tile of the tensor cores
 MOST_WIDENED_ROWS = 64  # on GPUs without fp8 products: above, the library's with weights written out cost less
@@ -48,7 +48,7 @@ class PlainProducts:
     def __call__(self, x: torch.Tensor, w: Weight) -> torch.Tensor:
         if isinstance(w, Fp8Weight):
             return _fp8_product(x, w)
-        if x.is_cuda and x.shape[0] <= MAX_ROWS and takes(*w.shape) and is_faster(*w.shape, x.device.index or 0):
+        if x.is_cuda and x.shape[0] <= MAX_ROWS and takes(*w.shape):
             return thin_linear(x, w)
         return F.linear(x, w)
 
