@@ -84,7 +84,7 @@ def test_chunks_beside_decodes_that_follow_the_clock_change_no_token(folder):
     for seed in range(3):
         with LocalEngine(folder, cache=CacheConfig(num_blocks=100)) as engine:
             draw = random.Random(seed)
-            engine.engine.scheduler.pace.allowance = lambda _, draw=draw: Allowance(draw.choice((1, 7, 30, 90)), 50)
+            engine.engine.scheduler.pace.allowance = lambda *_, draw=draw: Allowance(draw.choice((1, 7, 30, 90)), 50)
             streams = []
             for r in requests:
                 streams.append(engine.submit(r))

@@ -98,6 +98,22 @@ def test_beside_one_stream_prompts_get_half_of_the_gpu():
     assert all(ms >= 1.8 * base for _, ms in steps[:-1])
 
 
+def test_where_more_wait_for_a_first_token_than_for_a_next_one_steps_may_take_longer():
+    gpu = Gpu()
+    pace = warm(gpu)
+
+    def ms(num_decodes: int, num_prompts: int) -> float:
+        allowance = pace.allowance(num_decodes, num_prompts)
+        assert allowance is not None
+        count = allowance.num_tokens(0)
+        return gpu.ms(Work(num_decodes, count, count * count // 2))
+
+    bound = STRETCH * gpu.ms(Work(32))
+    assert ms(32, 1) == ms(32, 32) == pytest.approx(bound, rel=0.1)
+    assert ms(32, 64) == pytest.approx(2 * bound, rel=0.15)
+    assert ms(32, 400) == ms(32, 128) == pytest.approx(4 * bound, rel=0.2)
+
+
 def test_nothing_is_said_before_steps_have_been_met():
     pace, gpu = Pace(STRETCH, most_decodes=256, parity=7000), Gpu()
     assert pace.allowance(8) is None

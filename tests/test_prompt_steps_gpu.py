@@ -206,7 +206,7 @@ def test_chunks_that_follow_the_clock_change_no_token(folder):
     for seed in range(3):
         with engine_of(folder, batch_invariant=True) as engine:
             draw = partial(random.Random(seed).choice, (1, 20, 333, 900))
-            engine.engine.scheduler.pace.allowance = lambda _, draw=draw: Allowance(draw(), 2000)
+            engine.engine.scheduler.pace.allowance = lambda *_, draw=draw: Allowance(draw(), 2000)
             streams = []
             for r in requests:
                 streams.append(engine.submit(r))

@@ -276,6 +276,22 @@ def test_what_steps_took_sets_the_chunk_beside_decodes_and_never_that_of_prompts
     assert desk.step() == {"r0": 1, "r1": 1, "r2": 150}
 
 
+def test_a_crowd_of_prompts_beside_few_decodes_gets_larger_steps():
+    desk = Desk(num_blocks=4000, max_prefill_tokens_per_step=2000, max_num_batched_tokens=3000, max_num_seqs=64)
+    pace = desk.scheduler.pace
+    for size in (1, 64):
+        pace.observe(Work(size), 0.010)
+    pace.observe(Work(0, 400), 0.050)
+    desk.add(1)
+    assert desk.step() == {"r0": 1}
+    desk.add(300)
+    assert desk.scheduler.bid() == (1, 150)
+    for _ in range(4):
+        desk.add(300)
+    assert desk.scheduler.bid() == (1, 900), "4 x 25 ms leave 90"
+    assert desk.step() == {"r0": 1, "r1": 300, "r2": 300, "r3": 300}
+
+
 def test_a_step_without_prompts_is_made_now_and_then_and_the_prompt_goes_on():
     desk = Desk(num_blocks=6000, max_prefill_tokens_per_step=400, max_num_seqs=64)
     desk.scheduler.pace.observe(Work(64), 0.010)

@@ -19,6 +19,8 @@ While prompts go on without end nobody sees a step of decodes alone, and streams
 Where few decodes run, a step with prompts takes many times theirs whatever it holds, for it reads all experts: a
 step's own base is what prompts get there, so that half of the GPU's time does their work. And a step is forgotten only
 as far as newer ones say as much: few tokens in a step tell little of a token, and would tell worse the fewer they got.
+Where more requests wait for their first token than for a next one, as when many come at once, a step may take longer in
+that proportion, up to `_MOST`: most of what larger steps save is saved by then.
 Idea: Sarathi-Serve's chunks under a bound of the time between tokens, with the bound's price learned."""
 
 import math
@@ -29,6 +31,7 @@ SATURATED = 64  # tokens of a step that meet about all experts
 _KEPT = 3  # last times of steps of decodes; their median counts
 _GAIN = 0.25  # of what others have in a new step
 _DECAY = 0.98  # of what older steps with prompts say: half after 34
+_MOST = 4.0  # times as long
 _DRIFT = 0.3  # of what was missed of a new one
 _TRUST = 8  # observations before a step can be called held up
 _BETWEEN = 128  # steps with prompts beside decodes, at most, between two without
@@ -109,12 +112,14 @@ class Pace:
         alone, many = self._decodes_s(num_decodes), self._decodes_s(min(SATURATED, self._most_decodes))
         return max(alone, many) if many and (alone or not num_decodes) else 0.0
 
-    def allowance(self, num_decodes: int) -> Allowance | None:
-        """For prompts in a step beside so many decodes; None = not known yet."""
+    def allowance(self, num_decodes: int, num_prompts: int = 1) -> Allowance | None:
+        """For so many prompts in a step beside so many decodes; None = not known yet."""
         base = self.base_s(num_decodes)
         if not base or not self.token_s:
             return None
-        cost = max(self._stretch * self._decodes_s(num_decodes) - base, base) / (self._drift * self.token_s)
+        most = min(_MOST, max(1.0, num_prompts / num_decodes))
+        room_s = most * max(self._stretch * self._decodes_s(num_decodes), 2 * base) - base
+        cost = room_s / (self._drift * self.token_s)
         parity = _CONTEXT * self.token_s / self.context_s if self.context_s else 0.0
         return Allowance(0.0 if self._num_owed else max(cost - self._others, cost / 4), parity)
 

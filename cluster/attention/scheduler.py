@@ -111,7 +111,8 @@ class Scheduler:
         says, so what a long context makes too dear is not asked for."""
         num_decode = sum(1 for s in self._running if s.num_pending_tokens == 1 and self._goes_on(s))
         prompts = [s for s in self._running if s.num_pending_tokens > 1]
-        left = self._prefill_budget(self.config.max_num_batched_tokens - num_decode, num_decode)
+        num_tokens = self.config.max_num_batched_tokens - num_decode
+        left = self._prefill_budget(num_tokens, num_decode, len(prompts) + len(self._waiting))
         num_prefill = sum(left.take(s, alone=len(prompts) == 1 and not self._waiting) for s in prompts)
         if self._waiting and not left.is_spent and self._can_admit(self._waiting[0]):
             for sequence in self._waiting:
@@ -128,8 +129,8 @@ class Scheduler:
         max_tokens = min(max_tokens, self.config.max_num_batched_tokens)
         scheduled = self._schedule_decodes(max_tokens)
         budget = min(max_tokens - len(scheduled), max_prefill)
-        left = self._prefill_budget(budget, len(scheduled))
         prompts = [s for s in self._running if s.num_pending_tokens > 1]
+        left = self._prefill_budget(budget, len(scheduled), len(prompts) + len(self._waiting))
         for sequence in prompts:
             if (count := left.take(sequence, alone=len(prompts) == 1 and not self._waiting)) > 0:
                 scheduled.append(ScheduledTokens.next_of(sequence, count))
@@ -187,12 +188,13 @@ class Scheduler:
             assert s.num_computed_tokens < s.num_tokens
             assert s.num_computed_tokens <= s.table.num_blocks * self.cache.block_size
 
-    def _prefill_budget(self, num_tokens: int, num_decodes: int) -> "_PrefillBudget":
+    def _prefill_budget(self, num_tokens: int, num_decodes: int, num_prompts: int) -> "_PrefillBudget":
         most = self.config.max_prefill_tokens_per_step
         allowance = Allowance.of(most, self._parity if num_decodes else 0)
-        if num_decodes and (learned := self.pace.allowance(num_decodes)):
+        if num_decodes and (learned := self.pace.allowance(num_decodes, num_prompts)):
             allowance = learned
-            most = min(most, max(PROMPT_BUCKETS[-1] - num_decodes, 1024))  # eager ones are told late
+            if num_prompts <= num_decodes:
+                most = min(most, max(PROMPT_BUCKETS[-1] - num_decodes, 1024))  # eager steps are told late
         return _PrefillBudget(min(num_tokens, most), allowance, self.cache.block_size)
 
     def _schedule_decodes(self, max_tokens: int) -> list[ScheduledTokens]:
