@@ -11,7 +11,7 @@ are killed and stopped one at a time, each when the cluster is whole again, unde
 
     python -P -m expertmesh.bench.chaos [--minutes 6] [--measured 12] [--streams 500] [--seed 1] [--only shard-kill,...]
 
-`tests/test_chaos.py` is a cut of a minute, with the kinds that need no node or control store to die.
+`tests/test_chaos.py` is a cut of a minute on two nodes, with the kinds that need no node or control store to die.
 
 Exits 1 where it falls short; the last line is one JSON object of figures."""
 
@@ -33,7 +33,7 @@ from typing import Any
 from ..client import AnswerDelta, AsyncClient, ReasoningDelta, ToolCallDelta
 from ..errors import ExpertMeshError
 from .chaos_faults import FAULTS, Fault, FaultReport
-from .chaos_world import HANG_S, ChaosWorld, leftovers, mark_processes, processes_now
+from .chaos_world import HANG_S, NUM_NODES, ChaosWorld, leftovers, mark_processes, processes_now
 
 CONCURRENCY = 32
 NUM_REQUESTS = 64
@@ -109,14 +109,16 @@ async def run_stream(client: AsyncClient, ask: Ask) -> Outcome:
     return outcome
 
 
-async def strike(world: ChaosWorld, draw: random.Random, faults: Sequence[Fault], ends_at: float) -> list[FaultReport]:
+async def strike(
+    world: ChaosWorld, draw: random.Random, faults: Sequence[Fault], pause_s: Sequence[float], ends_at: float
+) -> list[FaultReport]:
     """Fault after fault until `ends_at`, and until each kind has struck somebody. Each comes once in a random order
     before any comes again; one that finds nobody (its victim of a moment ago is away still) comes after the others."""
     reports: list[FaultReport] = []
     deck: list[Fault] = []
     owed = {fault.name for fault in faults}
     while time.monotonic() < (ends_at + OVERTIME_S if owed else ends_at):
-        await asyncio.sleep(draw.uniform(*PAUSE_S))
+        await asyncio.sleep(draw.uniform(*pause_s))
         if not deck:
             deck = draw.sample(list(faults), len(faults))
         fault = deck.pop()
@@ -174,7 +176,7 @@ async def run(arguments: argparse.Namespace, world: ChaosWorld) -> dict[str, Any
         outcomes: list[tuple[int, Outcome]] = []
 
         async def both_parts() -> tuple[list[FaultReport], tuple[list[FaultReport], int]]:
-            mixed = await strike(world, draw, faults, ends_at)
+            mixed = await strike(world, draw, faults, arguments.pause, ends_at)
             return mixed, await strike_whole(world, draw, arguments.measured)
 
         striking = asyncio.create_task(both_parts())
@@ -258,12 +260,19 @@ def main() -> int:
     parser.add_argument("--measured", type=int, default=12, help="faults of shards after that, each on a whole cluster")
     parser.add_argument("--streams", type=int, default=500, help="at least so many")
     parser.add_argument("--requests", type=int, default=NUM_REQUESTS, help="that differ; each runs undisturbed first")
+    parser.add_argument("--nodes", type=int, default=NUM_NODES, help="Ray nodes, with a gateway each")
+    parser.add_argument(
+        "--pause", type=float, nargs=2, default=PAUSE_S, metavar=("LEAST", "MOST"), help="seconds between two faults"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", metavar="FAULT,...", help=f"of {', '.join(f.name for f in FAULTS)}")
     arguments = parser.parse_args()
     mark_processes()
     before = processes_now()
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, ChaosWorld(Path(folder), say) as world:
+    with (
+        tempfile.TemporaryDirectory(prefix="chaos-") as folder,
+        ChaosWorld(Path(folder), say, num_nodes=arguments.nodes) as world,
+    ):
         # SIGTERM ends what was started; set here, since Ray's start puts its own handler, which ends at once.
         signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
         figures = asyncio.run(run(arguments, world))

@@ -1,4 +1,4 @@
-"""The cluster that `chaos.py` breaks: three Ray nodes on this host, a demo-model cluster on them, Redis beside it."""
+"""The cluster that `chaos.py` breaks: Ray nodes on this host, a demo-model cluster on them, Redis beside it."""
 
 import contextlib
 import os
@@ -26,12 +26,12 @@ _LOGGED = 20  # leftovers named at most
 class ChaosWorld:
     """`with` starts it and ends it, whatever happened to its parts meanwhile."""
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        self._folder, self._say = folder, say
+    def __init__(self, folder: Path, say: Callable[[str], None], *, num_nodes: int = NUM_NODES) -> None:
+        self._folder, self._say, self._num_nodes = folder, say, num_nodes
         self._stack = contextlib.ExitStack()
         self.port = free_port()
         self.nodes: list[RayNode] = []
-        self.gateways = [f"{node_address(i)}:{self.port}" for i in range(NUM_NODES)]
+        self.gateways = [f"{node_address(i)}:{self.port}" for i in range(num_nodes)]
 
     def __enter__(self) -> "ChaosWorld":
         try:
@@ -55,14 +55,14 @@ class ChaosWorld:
         self._stack.callback(lambda: [node.kill() for node in reversed(self.nodes)])
         address = self.nodes[0].address
         # One after the other: two that start at once on a host take each other's names.
-        for i in range(1, NUM_NODES):
+        for i in range(1, self._num_nodes):
             self.nodes.append(RayNode(i, address))
         config = ClusterConfig(
             model=str(DEMO_MODEL),
             num_attention_replicas=NUM_ATTENTION,
             num_expert_shards=NUM_SHARDS,
             num_redundant_experts=NUM_EXPERTS,
-            num_gateways=NUM_NODES,
+            num_gateways=self._num_nodes,
             gateway_per_node=True,
             redis_url=self.redis.url,
             network=NetworkConfig(interface=NODE, gateway_host=NODE, gateway_port=self.port),
@@ -125,7 +125,7 @@ class ChaosWorld:
         if state is None or not state.ready:
             return [f"the cluster is not whole: {state.summary if state else 'no Conductor'}"]
         wrong = []
-        for role, count in (("attention", NUM_ATTENTION), ("expert", NUM_SHARDS), ("gateway", NUM_NODES)):
+        for role, count in (("attention", NUM_ATTENTION), ("expert", NUM_SHARDS), ("gateway", self._num_nodes)):
             found = [p.name for p in state.processes if p.role == role]
             if len(found) != count:
                 wrong.append(f"{len(found)} {role} processes, {count} expected: {found}")

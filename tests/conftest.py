@@ -11,7 +11,7 @@ from rings import RingSeconds
 if TYPE_CHECKING:
     from expertmesh.cluster.app import Cluster
 
-SHARERS = ("test_cluster", "test_elastic", "test_upgrade")  # of `shared_cluster`, in this order and together
+SHARERS = ("test_cluster", "test_elastic")  # of `shared_cluster`, in this order and together
 
 # Ray runs what it starts at nice 15; a cluster under test would stand still behind whatever else this host does.
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -25,6 +25,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-moe")
     make_checkpoint(folder, "tiny-moe", seed=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def solo(tiny_checkpoint: Path) -> list[list[int]]:
+    """What a single process says to each of `solo_engine.PROMPTS`; whatever a cluster looks like, it says the same."""
+    from solo_engine import NUM_TOKENS, PROMPTS, solo_tokens
+
+    return solo_tokens(tiny_checkpoint, PROMPTS, NUM_TOKENS)
 
 
 @pytest.fixture(scope="session")

@@ -4,23 +4,14 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 
-from solo_engine import solo_tokens
-from test_cluster import greedy
+from solo_engine import NUM_TOKENS, PROMPTS
+from test_cluster import greedy, token_ids
 
 from expertmesh.client import AnswerDelta, Client, ReasoningDelta
 
-PROMPTS = [[1, 2, 3], list(range(1000, 1050)), [7]]
-NUM_TOKENS = 200
+NUM_BRIEF = 60  # tokens: far below a gateway's grace, on a busy machine too
 BREATH_S = 0.5  # between two streams of a prompt: on two cores what starts meanwhile would wait for all of them
-
-
-@cache
-def expected_tokens(checkpoint: Path) -> list[list[int]]:
-    """Of each prompt, by a single process."""
-    return solo_tokens(checkpoint, PROMPTS, NUM_TOKENS)
 
 
 class Listener:
@@ -96,3 +87,43 @@ def under_load(client: Client, expected: list[list[int]]) -> Iterator[None]:
             thread.join(timeout=60.0)
     assert not failures
     print(f"\n{len(pauses_s)} streams, the longest pause {max(pauses_s):.3f} s")
+
+
+@contextlib.contextmanager
+def resumable_streams(client: Client, expected: list[list[int]]) -> Iterator[None]:
+    """Brief ones, one after the other for each prompt, all compared. A gateway that drains cuts what lasts longer than
+    its grace; the client goes on with it at the other gateway."""
+    enough = threading.Event()
+    wrong: list[str] = []
+    num_streams = [0]
+
+    def repeat(prompt: list[int], want: list[int]) -> None:
+        while not enough.is_set() and not wrong:
+            try:
+                stream = client.generate(
+                    token_ids=prompt,
+                    include_token_ids=True,
+                    resumable=True,
+                    temperature=0.0,
+                    max_tokens=NUM_BRIEF,
+                    ignore_eos=True,
+                    timeout_s=120.0,
+                )
+                if (got := token_ids(stream)) != want:
+                    wrong.append(f"{prompt[:3]}: {len(got)} tokens, not those of one process")
+            except Exception as error:
+                wrong.append(f"{prompt[:3]}: {error!r}")
+            num_streams[0] += 1
+            enough.wait(BREATH_S)
+
+    threads = [threading.Thread(target=repeat, args=pair) for pair in zip(PROMPTS, expected, strict=False)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        enough.set()
+        for thread in threads:
+            thread.join(timeout=120.0)
+    assert not wrong
+    print(f"\n{num_streams[0]} streams over the upgrade")

@@ -47,7 +47,7 @@ RINGS: Sequence[Ring] = (
         _files(
             "autoscale chaos copies declared deploy deploy_bundle deploy_host deploy_kuberay deploy_ray_up elastic "
             "elastic_figures eplb failover guard member_agent membership membership_world model_source per_node "
-            "rebalance scrub stray_workers upgrade"
+            "rebalance scrub stray_workers"
         ),
     ),
 )

@@ -16,6 +16,9 @@ from expertmesh.router.exchange import RowShape
 from expertmesh.router.mesh import LocalMesh
 from expertmesh.router.placement import uniform
 
+PROMPTS = [[1, 2, 3], list(range(1000, 1050)), [7], list(range(500, 537))]
+NUM_TOKENS = 200  # of each, which the fixture `solo` has of one process
+
 
 def solo_tokens(folder: Path, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     """Greedy continuation of each prompt, one request at a time."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from solo_engine import solo_tokens
+from solo_engine import PROMPTS
 
 from expertmesh.client import AnswerDelta, Client, ReasoningDelta, Started, Stream
 from expertmesh.cluster.app import Cluster
@@ -21,15 +21,14 @@ from expertmesh.router.status import ClusterState
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_runtime")]
 
-PROMPTS = [[1, 2, 3], list(range(1000, 1050)), [7], list(range(500, 537))]
 MAX_TOKENS = 24
 LONG = 120
 
 
-@pytest.fixture(scope="module")
-def expected(tiny_checkpoint: Path) -> list[list[int]]:
+@pytest.fixture
+def expected(solo: list[list[int]]) -> list[list[int]]:
     """Greedy tokens of one process, `LONG` of each prompt."""
-    return solo_tokens(tiny_checkpoint, PROMPTS, LONG)
+    return [tokens[:LONG] for tokens in solo]
 
 
 @pytest.fixture

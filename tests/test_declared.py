@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elastic_streams import PROMPTS, expected_tokens, under_load
+from elastic_streams import under_load
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 from shared_cluster import serving
+from solo_engine import PROMPTS
 from test_cluster import all_idle, client_of, eventually, greedy, token_ids
 
 from expertmesh.cluster.app import APPLICATIONS
@@ -97,19 +98,19 @@ def is_ready(cluster: DeclaredCluster) -> bool:
         return False
 
 
-def test_a_declared_cluster_says_what_one_process_says(declared: DeclaredCluster, tiny_checkpoint: Path):
+def test_a_declared_cluster_says_what_one_process_says(declared: DeclaredCluster, solo: list[list[int]]):
     with client_of(declared) as client:
         said = token_ids(greedy(client, PROMPTS[0], NUM_TOKENS))
-    assert said == expected_tokens(tiny_checkpoint)[0][:NUM_TOKENS]
+    assert said == solo[0][:NUM_TOKENS]
 
 
-def test_busy_tiers_grow_by_themselves_and_shrink_when_idle(declared: DeclaredCluster, tiny_checkpoint: Path):
+def test_busy_tiers_grow_by_themselves_and_shrink_when_idle(declared: DeclaredCluster, solo: list[list[int]]):
     """Shards by their busy fraction, attention replicas by the places taken."""
 
     def sizes() -> tuple[int, int]:
         return len(serving(declared, "attention")), len(serving(declared, "expert"))
 
-    with client_of(declared) as client, under_load(client, expected_tokens(tiny_checkpoint)):
+    with client_of(declared) as client, under_load(client, solo):
         assert eventually(lambda: sizes() == (2, 2), 60.0)
     assert eventually(lambda: sizes() == (1, 1), 60.0)
     assert eventually(lambda: all_idle(declared))

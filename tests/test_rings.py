@@ -15,7 +15,7 @@ def test_every_named_file_is_there_and_in_one_ring():
 def test_seconds_add_up_by_ring_and_a_ring_above_its_budget_says_so():
     seconds = RingSeconds()
     seconds.add("test_chaos", 200.0)
-    seconds.add("test_upgrade", 50.4)
+    seconds.add("test_elastic", 50.4)
     seconds.add("test_demo_model", 12.0)
     seconds.add("test_somebody_new", 3.0)
     assert seconds.lines() == [
