@@ -1,4 +1,4 @@
-"""A minute of `make chaos`: processes of every kind are killed under streams of the demo model, and nobody notices."""
+"""A minute of `make chaos`: a process of each kind is killed under streams of the demo model, and nobody notices."""
 
 import json
 import subprocess
@@ -23,9 +23,9 @@ def run_and_end(command: list[str], timeout_s: float) -> tuple[int, str]:
 
 
 @pytest.mark.timeout(600)
-def test_a_minute_of_faults_changes_no_token_and_leaves_nothing_behind():
-    command = [sys.executable, "-P", "-m", "expertmesh.bench.chaos", "--minutes", "0.3", "--measured", "0"]
-    command += ["--streams", "64", "--requests", "16", "--nodes", "2", "--pause", "1", "3", "--only", ",".join(KINDS)]
+def test_a_fault_of_each_kind_changes_no_token_and_leaves_nothing_behind():
+    command = [sys.executable, "-P", "-m", "expertmesh.bench.chaos", "--minutes", "0.2", "--measured", "0"]
+    command += ["--streams", "64", "--requests", "16", "--nodes", "2", "--pause", "1.5", "3", "--only", ",".join(KINDS)]
     code, told = run_and_end(command, timeout_s=480.0)
     assert code == 0, told[-3000:]
     figures = json.loads(next(line for line in reversed(told.splitlines()) if line.startswith("{")))
