@@ -67,7 +67,6 @@ def _ways(num_tokens: int, num_outputs: int, k: int, fp8: Any, bf16: Any) -> lis
         ways.append(("bf16 thin", thin_linear, bf16))
     if num_tokens <= 32:
         ways.append(("w8a16", dense_fp8, fp8))
-        ways.append(("split", functools.partial(dense_w8a8_few, split=True), fp8))
     if num_tokens <= 256:
         ways.append(("w8a8 few", dense_w8a8_few, fp8))
     if num_tokens > 64:

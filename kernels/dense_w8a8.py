@@ -53,15 +53,14 @@ def dense_w8a8(
     return out
 
 
-def quantize_rows(x: torch.Tensor, capacity: int, *, split: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_rows(x: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x [M, K] bf16 -> e4m3 as uint8 [K / 128, capacity, 128], 16-byte pieces swizzled by row, and float32 scales
-    [K / 128, capacity]; rows from M on hold whatever was in memory. `split`: each row is two, whose sum it is, exactly
-    where a number is not below 2^-9 of the largest of its 128."""
+    [K / 128, capacity]; rows from M on hold whatever was in memory."""
     num_rows, k = x.shape
     packed = torch.empty(k // BLOCK, capacity, BLOCK, dtype=torch.uint8, device=x.device)
     scales = torch.empty(k // BLOCK, capacity, dtype=torch.float32, device=x.device)
     warps = num_rows * -(-k // 256)
-    quantize_rows_kernel(k, split).launch(
+    quantize_rows_kernel(k).launch(
         (-(-warps // 8),), 256, (x, np.int32(num_rows), np.int64(capacity), packed, scales), device=x.device
     )
     return packed, scales
@@ -93,5 +92,5 @@ def dense_w8a8_kernel(k: int, tile: int) -> Kernel:
 
 
 @functools.cache
-def quantize_rows_kernel(k: int, split: bool) -> Kernel:
-    return Kernel("quantize_rows.cu", "quantize_rows", {"K": k, "SPLIT": int(split)})
+def quantize_rows_kernel(k: int) -> Kernel:
+    return Kernel("quantize_rows.cu", "quantize_rows", {"K": k})

@@ -7,7 +7,6 @@
 // are
 //   filled with weights before the kernel before this one has ended.
 // Warps: one thread brings weights, one rows.  Warpgroup (m, part) multiplies 64 outputs by every PARTS-th k-block.
-// SPLIT: two of x's rows are one of y: their sums are added (W8A16).
 // A row's bits depend on that row and w alone.  Needs: K % (128 * PARTS) == 0, num_outputs % 128 == 0.
 #include "hopper.cuh"
 
@@ -19,9 +18,6 @@
 #define STAGES 4
 #endif
 
-#ifndef SPLIT
-#define SPLIT 0
-#endif
 constexpr int K_BLOCKS = K / 128, TURNS = K_BLOCKS / PARTS;
 constexpr int M_GROUPS = (OUTPUTS + 63) / 64, CONSUMERS = M_GROUPS * PARTS * 128, THREADS = CONSUMERS + 128;
 constexpr int SLICE_BYTES = OUTPUTS * 128;  // of a k-block; 64 outputs may reach into what follows, and are not stored
@@ -164,21 +160,6 @@ __device__ __forceinline__ void store(const float (&acc)[N / 2], u16* y, const S
   }
 }
 
-// A thread holds both halves of row 4 j + t.
-template <int N>
-__device__ __forceinline__ void store_sums(const float (&acc)[N / 2], u16* y, const Slice& slice, int m, int num_rows,
-                                           int num_outputs, int lane) {
-  const int output = m * 64 + ((threadIdx.x >> 5) & 3) * 16;
-#pragma unroll
-  for (int j = 0; j < N / 8; ++j) {
-    const int row = j * 4 + (lane & 3);
-    const u32 both = pack_bf16(acc[4 * j] + acc[4 * j + 1], acc[4 * j + 2] + acc[4 * j + 3]);
-    u16* to = y + (i64)row * num_outputs + slice.first + output + (lane >> 2);
-    if (row < num_rows && output < slice.count) to[0] = (u16)both;
-    if (row < num_rows && output + 8 < slice.count) to[8] = (u16)(both >> 16);
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     dense_w8a8_few(const u8* w, const float* scales, const u8* x, const float* x_scales, int num_rows, u16* y,
                    int num_outputs) {
@@ -193,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   __syncthreads();
   allow_next_kernel();
   const Slice slice = slice_of(blockIdx.x, num_outputs);
-  const int rows = round_up_8(num_rows * (SPLIT + 1));
+  const int rows = round_up_8(num_rows);
   if (warp < 4) {
     if (threadIdx.x == 0) produce_weights(w, slice);
     if (threadIdx.x == 32) {
@@ -207,10 +188,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     float acc[TILE / 2];
     multiply<TILE>(acc, slice, scales, m, part, rows, lane);
     add_parts<TILE>(acc, m, part);
-    if (part) return;
-    if constexpr (SPLIT)
-      store_sums<TILE>(acc, y, slice, m, num_rows, num_outputs, lane);
-    else
-      store<TILE>(acc, y, slice, m, num_rows, num_outputs, lane);
+    if (part == 0) store<TILE>(acc, y, slice, m, num_rows, num_outputs, lane);
   }
 }

@@ -5,7 +5,7 @@ bound by the memory. Numbers as in `dense_w8a8.py`, but a row's bits depend on t
 CTAs."""
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,18 +29,17 @@ class SlicePlan:
     outputs: int  # of a CTA, at most
     parts: int  # k-blocks that are multiplied at the same time
     stages: int
-    split: bool  # two of x's rows are one of y
 
     @classmethod
     @functools.cache
-    def choose(cls, num_rows: int, outputs: int, k: int, *, split: bool = False) -> "SlicePlan":
+    def choose(cls, num_rows: int, outputs: int, k: int) -> "SlicePlan":
         """Two warpgroups that multiply: for 64 outputs each, or for every other k-block. The same for any number of
         rows; as many slots (12 at most) as the shared memory holds."""
         parts = 2 if outputs <= 64 and k % (2 * BLOCK) == 0 else 1
-        tile = next(tile for tile in _TILES if num_rows * (1 + split) <= tile)
-        plan = cls(tile=tile, outputs=outputs, parts=parts, stages=1, split=split)
-        room = _SHARED_BYTES - _BEYOND_BYTES
-        return replace(plan, stages=min(12, room // (plan.shared_bytes - _BEYOND_BYTES)))
+        tile = next(tile for tile in _TILES if num_rows <= tile)
+        plan = cls(tile=tile, outputs=outputs, parts=parts, stages=1)
+        one = plan.shared_bytes - _BEYOND_BYTES
+        return cls(tile=tile, outputs=outputs, parts=parts, stages=min(12, (_SHARED_BYTES - _BEYOND_BYTES) // one))
 
     @property
     def num_threads(self) -> int:
@@ -52,34 +51,29 @@ class SlicePlan:
 
     @property
     def defines(self) -> dict[str, int]:
-        sizes = {"TILE": self.tile, "OUTPUTS": self.outputs, "PARTS": self.parts, "STAGES": self.stages}
-        return {**sizes, "SPLIT": int(self.split)}
+        return {"TILE": self.tile, "OUTPUTS": self.outputs, "PARTS": self.parts, "STAGES": self.stages}
 
 
-def dense_w8a8_few(
-    x: torch.Tensor, w: Fp8Weight, *, split: bool = False, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """x [M, K] bf16, w [N, K] -> [M, N] bf16. Up to `MAX_ROWS` rows are one launch; more are several. `split`: rows are
-    not quantised but written as sums of two, so half as many are one launch."""
+def dense_w8a8_few(x: torch.Tensor, w: Fp8Weight, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x [M, K] bf16, w [N, K] -> [M, N] bf16. Up to `MAX_ROWS` rows are one launch; more are several."""
     num_rows, (num_outputs, k) = x.shape[0], w.shape
     require_sizes(has_kernel(x.device), "dense_w8a8_few needs a GPU of capability 9.0: use dense_fp8 or dequantize_fp8")
     require("x", x, BF16, (None, k))
     if out is None:
         out = torch.empty(num_rows, num_outputs, dtype=BF16, device=x.device)
     require("out", out, BF16, (num_rows, num_outputs))
-    most = MAX_ROWS // (1 + split)
-    for rows, result in [(x, out)] if num_rows <= most else zip(x.split(most), out.split(most)):
-        _launch(rows, w, result, split)
+    for rows, result in [(x, out)] if num_rows <= MAX_ROWS else zip(x.split(MAX_ROWS), out.split(MAX_ROWS)):
+        _launch(rows, w, result)
     return out
 
 
-def _launch(x: torch.Tensor, w: Fp8Weight, out: torch.Tensor, split: bool) -> None:
+def _launch(x: torch.Tensor, w: Fp8Weight, out: torch.Tensor) -> None:
     num_rows, (num_outputs, k) = x.shape[0], w.shape
     if not num_rows:
         return
     num_ctas = num_slices(num_outputs, num_sms(x.device.index or 0))
-    plan = SlicePlan.choose(num_rows, outputs_of_slice(num_outputs, num_ctas), k, split=split)
-    packed, scales = quantize_rows(x, (num_rows * (1 + split) + 7) // 8 * 8, split=split)
+    plan = SlicePlan.choose(num_rows, outputs_of_slice(num_outputs, num_ctas), k)
+    packed, scales = quantize_rows(x, (num_rows + 7) // 8 * 8)
     dense_w8a8_few_kernel(k, plan).launch(
         (num_ctas,),
         plan.num_threads,

@@ -125,15 +125,6 @@ def test_some_rows_are_multiplied_in_fp8(library, num_rows, num_ctas):
     assert_is(got, dequantized @ exact(w).T)
 
 
-@pytest.mark.parametrize(("num_rows", "num_ctas"), [(1, 5), (3, 3), (11, 48)])
-def test_two_halves_of_a_row_are_added(library, num_rows, num_ctas):
-    w, x = weight_of(384, 512), torch.randn(2 * num_rows, 512).bfloat16()
-    plan = SlicePlan.choose(num_rows, outputs_of_slice(384, num_ctas), 512, split=True)
-    *inputs, halves = quantized(x, (2 * num_rows + 7) // 8 * 8)
-    got = run(library("FEW", *few_rows(plan, 512)), num_ctas, False, w, inputs, num_rows)
-    assert_is(got, halves.view(num_rows, 2, 512).sum(1) @ exact(w).T)
-
-
 @pytest.mark.parametrize("tile", [128, 192])
 @pytest.mark.parametrize(("num_rows", "num_ctas"), [(1, 5), (130, 4), (130, 132)])
 def test_many_rows_are_multiplied_in_fp8(library, tile, num_rows, num_ctas):
