@@ -52,7 +52,7 @@ wheel: $(VENV)/.runtime
 # On a GPU host with torch, CuPy and pytest of its own: no set-up, the checkout is used in place.
 # Tests of exchanges between processes have deadlines: they get the GPUs for themselves; the others share them where
 # pytest-xdist is installed.
-GPU_ALONE := $(patsubst %,tests/test_%_gpu.py,exchange exchange_pair nccl_pack mesh layouts prompt_steps device_engine)
+GPU_ALONE := $(patsubst %,tests/test_%_gpu.py,exchange exchange_pair nccl_pack mesh layouts prompt_steps device_engine kv_fp8 expert_work)
 GPU_SHARED := $(filter-out $(GPU_ALONE),$(wildcard tests/*_gpu.py))
 test-gpu: | .link/expertmesh
 	PYTHONPATH=.link python3 -P -m pytest -m gpu $$(python3 -c "import xdist" 2> /dev/null && echo -n10) $(GPU_SHARED)
