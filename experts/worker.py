@@ -56,6 +56,7 @@ from .step_server import StepServer
 from .weights import expert_bytes_on_disk, expert_shapes, least_shards
 
 LOOK_S = 0.05  # between looks at whether the first epoch is in force
+RETIRED_LOOK_S = 0.5
 LEAVE_S = 25.0  # in good order: an epoch without this member; below Serve's graceful_shutdown_timeout_s
 _log = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class ExpertShard:
             asyncio.create_task(report_rows_forever(conductor, self._load.rows)),
             asyncio.create_task(self._compile_ahead()),
         ]
+        self._ender = asyncio.create_task(self._end_when_retired())
 
     async def _build(self, config: ClusterConfig, make_agent: MakeAgent) -> "StepServer":
         checkpoint = await asyncio.to_thread(open_model, config.model, config.weights)
@@ -165,9 +167,24 @@ class ExpertShard:
         last = self._last
         return {"busy_fraction": last.busy_fraction, "num_rows": float(last.num_rows), "fits": float(self._fits)}
 
+    async def _end_when_retired(self) -> None:
+        """Drained by somebody else than Serve: Serve sees the end of a process at its next look, a failed check of
+        health only when it has come three times."""
+        while not self._agent.retired:  # noqa: ASYNC110  (another thread's flag)
+            await asyncio.sleep(RETIRED_LOOK_S)
+        if not self._draining:
+            try:
+                await self._close()
+            finally:
+                ray.kill(ray.get_runtime_context().current_actor)
+
     async def __del__(self) -> None:
-        if self._server is None:
-            return
+        if self._server is not None and not self._draining:
+            self._ender.cancel()
+            await self._close()
+
+    async def _close(self) -> None:
+        assert self._server is not None
         self._draining = True
         for reporter in self._reporters:
             reporter.cancel()
