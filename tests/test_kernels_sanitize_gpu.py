@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from expertmesh.kernels import jit, reference
+from expertmesh.kernels.dense_fp8 import dense_fp8, pack_fp8
+from expertmesh.kernels.dense_w8a8 import dense_w8a8, has_kernel
+from expertmesh.kernels.dense_w8a8_few import dense_w8a8_few
 from expertmesh.kernels.expert_layer import ExpertLayer
 from expertmesh.kernels.expert_work import ExpertWork
 from expertmesh.kernels.gate_topk import gate_topk
@@ -82,3 +85,11 @@ def test_the_gate():
     for num_tokens, num_experts, top_k in ((1, 128, 8), (5, 33, 3)):
         ids, _ = gate_topk(torch.randn(num_tokens, num_experts, device=DEVICE), top_k)
         assert ((ids >= 0) & (ids < num_experts)).all()
+
+
+@pytest.mark.parametrize("num_rows", [1, 13, 33, 129, 200])
+def test_products_of_dense_fp8_layers(num_rows):
+    w = pack_fp8(torch.randn(384, 512, device=DEVICE).to(torch.float8_e4m3fn), torch.rand(3, 4, device=DEVICE))
+    x = torch.randn(num_rows, 512, device=DEVICE).bfloat16()
+    ways = [dense_fp8, *([dense_w8a8_few, dense_w8a8] if has_kernel(x.device) else [])]
+    assert all(torch.isfinite(way(x, w)).all() for way in ways)
