@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 SHARERS = ("test_cluster", "test_elastic")  # of `shared_cluster`, in this order and together
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # what batch-invariant mode stands on; before torch is imported
 # Ray runs what it starts at nice 15; a cluster under test would stand still behind whatever else this host does.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
