@@ -21,5 +21,5 @@ def test_seconds_add_up_by_ring_and_a_ring_above_its_budget_says_so():
     assert seconds.lines() == [
         "demo model: 12 s of at most 60 s",
         "elastic: 250 s of at most 240 s, TOO LONG",
-        "rest: 3 s",
+        "rest: 3 s of at most 120 s",
     ]
