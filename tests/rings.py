@@ -52,9 +52,9 @@ RINGS: Sequence[Ring] = (
         "elastic",
         240.0,
         _files(
-            "autoscale beside_steps chaos copies declared deploy deploy_bundle deploy_host deploy_kuberay deploy_ray_up elastic "
-            "elastic_figures eplb failover guard member_agent membership membership_world model_source per_node "
-            "rebalance scrub stray_workers"
+            "autoscale beside_steps chaos copies declared deploy deploy_bundle deploy_host deploy_kuberay "
+            "deploy_ray_up elastic elastic_figures eplb failover guard member_agent membership membership_world "
+            "model_source per_node rebalance scrub stray_workers"
         ),
     ),
 )
