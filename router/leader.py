@@ -142,6 +142,9 @@ class Leader:
     def _install(self, event: EpochInstalled) -> None:
         self._epoch, self._failed = event.epoch, False
         self._step_id = max(self._step_id, event.last_step_id)
+        # A leader between, who was new, may have counted from lower: what was named here before would hide all bids
+        # after its steps. A late bid at most asks for a step that its member no longer needs.
+        self._named.clear()
         members = {m.member_id for m in event.epoch.members} if event.epoch else set()
         self._silent &= members
         if event.epoch is None:

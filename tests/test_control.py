@@ -240,6 +240,23 @@ def test_steps_with_prompts_have_few_buckets():
     assert command.header.bucket == 0, "above the largest"
 
 
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_leader_that_leads_again_hears_bids_after_the_lower_steps_of_one_between(stopped):
+    """Of a leader between that was new and counted from lower; told of it, or asleep meanwhile."""
+    leader = Leader(max_prefill_tokens=100)
+    leader.step(EpochInstalled(epoch(["a0", "e0"], 1), 809), 0.0)
+    (issued,) = leader.step(BidPlaced("a0", 3, 0, 0), 0.0)
+    assert issued.header.step_id == 810
+    leader.step(StepDone("a0", 810, False), 0.1)
+    if stopped:
+        leader.step(EpochInstalled(None), 0.2)
+    leader.step(EpochInstalled(epoch(["a0", "e0"], 3), 371), 5.0)  # after steps 360 to 371 of epoch 2
+    commands = leader.step(BidPlaced("a0", 3, 0, 371), 5.0)
+    commands += leader.step(GraceOver(), 6.0)
+    (again,) = [command for command in commands if isinstance(command, IssueHeader)]
+    assert (again.header.step_id, again.header.epoch, again.header.num_tokens) == (811, 3, (3, 0))
+
+
 def test_a_new_epoch_is_named_when_the_step_in_flight_is_over():
     trace = Trace("epoch")
     trace.say(EpochInstalled(epoch(["a1", "e1", "e2"])), at=0)
