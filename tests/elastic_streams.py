@@ -3,7 +3,8 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from solo_engine import NUM_TOKENS, PROMPTS
 from test_cluster import greedy, token_ids
@@ -59,6 +60,23 @@ def listeners(client: Client) -> list[Listener]:
 
 
 @contextlib.contextmanager
+def threads_of(
+    repeat: Callable[..., None], pairs: Iterable[tuple[Any, ...]], enough: threading.Event
+) -> Iterator[None]:
+    """One for each pair, until the block is left; they heed `enough`."""
+    threads = [threading.Thread(target=repeat, args=pair) for pair in pairs]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        enough.set()
+        for thread in threads:
+            thread.join(timeout=120.0)
+    assert not any(thread.is_alive() for thread in threads), "a stream has not ended"
+
+
+@contextlib.contextmanager
 def under_load(client: Client, expected: list[list[int]]) -> Iterator[None]:
     """One stream of each prompt after the other, all compared; the last ones end after the block."""
     enough = threading.Event()
@@ -76,15 +94,8 @@ def under_load(client: Client, expected: list[list[int]]) -> Iterator[None]:
             pauses_s.append(listener.pause_after(0.0))
             enough.wait(BREATH_S)
 
-    threads = [threading.Thread(target=repeat, args=pair) for pair in zip(PROMPTS, expected, strict=True)]
-    for thread in threads:
-        thread.start()
-    try:
+    with threads_of(repeat, zip(PROMPTS, expected, strict=True), enough):
         yield
-    finally:
-        enough.set()
-        for thread in threads:
-            thread.join(timeout=60.0)
     assert not failures
     print(f"\n{len(pauses_s)} streams, the longest pause {max(pauses_s):.3f} s")
 
@@ -116,14 +127,7 @@ def resumable_streams(client: Client, expected: list[list[int]]) -> Iterator[Non
             num_streams[0] += 1
             enough.wait(BREATH_S)
 
-    threads = [threading.Thread(target=repeat, args=pair) for pair in zip(PROMPTS, expected, strict=False)]
-    for thread in threads:
-        thread.start()
-    try:
+    with threads_of(repeat, zip(PROMPTS, expected, strict=False), enough):
         yield
-    finally:
-        enough.set()
-        for thread in threads:
-            thread.join(timeout=120.0)
     assert not wrong
     print(f"\n{num_streams[0]} streams over the upgrade")
