@@ -73,6 +73,12 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The same in two parts: every thread of the cluster arrives, and later waits for the others' arrivals.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
 // Contiguous global -> the same place in both CTAs of a cluster of two; completes on each one's own `barrier`.
 __device__ __forceinline__ void bulk_load_both(u32 destination, const void* source, u32 bytes, u32 barrier) {
   asm volatile(

@@ -12,6 +12,7 @@ from expertmesh.errors import KernelError
 from expertmesh.kernels import attention_reference as reference
 from expertmesh.kernels import jit, thin_linear
 from expertmesh.kernels.add_norm import add_rms_norm, norm_threads
+from expertmesh.kernels.decode_attention import decode_attention_kernel
 from expertmesh.kernels.gate_linear import gate_linear_kernel
 from expertmesh.kernels.kv_numbers import E4M3, as_moved, from_kv, to_kv
 from expertmesh.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_kernel
@@ -175,6 +176,25 @@ def test_the_gate_compiles_where_there_are_clusters(hidden, experts, arch):
     defines = gate_linear_kernel(hidden, experts, 8, True).defines
     use = jit.compile_only("gate_linear.cu", arch, defines).use()
     assert [u.name for u in use] == ["gate_linear"]
+    assert all(u.clean for u in use), use
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (32, 4, 128, 16, 8, 4, 2),
+        (64, 4, 128, 16, 8, 4, 2),
+        (40, 8, 128, 16, 4, 4, 2),
+        (32, 4, 128, 16, 2, 8, 2),
+        (4, 2, 64, 4, 8, 4, 2),
+    ],
+    ids=str,
+)
+def test_attention_for_few_decodes_compiles_where_there_are_clusters(sizes, arch):
+    kernel = decode_attention_kernel(*sizes)
+    use = jit.compile_only(kernel.file, arch, kernel.defines).use()
+    assert [u.name for u in use] == ["decode_attention"]
     assert all(u.clean for u in use), use
 
 

@@ -1,7 +1,8 @@
 // emulated.h: enough of CUDA to run one of our kernels on a CPU, for its arithmetic, its indices and its waiting: each
-// thread is a coroutine, a CTA runs alone, CTAs one after the other.  A warp's instructions that look at other lanes
-// meet at a barrier; copies land at once; nothing here knows of memory order, caches or time.
-// Included in place of common.cuh; ring.cuh and hopper.cuh beside it stand for those of kernels/.
+// thread is a coroutine, the CTAs of a cluster (mostly one) run together, clusters one after the other.  A warp's
+// instructions that look at other lanes meet at a barrier; bulk copies land at once; nothing here knows of memory order,
+// caches or time.
+// Included in place of common.cuh; what lies beside it stands for files of kernels/.
 #pragma once
 #include <ucontext.h>
 
@@ -37,8 +38,11 @@ struct uint4 {
 struct float2 {
   float x, y;
 };
+struct float4 {
+  float x, y, z, w;
+};
 struct Index {
-  u32 x;
+  u32 x, y;
 };
 inline Index threadIdx, blockIdx, gridDim;
 
@@ -61,17 +65,22 @@ struct Thread {
 constexpr int MOST_THREADS = 1024, STACK_BYTES = 128 << 10, MOST_IDLE_ROUNDS = 20000;
 inline Thread threads[MOST_THREADS];
 inline ucontext_t scheduler;
-inline Meeting warps[MOST_THREADS / 32], whole_cta;
+inline Meeting warps[MOST_THREADS / 32], whole_ctas[MOST_THREADS / 32];
 inline std::map<int, Meeting> named;
 inline u64 lanes[MOST_THREADS / 32][32][8];  // what the lanes of a warp show each other
-inline int num_threads;
+inline u32 running, first_cta;  // of all threads of the cluster this one; the cluster's first CTA
+inline int num_threads;         // of a CTA
 inline u64 events;  // whatever shows that somebody got on
 inline std::function<void()> body;
 
+inline u32 cta_in_cluster() { return running / num_threads; }
+inline void become(u32 thread) {
+  running = thread, threadIdx.x = thread % num_threads, blockIdx.x = first_cta + thread / num_threads;
+}
 inline void yield() {
-  const u32 me = threadIdx.x;
+  const u32 me = running;
   swapcontext(&threads[me].context, &scheduler);
-  threadIdx.x = me;
+  become(me);
 }
 inline void meet(Meeting& m, int count) {
   const u64 turn = m.turn;
@@ -82,26 +91,29 @@ inline void meet(Meeting& m, int count) {
   }
 }
 inline int lane() { return threadIdx.x & 31; }
-inline auto& shown() { return lanes[threadIdx.x >> 5]; }
-inline void warp_meets() { meet(warps[threadIdx.x >> 5], 32); }
+inline auto& shown() { return lanes[running >> 5]; }
+inline void warp_meets() { meet(warps[running >> 5], 32); }
 inline void __syncwarp() { warp_meets(); }
-inline void __syncthreads() { meet(whole_cta, num_threads); }
+inline void __syncthreads() { meet(whole_ctas[cta_in_cluster()], num_threads); }
 inline void named_barrier(int id, int count) { meet(named[id], count); }
 
 inline void enter() {
   body();
-  threads[threadIdx.x].done = true;
-  swapcontext(&threads[threadIdx.x].context, &scheduler);
+  threads[running].done = true;
+  swapcontext(&threads[running].context, &scheduler);
 }
 
-// Every CTA of a grid, in this order or the other.
-inline void launch(int num_ctas, int threads_each, bool backwards, void (*reset)(), std::function<void()> kernel) {
+// Every CTA of a grid, in clusters, in this order or the other.
+inline void launch(int num_ctas, int threads_each, bool backwards, void (*reset)(), std::function<void()> kernel,
+                   int cluster = 1) {
+  const int at_once = cluster * threads_each;
+  if (at_once > MOST_THREADS) broken("too many threads");
   gridDim.x = num_ctas, num_threads = threads_each, body = std::move(kernel);
-  for (int i = 0; i < num_ctas; ++i) {
-    blockIdx.x = backwards ? num_ctas - 1 - i : i;
+  for (int i = 0; i < num_ctas / cluster; ++i) {
+    first_cta = (backwards ? num_ctas / cluster - 1 - i : i) * cluster;
     named.clear();
     reset();
-    for (int t = 0; t < threads_each; ++t) {
+    for (int t = 0; t < at_once; ++t) {
       Thread& thread = threads[t];
       thread.done = false;
       if (!thread.stack) thread.stack = std::malloc(STACK_BYTES);
@@ -109,12 +121,12 @@ inline void launch(int num_ctas, int threads_each, bool backwards, void (*reset)
       thread.context.uc_stack.ss_sp = thread.stack, thread.context.uc_stack.ss_size = STACK_BYTES;
       makecontext(&thread.context, enter, 0);
     }
-    for (int left = threads_each, idle = 0; left;) {
+    for (int left = at_once, idle = 0; left;) {
       const int before = left;
       const u64 seen = events;
-      for (int t = 0; t < threads_each; ++t) {
+      for (int t = 0; t < at_once; ++t) {
         if (threads[t].done) continue;
-        threadIdx.x = t;
+        become(t);
         swapcontext(&scheduler, &threads[t].context);
         left -= threads[t].done;
       }
@@ -184,13 +196,21 @@ template <class T>
 T __ldg(const T* p) {
   return *p;
 }
-inline float __ldcg(const float* p) { return *p; }
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
 inline void __stcg(float* p, float v) { *p = v; }
 inline u32 add_acquire_release(u32* p, u32 v) { return (*p += v) - v; }
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __frsqrt_rn(float a) { return (float)(1.0 / std::sqrt((double)a)); }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __int_as_float(int i) {
   float f;
@@ -198,6 +218,11 @@ inline float __int_as_float(int i) {
   return f;
 }
 inline float __uint_as_float(u32 u) { return __int_as_float((int)u); }
+inline int __float_as_int(float f) {
+  int i;
+  std::memcpy(&i, &f, 4);
+  return i;
+}
 inline u32 __float_as_uint(float f) {
   u32 u;
   std::memcpy(&u, &f, 4);

@@ -1,0 +1,110 @@
+"""From the qkv product to mixed heads in one launch, for the few decodes of a step at batch 1 to 8.
+
+Why: at such sizes a layer's norms, rotation, KV write and attention are all latency. In one launch the pages of earlier
+positions are read while the qkv product still runs, and the output product may read its weights while attention runs,
+since nothing here keeps the next kernel from starting. FlashInfer's kernels (`paged_attention.py`) take over where
+reading KV is the work. Idea: FlashDecoding's split of the sequence, added up over distributed shared memory."""
+
+import functools
+
+import numpy as np
+import torch
+
+from .checks import require, require_sizes
+from .jit import Kernel
+
+BF16 = torch.bfloat16
+HEAD_SIZES = (64, 128)
+MOST_GROUP = 16  # heads a KV head
+CTAS, WARPS, STAGES = 8, 4, 2  # of a cluster; of a CTA; units of 16 positions that a warp has on their way
+
+
+def decode_attention(
+    qkv: torch.Tensor,
+    qk_norm: torch.Tensor,
+    eps: float,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_lens: torch.Tensor,
+    page_starts: torch.Tensor,
+    pages: torch.Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float | None = None,
+    out: torch.Tensor | None = None,
+    ctas: int = CTAS,
+    warps: int = WARPS,
+    stages: int = STAGES,
+) -> torch.Tensor:
+    """qkv [T, (num_heads + 2 * num_kv_heads) * D] bf16 -> [T, num_heads, D] bf16, one new token for each of T requests.
+
+    As `qk_norm_rope`, whose arguments come first, and attention over what is then in the cache: kv_lens [T] int32
+    positions with the new one, page_starts [T] int32 where a request's block ids begin in `pages` int32. All but qkv
+    and the slots to be written must be as they are before the kernel that makes qkv begins. Tokens with slot -1 are
+    padding: zeros, and nothing is written. k_cache and v_cache [num_blocks, block_size, num_kv_heads, D] bf16."""
+    head_dim, num_tokens = qk_norm.shape[1], qkv.shape[0]
+    require_sizes(
+        takes(num_heads, num_kv_heads, head_dim, qkv.device),
+        f"decode_attention takes a GPU of capability 9.0, head sizes {HEAD_SIZES} and up to {MOST_GROUP} heads a KV "
+        f"head, got {head_dim} and {num_heads} on {num_kv_heads}: use qk_norm_rope and paged attention",
+    )
+    require("qkv", qkv, BF16, (None, (num_heads + 2 * num_kv_heads) * head_dim))
+    require("qk_norm", qk_norm, BF16, (num_heads + num_kv_heads, head_dim))
+    require("cos_sin", cos_sin, torch.float32, (None, head_dim))
+    require("positions", positions, torch.int64, (num_tokens,))
+    require("slot_mapping", slot_mapping, torch.int64, (num_tokens,))
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        require(name, cache, BF16, (None, None, num_kv_heads, head_dim))
+    require_sizes(k_cache.shape == v_cache.shape, f"caches of {list(k_cache.shape)} and {list(v_cache.shape)}")
+    require("kv_lens", kv_lens, torch.int32, (num_tokens,))
+    require("page_starts", page_starts, torch.int32, (num_tokens,))
+    require("pages", pages, torch.int32, (None,))
+    shape = (num_tokens, num_heads, head_dim)
+    out = torch.empty(shape, dtype=BF16, device=qkv.device) if out is None else require("out", out, BF16, shape)
+    if num_tokens:
+        scale = head_dim**-0.5 if scale is None else scale
+        decode_attention_kernel(num_heads, num_kv_heads, head_dim, k_cache.shape[1], ctas, warps, stages).launch(
+            (ctas * num_kv_heads, num_tokens),
+            32 * warps,
+            (
+                *(qkv, qk_norm, np.float32(eps), cos_sin, positions, slot_mapping, k_cache, v_cache),
+                *(kv_lens, page_starts, pages, np.float32(scale), out),
+            ),
+            device=qkv.device,
+            shared_bytes=shared_bytes(num_heads // num_kv_heads, head_dim, ctas, warps, stages),
+        )
+    return out
+
+
+def takes(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> bool:
+    """Whether there is a kernel for these heads on this device."""
+    fits = head_dim in HEAD_SIZES and num_heads % num_kv_heads == 0 and num_heads // num_kv_heads <= MOST_GROUP
+    return fits and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def shared_bytes(group: int, head_dim: int, ctas: int, warps: int, stages: int) -> int:
+    """As decode_attention.cu lays it out: rings, q, what warps and then CTAs add up, a barrier."""
+    rows = (group + 7) // 8 * 8
+    rings = warps * stages * 16 * 2 * head_dim * 2
+    return rings + rows * head_dim * 2 + warps * rows * 8 + group * head_dim * 4 + ctas * rows * 8 + 16
+
+
+@functools.cache
+def decode_attention_kernel(
+    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, ctas: int, warps: int, stages: int
+) -> Kernel:
+    defines = {
+        "NUM_HEADS": num_heads,
+        "NUM_KV_HEADS": num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "PAGE": block_size,
+        "CTAS": ctas,
+        "WARPS": warps,
+        "STAGES": stages,
+        "SHARED": shared_bytes(num_heads // num_kv_heads, head_dim, ctas, warps, stages),
+    }
+    return Kernel("decode_attention.cu", "decode_attention", defines)

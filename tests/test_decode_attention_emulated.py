@@ -1,0 +1,82 @@
+"""The CUDA code of attention for few decodes, run on a CPU: clusters, fragments, rings, shares (`cuda_on_cpu/`).
+
+What it cannot show: memory order, what is there before a kernel begins, speed. GPUs show that
+(`test_decode_attention_gpu.py`)."""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from decode_world import assert_right, decode_step
+
+COMPILER = shutil.which("g++")
+HERE = Path(__file__).resolve().parent / "cuda_on_cpu"
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+SHARED = "extern __shared__ __align__(128) u8 ring_memory[];"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")  # beside no real header that is stood for
+    source = (KERNELS / "decode_attention.cu").read_text()
+    assert SHARED in source
+    for name in ("fragments.cuh", "hopper.cuh"):
+        source = source.replace(f'#include "{name}"\n', "")
+    (folder / "decode_attention.cu").write_text(source.replace(SHARED, ""))
+    shutil.copy(KERNELS / "qk_norm_rope.cuh", folder)
+
+    @functools.cache
+    def build(**defines):
+        out = folder / ("_".join(f"{k}{v}" for k, v in defines.items()) + ".so")
+        named = [f"-D{name}={value}" for name, value in defines.items()]
+        flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-w", f"-I{HERE}", f"-I{folder}", *named]
+        subprocess.run([COMPILER, *flags, str(HERE / "decode.cpp"), "-o", str(out)], check=True)
+        return ctypes.CDLL(str(out))
+
+    return build
+
+
+def run(library, step, **sizes):
+    defines = {"NUM_HEADS": step.num_heads, "NUM_KV_HEADS": step.num_kv_heads, "HEAD_DIM": step.head_dim}
+    compiled = library(**defines, PAGE=step.block_size, **sizes)
+    arguments = [ctypes.c_float(a) if isinstance(a, float) else ctypes.c_void_p(a.data_ptr()) for a in step.arguments()]
+    compiled.run(ctypes.c_int(step.num_rows), *arguments)
+
+
+SHAPES = [(32, 4, 128), (64, 4, 128), (4, 2, 64), (40, 8, 128)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("ctas", [8, 2])
+def test_any_length_gives_the_references_heads_and_cache(library, shape, ctas):
+    """Units without a CTA, CTAs without a unit, turns of the ring, borders of pages and units, padding."""
+    lengths = [1, 17, 200, 0, 15] if ctas == 8 else [16, 65, 0, 300]
+    step = decode_step(lengths, *shape)
+    run(library, step, CTAS=ctas, WARPS=4, STAGES=2)
+    assert_right(step)
+
+
+def test_long_rings_many_warps_and_small_pages(library):
+    step = decode_step([33, 400, 1], 16, 8, 64, block_size=4)
+    run(library, step, CTAS=1, WARPS=8, STAGES=3)
+    assert_right(step)
+    step = decode_step([129, 64], 16, 8, 64, block_size=64)
+    run(library, step, CTAS=4, WARPS=1, STAGES=2)
+    assert_right(step)
+
+
+def test_a_request_sees_no_other(library):
+    lengths = [70, 0, 33]
+    alone, both = decode_step([70], 8, 2, 64), decode_step(lengths, 8, 2, 64)
+    both.qkv[0], both.cos_sin = alone.qkv[0], alone.cos_sin
+    for mine, theirs in ((alone.pages_of(0), both.pages_of(0)),):
+        both.k[theirs], both.v[theirs] = alone.k[mine], alone.v[mine]
+    both.qk_norm = alone.qk_norm
+    for step in (alone, both):
+        run(library, step, CTAS=2, WARPS=4, STAGES=2)
+    assert torch.equal(alone.out[0], both.out[0])
