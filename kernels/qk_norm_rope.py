@@ -2,6 +2,7 @@
 write of k and v into the paged cache. In plain torch these are about fifteen launches a layer."""
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,17 @@ from .jit import Kernel
 BF16 = torch.bfloat16
 KV_DTYPES = (torch.bfloat16, torch.float8_e4m3fn)
 MANY_TOKENS = 128  # from here on a group of lanes takes four heads: fewer reads of cos and sin for the same bits
+
+
+class Projected(NamedTuple):
+    """A layer's queries, keys and values as their product leaves them, with what they need to become heads."""
+
+    qkv: torch.Tensor
+    qk_norm: torch.Tensor
+    eps: float
+    cos_sin: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
 
 
 def qk_norm_rope(

@@ -81,6 +81,8 @@ class Experts:
 class Attention:
     """The plain model's attention, planned for one batch."""
 
+    whole = None
+
     def __init__(self, plain, batch):
         self.plain, self.planned = plain, plain.plan(batch)
 

@@ -2,15 +2,16 @@
 
 A layer is eleven launches: q, k, v product; norms, rotary embedding and KV write; attention; output product; residual
 sum and norm; gate product; top-k; the experts' three (`step.rows`: route, pack, both products in one); weighted sum,
-residual sum and the next layer's norm. For few tokens it is nine: the gate is one, route and pack are one. Nothing
-syncs and nothing is allocated outside torch's allocator, so a forward may stand in a CUDA graph. Rounding is the plain
-model's: bf16 between operations, float32 inside them.
+residual sum and the next layer's norm. For few tokens it is nine: the gate is one, route and pack are one; for few
+decodes of short contexts eight, with all of attention behind the product in one (`Attend.whole`). Nothing syncs and
+nothing is allocated outside torch's allocator, so a forward may stand in a CUDA graph. Rounding is the plain model's:
+bf16 between operations, float32 inside them.
 
 Rows from `num_valid` on are padding: they are routed nowhere and written nowhere; what they compute means nothing.
 In batch-invariant mode products have more rows than tokens (`products.py`): kernels write the first T of them, and
 products read them all."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +25,7 @@ from ...kernels.embed_norm import embed_rms_norm
 from ...kernels.gate_linear import gate_linear
 from ...kernels.gate_linear import takes as takes_gate
 from ...kernels.gate_topk import gate_topk
-from ...kernels.qk_norm_rope import qk_norm_rope
+from ...kernels.qk_norm_rope import Projected, qk_norm_rope
 from ...kernels.silu_mul import silu_mul
 from ...model_config import ModelConfig
 from .products import InvariantProducts, PlainProducts, Products, Weight
@@ -44,6 +45,11 @@ class Rows(Protocol):
 
 class Attend(Protocol):
     """Planned attention (`flash.py`)."""
+
+    @property
+    def whole(self) -> Callable[..., torch.Tensor] | None:
+        """What turns a layer's `Projected`, k_cache, v_cache and `out` into mixed heads and writes the new K and V, in
+        the step that is planned. None: `attend` does, from queries, with K and V written."""
 
     def attend(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor | None = None
@@ -131,9 +137,13 @@ class DeviceModel:
     ) -> torch.Tensor:
         """Logits [S, vocab_size] bf16 of `batch.logits_rows`."""
         line = self.line(batch, kv_pages, step, last_token=last_token)
+        whole = attention.whole
         for layer_id, cache in enumerate(kv_pages):
-            line.run(layer_id)
-            attention.attend(line.q, *cache, out=line.mixed_heads)
+            line.run(layer_id, project_only=whole is not None)
+            if whole is not None:
+                whole(line.projected, *cache, out=line.mixed_heads)
+            else:
+                attention.attend(line.q, *cache, out=line.mixed_heads)
         line.run(self.config.num_layers)
         return self.logits(line.x, batch.logits_rows, batch.token_ids.shape[0])
 
@@ -235,19 +245,23 @@ class Line:
         self.q, self._mixed = rooms.q, rooms.mixed
         self._num_tokens = rooms.q.shape[0]
         self.mixed_heads = _first(rooms.mixed, self._num_tokens).view(rooms.q.shape)
+        self.projected: Projected  # of the piece that has run
         self._residual: torch.Tensor  # [T, hidden]
         self.x: torch.Tensor  # [padded(T), hidden], the norm that a product reads; after the last piece the last one
 
     @torch.inference_mode()
-    def run(self, piece: int) -> None:
-        """`piece` 0 to num_layers; all but the last leave a layer's queries in `q` and its keys and values in KV."""
+    def run(self, piece: int, *, project_only: bool = False) -> None:
+        """`piece` 0 to num_layers; all but the last leave a layer's queries in `q` and its keys and values in KV, or,
+        `project_only`, all three in `projected`."""
         layers = self._model.weights.layers
         if piece:
             self._after_attention(piece - 1)
         else:
             self._embed()
         if piece < len(layers):
-            self._before_attention(layers[piece], self._kv_pages[piece])
+            self._project(layers[piece])
+            if not project_only:
+                self._turn(self._kv_pages[piece])
 
     def _embed(self) -> None:
         model, token_ids = self._model, self._batch.token_ids
@@ -263,20 +277,15 @@ class Line:
             first, self.x = self.x, model.room(num_tokens, model.config.hidden_size)
             self.x[:num_tokens] = first
 
-    def _before_attention(self, layer: LayerWeights, cache: tuple[torch.Tensor, torch.Tensor]) -> None:
-        model, batch, config = self._model, self._batch, self._model.config
-        qk_norm_rope(
-            _first(model.products(self.x, layer.qkv), self._num_tokens),
-            layer.qk_norm,
-            config.rms_norm_eps,
-            model.cos_sin,
-            batch.positions,
-            batch.slot_mapping,
-            *cache,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            out=self.q,
-        )
+    def _project(self, layer: LayerWeights) -> None:
+        model, batch = self._model, self._batch
+        qkv = _first(model.products(self.x, layer.qkv), self._num_tokens)
+        eps, where = model.config.rms_norm_eps, (batch.positions, batch.slot_mapping)
+        self.projected = Projected(qkv, layer.qk_norm, eps, model.cos_sin, *where)
+
+    def _turn(self, cache: tuple[torch.Tensor, torch.Tensor]) -> None:
+        num_heads, num_kv_heads = self._model.config.num_heads, self._model.config.num_kv_heads
+        qk_norm_rope(*self.projected, *cache, num_heads=num_heads, num_kv_heads=num_kv_heads, out=self.q)
 
     def _after_attention(self, layer_id: int) -> None:
         model, weights = self._model, self._model.weights

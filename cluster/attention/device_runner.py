@@ -34,7 +34,7 @@ from ..sizing import activation_bytes, widened_kv_bytes
 from .batch import ScheduledTokens, StepBatch, build
 from .device_model import DeviceBatch, DeviceModel, Rows
 from .device_sampler import DeviceSampler, decode_flags
-from .flash import FORMS, FlashAttention
+from .flash import FlashAttention
 from .flash_torch import TorchAttention, select_attention
 from .prompt_graphs import MOST_TOKENS, PromptGraphs, bucket_of
 from .runner import (
@@ -362,7 +362,8 @@ class DeviceRunner:
         step's first turn once."""
         if torch.cuda.mem_get_info(self.device)[0] < _SPARE_BYTES:
             return
-        for form in FORMS:
+        assert isinstance(self.attention, FlashAttention)
+        for form in self.attention.forms(bucket):
             key = self._plan_bucket(bucket, batch, step, form)
             if key not in self._graphs:
                 self._capture(key, bucket, step)

@@ -2,9 +2,10 @@
 
 `plan` turns a step's lengths and block table into index arrays (`schedule.py`) and sends them to the GPU in one copy on
 the current stream, from pinned memory that is not touched again before the copy is done; `attend` launches one to three
-kernels that read them, for every layer. A decode step of a **bucket** runs in one of three forms: "short" (contexts so
-short that many small CTAs an SM are best), "whole", and "cut" (contexts in chunks, where few requests would leave the
-GPU idle). A form always uses the same addresses and grid, so a CUDA graph captured after one plan may be replayed after
+kernels that read them, for every layer. A decode step of a **bucket** runs in one of four forms: "few" (requests and
+contexts so few that one launch takes the qkv product whole: `kernels/decode_attention.py`), "short" (contexts so short
+that many small CTAs an SM are best), "whole", and "cut" (contexts in chunks, where few requests would leave the GPU
+idle). A form always uses the same addresses and grid, so a CUDA graph captured after one plan may be replayed after
 any later plan that returns the same key. Padding rows are requests without KV and come out as zeros. Block-table rows
 are sent as they are, since a kernel finds a row by its start.
 
@@ -16,14 +17,16 @@ KV in e4m3 is read as it is by decodes. What prompts read is widened to bf16 bef
 its own (`flash_wide.py` says why), but in the invariant mode, where one tile does everything.
 Ideas: FlashInfer's plan and run; vLLM's persistent buffers for CUDA graphs."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from ...errors import KernelError
+from ...kernels import decode_attention as few_decodes
 from ...kernels.paged_attention import HEAD_SIZES, AttentionCall, AttentionLibrary, PrefillCall, load_library
+from ...kernels.qk_norm_rope import Projected
 from .flash_staging import TURNS, Form, Staging, clamp_pages
 from .flash_wide import WidePages
 from .schedule import SINGLE, Items, Works, aligned, choose_chunk, make_items, make_works, tile_for
@@ -32,7 +35,8 @@ LONG_QUERY = 128  # queries of this many tokens and more take the kernel for lon
 INVARIANT_TILE = 64  # decode and prefill alike
 INVARIANT_CHUNK = 4096
 SHORT = 512  # tokens of the longest context of the "short" form
-FORMS = ("short", "whole", "cut")  # of a bucket
+FEW_REQUESTS = 8  # the largest bucket of the "few" form
+FEW_TOKENS = 0  # of the longest context of the "few" form
 _CTAS_PER_SM = 2
 _ROUNDS = 4  # of the whole GPU that chunks may add to a step with prompts: few tokens far into a context need some
 _WIDE, _NARROW = 4, 1  # shares of KV that a warp takes at a time; narrow ones let more CTAs be at work on an SM
@@ -46,6 +50,7 @@ class _Planned:
     short: AttentionCall | None = None
     wide: AttentionCall | None = None  # short queries too, over widened pages
     long: PrefillCall | None = None
+    few: Form | None = None  # one launch for these, from q, k and v
     widened: torch.Tensor | None = None  # [n] int32, blocks to widen for `wide` and `long`; None: they read the caches
     kept: list[torch.Tensor] = field(default_factory=list)  # what the calls point to
     checked: bool = False
@@ -105,6 +110,8 @@ class FlashAttention:
         self.group_size, self.block_size, self.invariant = num_heads // num_kv_heads, block_size, invariant
         self.max_num_reqs, self.max_num_blocks = max_num_reqs, max_num_blocks
         self.num_sms = num_sms or torch.cuda.get_device_properties(self.device).multi_processor_count
+        self._has_few = FEW_TOKENS > 0 and kv_dtype == torch.bfloat16 and not invariant
+        self._has_few = self._has_few and few_decodes.takes(num_heads, num_kv_heads, head_dim, self.device)
         self.overlap = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] >= 9
         self.slots = max(1, self.num_sms * _CTAS_PER_SM // num_kv_heads)  # items at work at once
         most = self._most_items(max_num_reqs, max_num_blocks * block_size)
@@ -133,12 +140,37 @@ class FlashAttention:
         """q_lens [R] new tokens, seq_lens [R] tokens in KV after them, block_table [R, any] int32 block ids.
 
         Host work and one asynchronous copy. With a `bucket` (all q_lens 1, R <= bucket) the key of the graphs that may
-        be replayed now; without, None. `form` forces "short", "whole" or "cut", so that each can be captured
-        beforehand; an invariant mode has no "short"."""
+        be replayed now; without, None. `form` forces one of `forms`, so that each can be captured beforehand; an
+        invariant mode has no "short"."""
         if bucket is not None:
             return self._plan_bucket(q_lens, seq_lens, block_table, bucket, form)
         self._plan_eager(q_lens, seq_lens, block_table)
         return None
+
+    def forms(self, bucket: int) -> tuple[str, ...]:
+        """Those that steps of this bucket may need."""
+        few = ("few",) if self._has_few and bucket <= FEW_REQUESTS else ()
+        return (*few, "short", "whole", "cut")
+
+    @property
+    def whole(self) -> Callable[..., torch.Tensor] | None:
+        """In the "few" form, and then in place of `attend`: q, k and v as their product leaves them, in one launch."""
+        return None if self._planned is None or self._planned.few is None else self._attend_whole
+
+    def _attend_whole(
+        self, projected: Projected, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        assert self._planned is not None
+        assert self._planned.few is not None
+        return few_decodes.decode_attention(
+            *projected,
+            k_cache,
+            v_cache,
+            *self._planned.few.requests,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            out=out,
+        )
 
     def attend(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor | None = None
@@ -175,6 +207,8 @@ class FlashAttention:
         streams. Reads block 0 alone."""
         one, many = np.ones(1, np.int32), np.full(1, LONG_QUERY, np.int32)
         blocks, all_of_them = np.zeros((1, LONG_QUERY), np.int32), np.ones(1, bool)
+        if self._has_few:
+            self._load_few(k_cache, v_cache)
         cached = widened = _Pages(np.arange(2) * LONG_QUERY, blocks)
         q = torch.zeros(LONG_QUERY, self.num_heads, self.head_dim, dtype=torch.bfloat16, device=self.device)
         for tile_q, mma_kv in ((tile_q, mma_kv) for tile_q in (16, 64, 128) for mma_kv in (_WIDE, _NARROW)):
@@ -196,6 +230,15 @@ class FlashAttention:
             planned.long = self._long_call(planned, works, many, many, widened)
             self.attend(q, k_cache, v_cache)
         self._planned = None
+
+    def _load_few(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+        """For a row of padding, of which nothing is read."""
+        one = np.ones(1, np.int32)
+        self._plan_bucket(one, one, np.zeros((1, 1), np.int32), 1, "few")
+        num_normed, place = self.num_heads + self.num_kv_heads, torch.zeros(1, dtype=torch.int64, device=self.device)
+        zeros = torch.zeros(num_normed + self.num_kv_heads, self.head_dim, dtype=torch.bfloat16, device=self.device)
+        projected = Projected(zeros.view(1, -1), zeros[:num_normed], 0.0, zeros[:1].float(), place, place - 1)
+        self._attend_whole(projected, k_cache, v_cache)
 
     def reserve(self, num_tokens: int) -> None:
         """Pinned memory for the plan of any step of so many tokens: the block table of all requests, and its works and
@@ -227,7 +270,7 @@ class FlashAttention:
                 f"raise max_num_blocks ({self.max_num_blocks})"
             )
         made.send(self._staging, self._fixed, seq_lens, table, chunk)
-        self._planned = _Planned(bucket, made.call)
+        self._planned = _Planned(bucket, made.call, few=made if form == "few" else None)
         return key
 
     def _form_of(self, seq_lens: np.ndarray, bucket: int, longest: int, most: int, form: str | None) -> tuple[str, int]:
@@ -235,6 +278,8 @@ class FlashAttention:
         if self.invariant:
             cut = longest > INVARIANT_CHUNK or form == "cut"
             return ("cut", INVARIANT_CHUNK) if cut else ("whole", SINGLE)
+        if form is None and longest <= FEW_TOKENS and "few" in self.forms(bucket):
+            form = "few"
         if form is None:
             chunk = self._chunk_of(seq_lens, longest, bucket, most)
             if chunk != SINGLE:
@@ -255,6 +300,8 @@ class FlashAttention:
 
     def _make_form(self, bucket: int, form: str, num_items: int) -> Form:
         """Measured on an H100 (`bench/attention.py`, docs/performance.md): which tile is fastest for which form."""
+        if form == "few":
+            return Form(bucket, num_items, False, None, self._fixed)
         small = tile_for(1, self.group_size)
         tile_q, mma_kv, fp8 = small, _WIDE, self.kv_dtype != torch.bfloat16
         if self.invariant:

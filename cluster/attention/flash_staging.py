@@ -53,7 +53,8 @@ class Form:
     Request B has no tokens: items beyond those of a plan are its. Rows of the bucket beyond the step's requests have
     one query and no KV."""
 
-    def __init__(self, bucket: int, num_items: int, cut: bool, call: AttentionCall, fixed: torch.Tensor) -> None:
+    def __init__(self, bucket: int, num_items: int, cut: bool, call: AttentionCall | None, fixed: torch.Tensor) -> None:
+        """`call`: None where a kernel reads the arrays of `requests` alone."""
         self.bucket, self.num_items, self.cut, self.call = bucket, num_items, cut, call
         sizes = {"q_starts": bucket + 1, "q_lens": bucket + 1, "kv_lens": bucket + 1, "page_starts": bucket + 2}
         sizes |= {"item_request": num_items, "item_q_tile": num_items, "item_chunk": num_items, "chunk_size": 1}
@@ -62,8 +63,11 @@ class Form:
         offsets = np.cumsum([0, *sizes.values()]).tolist()
         self._at = {name: slice(a, b) for name, a, b in zip(sizes, offsets, offsets[1:])}
         self.num_fixed = offsets[-1]
-        call.fill(**{name: fixed.data_ptr() + 4 * at.start for name, at in self._at.items()})
-        call.fill(pages=fixed.data_ptr() + 4 * self.num_fixed)
+        pages = fixed[self.num_fixed :]
+        if call is not None:
+            call.fill(**{name: fixed.data_ptr() + 4 * at.start for name, at in self._at.items()}, pages=pages)
+        kv_lens, page_starts = (fixed[self._at[name]][:bucket] for name in ("kv_lens", "page_starts"))
+        self.requests = kv_lens, page_starts, pages  # [bucket], [bucket], [any]
         self._requests = np.arange(bucket, dtype=np.int32)
         self._usual = np.zeros(self.num_fixed, np.int32)
         self._usual[self._at["q_starts"]] = np.arange(bucket + 1)

@@ -34,6 +34,7 @@ class TorchAttention:
     """`FlashAttention` in torch. Engine thread only."""
 
     capturable = False
+    whole = None
 
     def __init__(
         self,
