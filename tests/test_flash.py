@@ -51,6 +51,33 @@ def test_decode_of_a_bucket(num_sms):
     assert not out[5:].any(), "padding requests give zeros"
 
 
+def test_few_decodes_of_short_contexts_are_planned_for_one_launch(monkeypatch):
+    """The arrays of requests alone, at the same addresses for a key; another form beyond either limit."""
+    monkeypatch.setattr(flash, "FEW_TOKENS", 64)
+    monkeypatch.setattr(flash, "FEW_REQUESTS", 4)
+    monkeypatch.setattr(flash.few_decodes, "takes", lambda *_: True)
+    attention = make(NumpyKernels(DIM))
+    assert attention.forms(4) == ("few", *attention.forms(5))
+    seen = {}
+    for lengths in ((1, 40), (64, 3, 17, 1), (20,)):
+        step = step_of(*((1, n) for n in lengths))
+        key = attention.plan(step.q_lens, step.seq_lens, step.block_table, bucket=4)
+        assert key[:2] == (4, "few")
+        assert attention.whole is not None
+        kv_lens, page_starts, pages = attention._planned.few.requests
+        assert seen.setdefault(key, kv_lens.data_ptr()) == kv_lens.data_ptr()
+        assert kv_lens.tolist() == [*lengths, *[0] * (4 - len(lengths))]
+        for row, (length, start) in enumerate(zip(lengths, page_starts.tolist())):
+            count = -(-length // 16)
+            assert pages[start : start + count].tolist() == step.block_table[row, :count].tolist()
+    for lengths, bucket, form in (((1, 65), 4, None), ((1, 40), 8, None), ((1, 40), 4, "cut")):
+        step = step_of(*((1, n) for n in lengths))
+        assert attention.plan(step.q_lens, step.seq_lens, step.block_table, bucket=bucket, form=form)[1] != "few"
+        assert attention.whole is None
+    invariant = make(NumpyKernels(DIM), invariant=True)
+    assert invariant.plan(step.q_lens, step.seq_lens, step.block_table, bucket=4)[1] == "whole"
+
+
 def test_long_contexts_are_cut_where_the_gpu_would_idle():
     kernels = NumpyKernels(DIM, num_sms=40)
     step = step_of((1, 900))
