@@ -69,15 +69,17 @@ struct Request {
     const int position = min(unit * UNIT + (lane & 15), length - 1);
     return pages[position / PAGE] * PAGE + position % PAGE;
   }
-  // A unit on its way to shared memory, but for the new position; zeros beyond, since no weight cancels a NaN.
+  // A unit on its way to shared memory. Of what may be the LAST not the new position, and zeros beyond it, since no
+  // weight cancels a NaN.
+  template <bool LAST>
   __device__ __forceinline__ void load(u32 to, int unit, int place, int lane) const {
 #pragma unroll
     for (int i = 0; i < UNIT * PIECES / 32; ++i) {
       const int row = (i * 32 + lane) / PIECES, piece = lane % PIECES, position = unit * UNIT + row;
       const i64 at = (i64)__shfl_sync(0xffffffffu, place, row) * (NUM_KV_HEADS * HEAD_DIM) + piece * 8;
-      if (position == length - 1) continue;
-      copy_16_or_zeros(piece_at(to, row, piece), keys + at, position < length);
-      copy_16_or_zeros(piece_at(to + V_OF_UNIT, row, piece), values + at, position < length);
+      if (LAST && position == length - 1) continue;
+      copy_16_or_zeros(piece_at(to, row, piece), keys + at, !LAST || position < length);
+      copy_16_or_zeros(piece_at(to + V_OF_UNIT, row, piece), values + at, !LAST || position < length);
     }
   }
 };
@@ -117,22 +119,25 @@ struct Sums {
   __device__ __forceinline__ void add(u32 unit_at, int unit, int length, const Queries& q, float scale, int lane) {
     float s[2][TILES][4] = {};
     const int row = lane & 15, half = lane >> 4;
+    uint4 k[STEPS], v[STEPS];  // loads in a row, and those of V before anything depends on scores
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      const uint4 k = load_matrices(piece_at(unit_at, row, 2 * step + half));
+    for (int step = 0; step < STEPS; ++step) k[step] = load_matrices(piece_at(unit_at, row, 2 * step + half));
 #pragma unroll
-      for (int tile = 0; tile < TILES; ++tile) mma_bf16(s[step & 1][tile], k, q.b[tile][step][0], q.b[tile][step][1]);
-    }
+    for (int step = 0; step < STEPS; ++step)
+      v[step] = load_transposed(piece_at(unit_at + V_OF_UNIT, (lane & 7) + half * 8, 2 * step + (lane >> 3 & 1)));
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+      for (int tile = 0; tile < TILES; ++tile)
+        mma_bf16(s[step & 1][tile], k[step], q.b[tile][step][0], q.b[tile][step][1]);
     u32 weights[TILES][2];
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
       weigh(s[0][tile], s[1][tile], tile, unit, length, scale, lane, weights[tile]);
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      const uint4 v = load_transposed(piece_at(unit_at + V_OF_UNIT, (lane & 7) + half * 8, 2 * step + (lane >> 3 & 1)));
+    for (int step = 0; step < STEPS; ++step)
 #pragma unroll
-      for (int tile = 0; tile < TILES; ++tile) mma_bf16(o[step][tile], v, weights[tile][0], weights[tile][1]);
-    }
+      for (int tile = 0; tile < TILES; ++tile) mma_bf16(o[step][tile], v[step], weights[tile][0], weights[tile][1]);
   }
 
   // Scores s + more of 16 positions by 8 heads -> weights of both halves as second operands; what is there is rescaled.
@@ -197,8 +202,11 @@ __device__ __forceinline__ float2 join(const float2* stats, int stride, int coun
 __device__ __forceinline__ void send(u32 memory, int num_warps, u32 rank, float scale) {
   const float2* stats = (const float2*)(ring_memory + STATS);
   float factor[WARPS];
+  constexpr int COUNT = GROUP * HEAD_DIM / 4;
 #pragma unroll
-  for (int i = threadIdx.x; i < GROUP * HEAD_DIM / 4; i += THREADS) {
+  for (int turn = 0; turn < (COUNT + THREADS - 1) / THREADS; ++turn) {
+    const int i = turn * THREADS + threadIdx.x;
+    if (COUNT % THREADS && i >= COUNT) break;
     const int head = i / (HEAD_DIM / 4), column = i % (HEAD_DIM / 4) * 4, to = column / COLUMNS;
     join(stats + head, ROWS, num_warps, scale, factor);
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -248,7 +256,8 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(THREAD
                      const int* pages, float scale_of_scores, u16* out) {
   allow_next_kernel();
   const float scale = scale_of_scores * 1.44269504f;  // for powers of 2
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, kv_head = blockIdx.x / CTAS;
+  const int lane = threadIdx.x & 31, warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0);
+  const int kv_head = blockIdx.x / CTAS;
   const int lane_of_head = threadIdx.x % LANES, first_head = threadIdx.x / LANES;
   const u32 rank = cluster_rank(), memory = shared_address(ring_memory), ring = memory + warp * RING_BYTES;
   const i64 token = blockIdx.y, position = positions[token], slot = slot_mapping[token];
@@ -262,9 +271,14 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(THREAD
   }
   cluster_arrive();
   const int first = num_units - 1 - (warp * CTAS + (int)rank);  // then down by CTAS * WARPS
+  int place[STAGES];
+#pragma unroll
+  for (int stage = 0, unit = first; stage < STAGES; ++stage, unit -= CTAS * WARPS)
+    place[stage] = unit >= 0 ? request.place(unit, lane) : 0;
 #pragma unroll
   for (int stage = 0, unit = first; stage < STAGES; ++stage, unit -= CTAS * WARPS) {
-    if (unit >= 0) request.load(ring + stage * UNIT_BYTES, unit, request.place(unit, lane), lane);
+    if (unit >= 0 && stage == 0) request.load<true>(ring, unit, place[0], lane);
+    if (unit >= 0 && stage) request.load<false>(ring + stage * UNIT_BYTES, unit, place[stage], lane);
     copies_commit();
   }
   // Heads of the group, then k, then v, which CTA 0 alone needs; what is constant of them comes early.
@@ -288,6 +302,7 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(THREAD
     raw[pass] = make_uint4(0, 0, 0, 0);
     if (head < num_heads) raw[pass] = __ldcg((const uint4*)(qkv + (token * ALL + row) * HEAD_DIM + lane_of_head * 8));
   }
+  cluster_wait();  // every CTA's barrier is there; while qkv comes
 #pragma unroll
   for (int pass = 0; pass < PASSES; ++pass) {
     const int head = first_head + pass * A_PASS;
@@ -317,14 +332,13 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(THREAD
       __syncwarp();
       sums.add(at, unit, length, q, scale, lane);
       __syncwarp();
-      if (next >= 0) request.load(at, next, next_place, lane);
+      if (next >= 0) request.load<false>(at, next, next_place, lane);
       copies_commit();
       at = at + UNIT_BYTES == ring + RING_BYTES ? ring : at + UNIT_BYTES;
     }
     sums.store((float*)(ring_memory + warp * RING_BYTES), (float2*)(ring_memory + STATS) + warp * ROWS, lane);
   }
   __syncthreads();
-  cluster_wait();  // every CTA's barrier is there
   const int num_warps = max(0, min(WARPS, (num_units - (int)rank + CTAS - 1) / CTAS));
   if (num_warps) send(memory, num_warps, rank, scale);
   barrier_wait(memory + BARRIER, 0);

@@ -69,13 +69,27 @@ __device__ __forceinline__ void store_cluster_async(u32 mapped, int a, int b, in
       : "memory");
 }
 
+// One word, and 4 bytes.
+__device__ __forceinline__ void store_cluster_async(u32 mapped, float v, u32 mapped_barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(mapped), "f"(v),
+               "r"(mapped_barrier)
+               : "memory");
+}
+
+// Every CTA of the cluster has started and made its barriers (barriers_visible). Orders nothing else, so it costs no
+// fence.
+__device__ __forceinline__ void cluster_started() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// The same in two parts: every thread of the cluster arrives, and later waits for the others' arrivals.
+// The same in two parts: every thread of the cluster arrives, and later waits for the others' arrivals. What the others
+// see of this one's writes are barriers after `barriers_visible`, no more: a release would be a fence at GPU scope.
 __device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
