@@ -25,10 +25,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (column >= HIDDEN) continue;
     sum[i] = unpack_piece(old[i]);
     if (!x) continue;
-    const Piece a = unpack_piece(added[i]);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) sum[i].v[j] = __fadd_rn(sum[i].v[j], a.v[j]);
-    const uint4 rounded = pack_piece(sum[i]);
+    const uint4 rounded = add_pieces(sum[i], unpack_piece(added[i]));
     *(uint4*)(residual + row + column) = rounded;
     sum[i] = unpack_piece(rounded);
   }

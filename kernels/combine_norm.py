@@ -11,6 +11,8 @@ from .checks import require, require_sizes
 from .jit import Kernel
 
 BF16 = torch.bfloat16
+ROW_CTAS = 1  # of a cluster that shares a row of few; 1 = none does
+FEW_TOKENS = 8
 
 
 def combine_add_rms_norm(
@@ -36,9 +38,12 @@ def combine_add_rms_norm(
         require("ids", ids, torch.int32, (num_tokens, top_k))
     out = torch.empty_like(residual) if out is None else require("out", out, BF16, (num_tokens, hidden))
     if num_tokens:
-        combine_norm_kernel(hidden, top_k).launch(
-            (num_tokens,),
-            norm_threads(hidden),
+        threads = norm_threads(hidden)
+        shared = num_tokens <= FEW_TOKENS and hidden == 8 * threads and threads % (32 * ROW_CTAS) == 0
+        ctas = ROW_CTAS if shared and has_clusters(y.device.index) else 1
+        combine_norm_kernel(hidden, top_k, ctas).launch(
+            (num_tokens * ctas,),
+            threads // ctas,
             (y, ids, topk_weights, residual, weight, np.float32(eps), out),
             device=y.device,
         )
@@ -46,6 +51,12 @@ def combine_add_rms_norm(
 
 
 @functools.cache
-def combine_norm_kernel(hidden: int, top_k: int) -> Kernel:
-    defines = {"HIDDEN": hidden, "THREADS": norm_threads(hidden), "TOP_K": top_k}
+def has_clusters(device_index: int) -> bool:
+    return torch.cuda.get_device_capability(device_index)[0] >= 9
+
+
+@functools.cache
+def combine_norm_kernel(hidden: int, top_k: int, row_ctas: int = 1) -> Kernel:
+    """`row_ctas` CTAs share a row, in a cluster."""
+    defines = {"HIDDEN": hidden, "THREADS": norm_threads(hidden) // row_ctas, "TOP_K": top_k, "ROW_CTAS": row_ctas}
     return Kernel("combine_norm.cu", "combine_add_rms_norm", defines)

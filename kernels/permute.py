@@ -17,6 +17,7 @@ from .jit import Kernel
 SHARED_ROUTE_PAIRS = 2048  # from here on a cluster of CTAs is faster than one
 ONE_LAUNCH_PAIRS = 4096  # the most that route_and_pack's shared memory holds
 ONE_LAUNCH_LOCAL_PAIRS = 1024  # where more are expected to be local, two launches gather faster
+PAIR_A_CTA = 0  # up to here every pair has a CTA of its own; 64 is the most that this kernel takes
 FEW_PAIRS = 512  # up to here it takes so little that the products' CTAs find room beside it
 ONE_LAUNCH_EXPERTS = 256
 FEWEST_TILES = 32  # memory that the grouped GEMM may read of the list of tiles, whatever their number
@@ -121,14 +122,21 @@ def route_and_pack(
     """`route` and `pack_rows` in one launch, for what `takes_one_launch`."""
     plan = _unrouted(ids, num_local_experts, tile, expert_map)
     packed, scales = _unpacked(rows, plan, fp8)
-    grid = min(-(-_gathers(packed, plan.capacity, fp8) // 16), 2 * _multiprocessors(rows.device))
-    most = FEW_PAIRS if ids.numel() <= FEW_PAIRS else ONE_LAUNCH_PAIRS
-    route_and_pack_kernel(num_local_experts, rows.shape[1], plan.top_k, fp8, most).launch(
+    pairs, hidden = ids.numel(), rows.shape[1]
+    if 0 < pairs <= PAIR_A_CTA:
+        kernel = route_and_pack_pairs_kernel(num_local_experts, hidden, plan.top_k, fp8, tile)
+        grid, threads = pairs, min(256, -(-hidden // 256) * 32)
+    else:
+        most = FEW_PAIRS if pairs <= FEW_PAIRS else ONE_LAUNCH_PAIRS
+        kernel = route_and_pack_kernel(num_local_experts, hidden, plan.top_k, fp8, most)
+        grid = min(-(-_gathers(packed, plan.capacity, fp8) // 16), 2 * _multiprocessors(rows.device))
+        threads = 512
+    kernel.launch(
         (grid,),
-        512,
+        threads,
         (
             ids,
-            np.int32(ids.numel()),
+            np.int32(pairs),
             expert_map,
             np.int32(0 if expert_map is None else expert_map.numel()),
             np.int32(tile),
@@ -194,3 +202,9 @@ def pack_kernel(hidden: int, top_k: int, fp8: bool) -> Kernel:
 def route_and_pack_kernel(num_local_experts: int, hidden: int, top_k: int, fp8: bool, most_pairs: int) -> Kernel:
     defines = {"NUM_EXPERTS": num_local_experts, "HIDDEN": hidden, "TOP_K": top_k, "FP8": int(fp8)}
     return Kernel("permute_few.cu", "route_and_pack", {**defines, "MAX_PAIRS": most_pairs})
+
+
+@functools.cache
+def route_and_pack_pairs_kernel(num_local_experts: int, hidden: int, top_k: int, fp8: bool, tile: int) -> Kernel:
+    defines = {"NUM_EXPERTS": num_local_experts, "HIDDEN": hidden, "TOP_K": top_k, "FP8": int(fp8)}
+    return Kernel("permute_pairs.cu", "route_and_pack_pairs", {**defines, "TILE": tile})

@@ -159,6 +159,8 @@ def test_rows_are_the_wide_operand_only_where_no_warpgroup_can_be_a_tile_ahead()
         ("permute.cu", {"NUM_EXPERTS": 16, "HIDDEN": 2048, "TOP_K": 8, "FP8": 1}),
         ("permute_few.cu", {"NUM_EXPERTS": 128, "HIDDEN": 4096, "TOP_K": 8}),
         ("permute_few.cu", {"NUM_EXPERTS": 16, "HIDDEN": 2048, "TOP_K": 8, "FP8": 1, "MAX_PAIRS": 512}),
+        ("permute_pairs.cu", {"NUM_EXPERTS": 128, "HIDDEN": 2048, "TOP_K": 8, "TILE": 8}),
+        ("permute_pairs.cu", {"NUM_EXPERTS": 16, "HIDDEN": 4096, "TOP_K": 8, "FP8": 1, "TILE": 64}),
         ("combine.cu", {"HIDDEN": 4096, "TOP_K": 8}),
         ("gate_topk.cu", {"NUM_EXPERTS": 128, "TOP_K": 8}),
         ("bench_ceiling.cu", {}),
