@@ -28,6 +28,17 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def private_cubins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Kernels are compiled here, whatever a cache of this host holds."""
+    from expertmesh.kernels import jit
+
+    before = jit._cache_directory
+    jit.set_cache_directory(tmp_path_factory.mktemp("cubins"))
+    yield
+    jit.set_cache_directory(before)
+
+
 @pytest.fixture(scope="session")
 def solo(tiny_checkpoint: Path) -> list[list[int]]:
     """What a single process says to each of `solo_engine.PROMPTS`; whatever a cluster looks like, it says the same."""

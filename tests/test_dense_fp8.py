@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from compiling import compile_each, compile_for
 
 from expertmesh.checkpoint import Checkpoint
 from expertmesh.cluster.attention.products import PlainProducts
@@ -40,12 +41,7 @@ CASE = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def private_cache(tmp_path_factory):
-    before = jit._cache_directory
-    jit.set_cache_directory(tmp_path_factory.mktemp("cubins"))
-    yield
-    jit.set_cache_directory(before)
+pytestmark = pytest.mark.usefixtures("private_cubins")
 
 
 @pytest.fixture
@@ -169,40 +165,42 @@ def test_a_launch_of_some_rows_fits_hopper(num_outputs, k):
         assert plan.num_threads == (384 if outputs > 64 or k % 256 == 0 else 256)
 
 
-@pytest.mark.parametrize("arch", jit.SUPPORTED_ARCHS)
 @pytest.mark.parametrize(("num_outputs", "k"), SHAPES[:4])
-def test_kernels_compile_without_spills(arch, num_outputs, k):
-    capability, num_sms, _ = GPUS[arch]
-    outputs = outputs_of_slice(num_outputs, num_slices(num_outputs, num_sms))
-    for rows in (8, 16):
-        plan = FewRowsPlan.choose(rows, outputs, k, capability)
-        (use,) = jit.compile_only("dense_fp8.cu", arch, {"K": k, **plan.defines}).use()
-        assert use.clean, use
+def test_kernels_compile_without_spills(num_outputs, k):
+    plans = []
+    for arch in jit.SUPPORTED_ARCHS:
+        capability, num_sms, _ = GPUS[arch]
+        outputs = outputs_of_slice(num_outputs, num_slices(num_outputs, num_sms))
+        plans += [(arch, FewRowsPlan.choose(rows, outputs, k, capability)) for rows in (8, 16)]
+    each = compile_each(("dense_fp8.cu", arch, {"K": k, **plan.defines}) for arch, plan in plans)
+    for (arch, plan), compiled in zip(plans, each, strict=True):
+        (use,) = compiled.use()
+        assert use.clean, (arch, use)
         assert use.registers * plan.num_threads <= 65536
     for file in ("dequantize_fp8.cu", "quantize_rows.cu"):
-        (use,) = jit.compile_only(file, arch, {"K": k}).use()
-        assert use.clean, use
+        for compiled in compile_for(jit.SUPPORTED_ARCHS, file, {"K": k}):
+            (use,) = compiled.use()
+            assert use.clean, (compiled.key, use)
 
 
 @pytest.mark.parametrize(("num_outputs", "k"), SHAPES[:4])
 def test_products_of_some_rows_compile_without_spills_or_waits_in_between(num_outputs, k):
-    for rows in (8, 16, 32, 64, 128):
-        plan = SlicePlan.choose(rows, outputs_of_slice(num_outputs, num_slices(num_outputs, 132)), k)
-        compiled = jit.compile_only("dense_w8a8_few.cu", "sm_90a", {"K": k, **plan.defines})
+    outputs = outputs_of_slice(num_outputs, num_slices(num_outputs, 132))
+    plans = [SlicePlan.choose(rows, outputs, k) for rows in (8, 16, 32, 64, 128)]
+    for compiled in compile_each(("dense_w8a8_few.cu", "sm_90a", {"K": k, **plan.defines}) for plan in plans):
         (use,) = compiled.use()
         assert use.clean, use
         assert "wgmma" not in compiled.log  # ptxas tells of products that it serialises
 
 
 @pytest.mark.parametrize("tile", dense_w8a8.TILES)
-@pytest.mark.parametrize("k", [2048, 4096, 8192])
-def test_the_product_of_many_rows_compiles_without_spills_or_waits_in_between(k, tile):
-    defines = {"K": k, "TILE": tile, "STAGES": dense_w8a8.stages_for(tile)}
-    compiled = jit.compile_only("dense_w8a8.cu", "sm_90a", defines)
-    (use,) = compiled.use()
-    assert use.clean, use
-    assert "wgmma" not in compiled.log
+def test_the_product_of_many_rows_compiles_without_spills_or_waits_in_between(tile):
     assert dense_w8a8.shared_bytes(tile) + 1024 <= 227 << 10
+    defines = {"TILE": tile, "STAGES": dense_w8a8.stages_for(tile)}
+    for compiled in compile_each(("dense_w8a8.cu", "sm_90a", {"K": k, **defines}) for k in (2048, 4096, 8192)):
+        (use,) = compiled.use()
+        assert use.clean, (compiled.key, use)
+        assert "wgmma" not in compiled.log
 
 
 @pytest.mark.parametrize(("rows", "tile"), [(1, 128), (128, 128), (129, 192), (256, 128), (512, 192), (2048, 192)])

@@ -10,6 +10,7 @@ import exchange_worlds
 import process_world
 import pytest
 import torch
+from compiling import compile_for
 from exchange_conformance import LAYOUTS, TOP_K, check_device, make_epoch
 
 from expertmesh.errors import EpochError, KernelError
@@ -295,7 +296,6 @@ def test_offsets_of_the_control_block_are_those_of_the_source():
     }
 
 
-@pytest.mark.parametrize("arch", jit.SUPPORTED_ARCHS)
 @pytest.mark.parametrize(
     "defines",
     [
@@ -306,12 +306,8 @@ def test_offsets_of_the_control_block_are_those_of_the_source():
     ],
     ids=["235B", "30B", "tiny", "wide"],
 )
-def test_the_kernels_compile_without_spills(arch, defines, tmp_path):
-    before = jit._cache_directory
-    jit.set_cache_directory(tmp_path)
-    try:
-        uses = jit.compile_only("peer_exchange.cu", arch, defines).use()
-    finally:
-        jit.set_cache_directory(before)
-    assert {use.name for use in uses} == {"begin", "dispatch", "answer"}
-    assert all(use.clean for use in uses), uses
+def test_the_kernels_compile_without_spills(defines, private_cubins):
+    for compiled in compile_for(jit.SUPPORTED_ARCHS, "peer_exchange.cu", defines):
+        uses = compiled.use()
+        assert {use.name for use in uses} == {"begin", "dispatch", "answer"}
+        assert all(use.clean for use in uses), (compiled.key, uses)

@@ -4,6 +4,7 @@ cleanly."""
 import pytest
 import torch
 import torch.nn.functional as F
+from compiling import compile_each, compile_for
 
 from expertmesh.errors import KernelError
 from expertmesh.kernels import jit, pack, reference
@@ -11,13 +12,7 @@ from expertmesh.kernels.expert_layer import ExpertLayer
 from expertmesh.kernels.permute import takes_one_launch
 from expertmesh.kernels.plan import PLANS, SHARED_BYTES_LIMIT, GemmPlan, all_plans, choose_plan
 
-
-@pytest.fixture(autouse=True, scope="module")
-def private_cache(tmp_path_factory):
-    before = jit._cache_directory
-    jit.set_cache_directory(tmp_path_factory.mktemp("cubins"))
-    yield
-    jit.set_cache_directory(before)
+pytestmark = pytest.mark.usefixtures("private_cubins")
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts
@@ -151,7 +146,6 @@ def test_rows_are_the_wide_operand_only_where_no_warpgroup_can_be_a_tile_ahead()
 
 
 # ---------------------------------------------------------------------------------------------------------- compilation
-@pytest.mark.parametrize("arch", jit.SUPPORTED_ARCHS)
 @pytest.mark.parametrize(
     ("file", "defines"),
     [
@@ -166,21 +160,22 @@ def test_rows_are_the_wide_operand_only_where_no_warpgroup_can_be_a_tile_ahead()
         ("bench_ceiling.cu", {}),
     ],
 )
-def test_kernels_compile_without_spills(file, defines, arch):
-    use = jit.compile_only(file, arch, defines).use()
-    assert use
-    assert all(u.clean for u in use), use
+def test_kernels_compile_without_spills(file, defines):
+    for compiled in compile_for(jit.SUPPORTED_ARCHS, file, defines):
+        assert compiled.use()
+        assert all(u.clean for u in compiled.use()), (compiled.key, compiled.use())
 
 
 ROWS_WIDE = GemmPlan(m_rows=128, tile=128, stages=5, rows_wide=True, form="fp8")
 
 
-@pytest.mark.parametrize("plan", [*all_plans("bf16"), *all_plans("fp8"), ROWS_WIDE], ids=str)
-def test_grouped_gemm_compiles_for_hopper_without_spills(plan: GemmPlan):
-    compiled = jit.compile_only("grouped_gemm.cu", "sm_90a", plan.defines(2048, 768))
-    assert [u.name for u in compiled.use()] == ["grouped_gemm"]
-    assert all(u.clean for u in compiled.use()), compiled.use()
-    assert "serialized" not in compiled.log  # ptxas says so when wgmma cannot run asynchronously
+def test_grouped_gemm_compiles_for_hopper_without_spills():
+    plans = [*all_plans("bf16"), *all_plans("fp8"), ROWS_WIDE]
+    each = compile_each(("grouped_gemm.cu", "sm_90a", plan.defines(2048, 768)) for plan in plans)
+    for plan, compiled in zip(plans, each, strict=True):
+        assert [u.name for u in compiled.use()] == ["grouped_gemm"]
+        assert all(u.clean for u in compiled.use()), (plan, compiled.use())
+        assert "serialized" not in compiled.log, plan  # ptxas says so when wgmma cannot run asynchronously
 
 
 def test_a_compile_error_carries_the_log():

@@ -3,6 +3,7 @@ that every form compiles cleanly for every architecture."""
 
 import pytest
 import torch
+from compiling import compile_each
 
 from expertmesh.errors import KernelError
 from expertmesh.kernels import jit, pack_int4, reference
@@ -174,16 +175,17 @@ def test_plans_fit_the_shared_memory_of_every_architecture(arch):
             assert (2 * 768) % plan.m_rows == 0
 
 
-@pytest.mark.parametrize("arch", jit.SUPPORTED_ARCHS)
 @pytest.mark.parametrize("form", ["bf16", "w8a16", "int4"])
-def test_mma_kernels_compile_for_every_architecture_without_spills(form, arch):
+def test_mma_kernels_compile_for_every_architecture_without_spills(form):
     plans = {
-        choose_mma_plan(form, rows * 16, 16, 2048, 768, has_zeros=zeros, capability=CAPABILITIES[arch])
+        (arch, choose_mma_plan(form, rows * 16, 16, 2048, 768, has_zeros=zeros, capability=CAPABILITIES[arch]))
+        for arch in jit.SUPPORTED_ARCHS
         for rows in (0.1, 3, 8, 100)
         for zeros in ((False, True) if form == "int4" and rows == 3 else (False,))
     }
-    for plan in plans:
-        use = jit.compile_only("grouped_gemm_mma.cu", arch, plan.defines(2048, 768, 8)).use()
+    each = compile_each(("grouped_gemm_mma.cu", arch, plan.defines(2048, 768, 8)) for arch, plan in plans)
+    for (arch, plan), compiled in zip(plans, each, strict=True):
+        use = compiled.use()
         assert [u.name for u in use] == ["grouped_gemm_mma"]
         assert all(u.clean for u in use), (plan, use)
         registers = -(-use[0].registers // 8) * 8 * plan.num_threads

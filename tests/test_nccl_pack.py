@@ -5,6 +5,7 @@ import exchange_emulated
 import nccl_emulated
 import pytest
 import torch
+from compiling import compile_for
 from exchange_conformance import LAYOUTS, TOP_K, check_device, make_epoch
 
 from expertmesh.kernels import jit
@@ -137,25 +138,20 @@ def test_a_message_is_a_row_a_number_and_its_slots_in_whole_pieces():
     assert not PackSizes(hidden=8, top_k=8, dtype=torch.float16, **common).has_kernels
 
 
-@pytest.mark.parametrize("arch", jit.SUPPORTED_ARCHS)
 @pytest.mark.parametrize(
     "defines",
     [{}, {"HIDDEN": 2048}, {"HIDDEN": 24, "TOP_K": 4}, {"HIDDEN": 4096, "TOP_K": 32, "FLOAT32": 1}],
     ids=["235B", "30B", "tiny", "wide"],
 )
-def test_the_kernels_compile_without_spills(arch, defines, tmp_path):
-    before = jit._cache_directory
-    jit.set_cache_directory(tmp_path)
-    try:
-        uses = jit.compile_only("nccl_pack.cu", arch, defines).use()
-    finally:
-        jit.set_cache_directory(before)
-    assert {use.name for use in uses} == {
-        "count",
-        "pack",
-        "unpack",
-        "pack_answers",
-        "pack_bounded",
-        "unpack_answers",
-    }
-    assert all(use.clean for use in uses), uses
+def test_the_kernels_compile_without_spills(defines, private_cubins):
+    for compiled in compile_for(jit.SUPPORTED_ARCHS, "nccl_pack.cu", defines):
+        uses = compiled.use()
+        assert {use.name for use in uses} == {
+            "count",
+            "pack",
+            "unpack",
+            "pack_answers",
+            "pack_bounded",
+            "unpack_answers",
+        }
+        assert all(use.clean for use in uses), (compiled.key, uses)
