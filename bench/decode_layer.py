@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..cluster.attention.flash import FlashAttention
+from ..cluster.attention import flash
 from ..cluster.attention.products import PlainProducts, Weight
 from ..kernels import dense_fp8, thin_linear
 from ..kernels.add_norm import add_rms_norm
 from ..kernels.bench_clock import measure_read_gbps, median_us
-from ..kernels.decode_attention import decode_attention
+from ..kernels.decode_attention import Share, decode_attention
 from ..kernels.dense_fp8 import pack_fp8
 from ..kernels.qk_norm_rope import Projected, qk_norm_rope
 
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--ahead", default="0,1", help="for both products; the fp8 ones take eight times as many turns")
     parser.add_argument("--out", default="")
     options = parser.parse_args()
+    flash.FEW_TOKENS = 0  # so that `two` is planned as contexts beyond the limit are
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, read {measure_read_gbps():.0f} GB/s", flush=True)
     variants = [tuple(map(int, text.split("x"))) for text in options.variants.split(",")]
     lines: list[dict[str, Any]] = []
@@ -83,8 +84,8 @@ class Layers:
         self.num_caches = min(256, max(12, -(-_CACHE_BYTES // kv_bytes)))
         shape = (self.num_caches, 2, num_tokens * width, BLOCK_SIZE, model.kv_heads, HEAD_DIM)
         self.caches = torch.empty(shape, dtype=BF16, device=DEVICE).normal_()
-        self.attention = FlashAttention(
-            model.heads, model.kv_heads, HEAD_DIM, BLOCK_SIZE, DEVICE, max_num_reqs=8, max_num_blocks=width
+        self.attention = flash.FlashAttention(
+            model.heads, model.kv_heads, HEAD_DIM, BLOCK_SIZE, DEVICE, max_num_reqs=num_tokens, max_num_blocks=width
         )
         table = np.random.default_rng(0).permutation(num_tokens * width).astype(np.int32).reshape(num_tokens, width)
         lens = np.full(num_tokens, context, np.int32)
@@ -126,8 +127,7 @@ class Layers:
         return self.attention.attend(q, k, v)
 
     def _one(self, sizes: tuple[int, ...]) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        ctas, warps, stages = sizes
-        how: dict[str, Any] = {"ctas": ctas, "warps": warps, "stages": stages, **self.heads}
+        how: dict[str, Any] = {"share": Share(*sizes), **self.heads}
 
         def call(qkv: torch.Tensor, n: int) -> torch.Tensor:
             return decode_attention(*Projected(qkv, *self.rest), *self.caches[n], *self.requests, **how)

@@ -264,11 +264,11 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(THREAD
   const int length = slot < 0 ? 0 : kv_lens[token], num_units = (length + UNIT - 1) / UNIT;
   const Request request = {length, num_units, pages + page_starts[token], k_cache + kv_head * HEAD_DIM,
                            v_cache + kv_head * HEAD_DIM};
-  if (threadIdx.x == 0) {
-    barrier_init(memory + BARRIER, 1);
-    barriers_visible();
-    barrier_arrive_expect(memory + BARRIER, min(CTAS, num_units) * BYTES_OF_CTA);
-  }
+  if (threadIdx.x == 0) barrier_init(memory + BARRIER, 1), barriers_visible();
+#if EVERY_LANE_ARRIVES  // racecheck takes what one thread does to one barrier for a race
+  __syncthreads();
+#endif
+  if (threadIdx.x == 0) barrier_arrive_expect(memory + BARRIER, min(CTAS, num_units) * BYTES_OF_CTA);
   cluster_arrive();
   const int first = num_units - 1 - (warp * CTAS + (int)rank);  // then down by CTAS * WARPS
   int place[STAGES];

@@ -6,6 +6,7 @@ since nothing here keeps the next kernel from starting. FlashInfer's kernels (`p
 reading KV is the work. Idea: FlashDecoding's split of the sequence, added up over distributed shared memory."""
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,22 @@ from .jit import Kernel
 BF16 = torch.bfloat16
 HEAD_SIZES = (64, 128)
 MOST_GROUP = 16  # heads a KV head
-CTAS, WARPS, STAGES = 8, 4, 2  # of a cluster; of a CTA; units of 16 positions that a warp has on their way
+CTAS, WARPS = 8, 4  # of a cluster; of a CTA
+ROOMY_CTAS = 64  # up to so many have a multiprocessor each, with half of an H100's left to the products around
+
+
+class Share(NamedTuple):
+    """How a request's work is shared."""
+
+    ctas: int
+    warps: int
+    stages: int  # units of 16 positions that a warp has on their way
+
+
+def share_for(num_tokens: int, num_kv_heads: int) -> Share:
+    """Few CTAs have long rings: they hide the memory's latency, and no two CTAs fit a multiprocessor, which would halve
+    what each of them gets while others idle. Many CTAs have short ones, of which three fit."""
+    return Share(CTAS, WARPS, 4 if CTAS * num_kv_heads * num_tokens <= ROOMY_CTAS else 2)
 
 
 def decode_attention(
@@ -36,16 +52,15 @@ def decode_attention(
     num_kv_heads: int,
     scale: float | None = None,
     out: torch.Tensor | None = None,
-    ctas: int = CTAS,
-    warps: int = WARPS,
-    stages: int = STAGES,
+    share: Share | None = None,
 ) -> torch.Tensor:
     """qkv [T, (num_heads + 2 * num_kv_heads) * D] bf16 -> [T, num_heads, D] bf16, one new token for each of T requests.
 
     As `qk_norm_rope`, whose arguments come first, and attention over what is then in the cache: kv_lens [T] int32
     positions with the new one, page_starts [T] int32 where a request's block ids begin in `pages` int32. All but qkv
     and the slots to be written must be as they are before the kernel that makes qkv begins. Tokens with slot -1 are
-    padding: zeros, and nothing is written. k_cache and v_cache [num_blocks, block_size, num_kv_heads, D] bf16."""
+    padding: zeros, and nothing is written. k_cache and v_cache [num_blocks, block_size, num_kv_heads, D] bf16. `share`:
+    None for the one that was measured best."""
     head_dim, num_tokens = qk_norm.shape[1], qkv.shape[0]
     require_sizes(
         takes(num_heads, num_kv_heads, head_dim, qkv.device),
@@ -67,15 +82,16 @@ def decode_attention(
     out = torch.empty(shape, dtype=BF16, device=qkv.device) if out is None else require("out", out, BF16, shape)
     if num_tokens:
         scale = head_dim**-0.5 if scale is None else scale
-        decode_attention_kernel(num_heads, num_kv_heads, head_dim, k_cache.shape[1], ctas, warps, stages).launch(
-            (ctas * num_kv_heads, num_tokens),
-            32 * warps,
+        share = share or share_for(num_tokens, num_kv_heads)
+        decode_attention_kernel(num_heads, num_kv_heads, head_dim, k_cache.shape[1], share).launch(
+            (share.ctas * num_kv_heads, num_tokens),
+            32 * share.warps,
             (
                 *(qkv, qk_norm, np.float32(eps), cos_sin, positions, slot_mapping, k_cache, v_cache),
                 *(kv_lens, page_starts, pages, np.float32(scale), out),
             ),
             device=qkv.device,
-            shared_bytes=shared_bytes(num_heads // num_kv_heads, head_dim, ctas, warps, stages),
+            shared_bytes=shared_bytes(num_heads // num_kv_heads, head_dim, share),
         )
     return out
 
@@ -86,25 +102,23 @@ def takes(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
     return fits and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def shared_bytes(group: int, head_dim: int, ctas: int, warps: int, stages: int) -> int:
+def shared_bytes(group: int, head_dim: int, share: Share) -> int:
     """As decode_attention.cu lays it out: rings, q, what warps and then CTAs add up, a barrier."""
     rows = (group + 7) // 8 * 8
-    rings = warps * stages * 16 * 2 * head_dim * 2
-    return rings + rows * head_dim * 2 + warps * rows * 8 + group * head_dim * 4 + ctas * rows * 8 + 16
+    rings = share.warps * share.stages * 16 * 2 * head_dim * 2
+    return rings + rows * head_dim * 2 + share.warps * rows * 8 + group * head_dim * 4 + share.ctas * rows * 8 + 16
 
 
 @functools.cache
-def decode_attention_kernel(
-    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, ctas: int, warps: int, stages: int
-) -> Kernel:
+def decode_attention_kernel(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, share: Share) -> Kernel:
     defines = {
         "NUM_HEADS": num_heads,
         "NUM_KV_HEADS": num_kv_heads,
         "HEAD_DIM": head_dim,
         "PAGE": block_size,
-        "CTAS": ctas,
-        "WARPS": warps,
-        "STAGES": stages,
-        "SHARED": shared_bytes(num_heads // num_kv_heads, head_dim, ctas, warps, stages),
+        "CTAS": share.ctas,
+        "WARPS": share.warps,
+        "STAGES": share.stages,
+        "SHARED": shared_bytes(num_heads // num_kv_heads, head_dim, share),
     }
     return Kernel("decode_attention.cu", "decode_attention", defines)

@@ -13,10 +13,9 @@ from expertmesh.kernels import attention_reference as reference
 from expertmesh.kernels import jit, thin_linear
 from expertmesh.kernels.add_norm import add_rms_norm, norm_threads
 from expertmesh.kernels.combine_norm import combine_norm_kernel
-from expertmesh.kernels.decode_attention import decode_attention_kernel
+from expertmesh.kernels.decode_attention import Share, decode_attention_kernel, share_for
 from expertmesh.kernels.gate_linear import gate_linear_kernel
 from expertmesh.kernels.kv_numbers import E4M3, as_moved, from_kv, to_kv
-from expertmesh.kernels.norm_gate import norm_gate_kernel
 from expertmesh.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_kernel
 from expertmesh.kernels.widen_kv import widen_kv
 from expertmesh.model_config import RopeConfig
@@ -185,11 +184,12 @@ def test_the_gate_compiles_where_there_are_clusters(hidden, experts, arch):
 @pytest.mark.parametrize(
     "sizes",
     [
-        (32, 4, 128, 16, 8, 4, 2),
-        (64, 4, 128, 16, 8, 4, 2),
-        (40, 8, 128, 16, 4, 4, 2),
-        (32, 4, 128, 16, 2, 8, 2),
-        (4, 2, 64, 4, 8, 4, 2),
+        (32, 4, 128, 16, share_for(1, 4)),
+        (64, 4, 128, 16, share_for(1, 4)),
+        (64, 4, 128, 16, share_for(8, 4)),
+        (40, 8, 128, 16, Share(4, 4, 2)),
+        (32, 4, 128, 16, Share(2, 8, 2)),
+        (4, 2, 64, 4, share_for(1, 2)),
     ],
     ids=str,
 )
@@ -201,19 +201,7 @@ def test_attention_for_few_decodes_compiles_where_there_are_clusters(sizes, arch
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-@pytest.mark.parametrize(
-    ("hidden", "experts", "num_rows"),
-    [(2048, 128, 1), (2048, 128, 8), (4096, 128, 1), (4096, 256, 8), (512, 16, 8), (1024, 64, 1)],
-)
-def test_the_norm_and_its_gate_compile_where_there_are_clusters(hidden, experts, num_rows, arch):
-    defines = norm_gate_kernel(hidden, experts, 8, True, num_rows).defines
-    use = jit.compile_only("norm_gate.cu", arch, defines).use()
-    assert [u.name for u in use] == ["norm_gate"]
-    assert all(u.clean for u in use), use
-
-
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-@pytest.mark.parametrize(("hidden", "row_ctas"), [(2048, 4), (4096, 8)])
+@pytest.mark.parametrize(("hidden", "row_ctas"), [(2048, 8), (4096, 8)])
 def test_a_row_of_few_shared_by_a_cluster_compiles(hidden, row_ctas, arch):
     use = jit.compile_only("combine_norm.cu", arch, combine_norm_kernel(hidden, 8, row_ctas).defines).use()
     assert use

@@ -48,16 +48,20 @@ def run(library, step, **sizes):
     compiled.run(ctypes.c_int(step.num_rows), *arguments)
 
 
-SHAPES = [(32, 4, 128), (64, 4, 128), (4, 2, 64), (40, 8, 128)]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("ctas", [8, 2])
-def test_any_length_gives_the_references_heads_and_cache(library, shape, ctas):
+@pytest.mark.parametrize(
+    ("shape", "share", "lengths"),
+    [
+        ((32, 4, 128), (8, 4, 4), [1, 17, 200, 0]),
+        ((32, 2, 128), (2, 4, 2), [16, 0, 300]),
+        ((4, 2, 64), (8, 4, 2), [15, 0, 1200]),
+        ((10, 2, 128), (4, 4, 2), [65, 32]),
+    ],
+    ids=str,
+)
+def test_any_length_gives_the_references_heads_and_cache(library, shape, share, lengths):
     """Units without a CTA, CTAs without a unit, turns of the ring, borders of pages and units, padding."""
-    lengths = [1, 17, 200, 0, 15] if ctas == 8 else [16, 65, 0, 300]
     step = decode_step(lengths, *shape)
-    run(library, step, CTAS=ctas, WARPS=4, STAGES=2)
+    run(library, step, **dict(zip(("CTAS", "WARPS", "STAGES"), share)))
     assert_right(step)
 
 
@@ -72,11 +76,11 @@ def test_long_rings_many_warps_and_small_pages(library):
 
 def test_a_request_sees_no_other(library):
     lengths = [70, 0, 33]
-    alone, both = decode_step([70], 8, 2, 64), decode_step(lengths, 8, 2, 64)
+    alone, both = decode_step([70], 4, 2, 64), decode_step(lengths, 4, 2, 64)
     both.qkv[0], both.cos_sin = alone.qkv[0], alone.cos_sin
     for mine, theirs in ((alone.pages_of(0), both.pages_of(0)),):
         both.k[theirs], both.v[theirs] = alone.k[mine], alone.v[mine]
     both.qk_norm = alone.qk_norm
     for step in (alone, both):
-        run(library, step, CTAS=2, WARPS=4, STAGES=2)
+        run(library, step, CTAS=8, WARPS=4, STAGES=2)
     assert torch.equal(alone.out[0], both.out[0])

@@ -70,6 +70,8 @@ def test_few_decodes_of_short_contexts_are_planned_for_one_launch(monkeypatch):
         for row, (length, start) in enumerate(zip(lengths, page_starts.tolist())):
             count = -(-length // 16)
             assert pages[start : start + count].tolist() == step.block_table[row, :count].tolist()
+    with pytest.raises(AssertionError, match="whole"):
+        attention.attend(torch.zeros(4, HEADS, DIM, dtype=torch.bfloat16), step.k, step.v)
     for lengths, bucket, form in (((1, 65), 4, None), ((1, 40), 8, None), ((1, 40), 4, "cut")):
         step = step_of(*((1, n) for n in lengths))
         assert attention.plan(step.q_lens, step.seq_lens, step.block_table, bucket=bucket, form=form)[1] != "few"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from flash_world import Step, random_step
 
+from expertmesh.cluster.attention import flash
 from expertmesh.cluster.attention.flash import FlashAttention
 from expertmesh.cluster.attention.flash_torch import select_attention
 from expertmesh.errors import KernelError
@@ -24,6 +25,12 @@ except KernelError as error:
 E4M3 = torch.float8_e4m3fn
 KV_DTYPES = [torch.bfloat16, E4M3]
 GROUPS = [(64, 4), (32, 4), (4, 2), (8, 8), (64, 2)]  # 16:1, 8:1, 2:1, 1:1, 32:1: two query tiles a request
+
+
+@pytest.fixture(autouse=True)
+def _no_launch_of_q_k_and_v(monkeypatch):
+    """`attend` in all its forms; `test_decode_attention_gpu.py` has the one that takes the product whole."""
+    monkeypatch.setattr(flash, "FEW_TOKENS", 0)
 
 
 def make(heads: tuple[int, int], head_dim: int = 128, **options) -> FlashAttention:

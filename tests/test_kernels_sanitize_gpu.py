@@ -8,8 +8,11 @@ import os
 
 import pytest
 import torch
+from decode_world import decode_step
 
 from expertmesh.kernels import jit, reference
+from expertmesh.kernels.decode_attention import decode_attention
+from expertmesh.kernels.decode_attention import takes as takes_decodes
 from expertmesh.kernels.dense_fp8 import dense_fp8, pack_fp8
 from expertmesh.kernels.dense_w8a8 import dense_w8a8, has_kernel
 from expertmesh.kernels.dense_w8a8_few import dense_w8a8_few
@@ -79,6 +82,17 @@ def test_ugly_shapes(name, shape):
         layer.rows(x, ids, work=work.of(0))
     torch.cuda.synchronize()
     assert work.rows(1).sum() == 2 * ((ids >= 0) & (ids < NUM_LOCAL)).sum().item()
+
+
+@pytest.mark.parametrize("num_requests", [1, 8])
+@pytest.mark.parametrize("shape", [(32, 4, 128), (64, 4, 128), (4, 2, 64)], ids=str)
+def test_attention_for_few_decodes(shape, num_requests):
+    if not takes_decodes(*shape, torch.device(DEVICE)):
+        pytest.skip("needs clusters")
+    step = decode_step([600, 0, 1, 16, 17, 129, 64, 300][:num_requests], *shape, device=DEVICE)
+    *given, scale, out = step.arguments()
+    decode_attention(*given, scale=scale, out=out, num_heads=shape[0], num_kv_heads=shape[1])
+    assert torch.isfinite(out).all()
 
 
 def test_the_gate():

@@ -36,7 +36,7 @@ INVARIANT_TILE = 64  # decode and prefill alike
 INVARIANT_CHUNK = 4096
 SHORT = 512  # tokens of the longest context of the "short" form
 FEW_REQUESTS = 8  # the largest bucket of the "few" form
-FEW_TOKENS = 0  # of the longest context of the "few" form
+FEW_TOKENS = 4096  # of the longest context of the "few" form
 _CTAS_PER_SM = 2
 _ROUNDS = 4  # of the whole GPU that chunks may add to a step with prompts: few tokens far into a context need some
 _WIDE, _NARROW = 4, 1  # shares of KV that a warp takes at a time; narrow ones let more CTAs be at work on an SM
@@ -232,13 +232,15 @@ class FlashAttention:
         self._planned = None
 
     def _load_few(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-        """For a row of padding, of which nothing is read."""
-        one = np.ones(1, np.int32)
-        self._plan_bucket(one, one, np.zeros((1, 1), np.int32), 1, "few")
-        num_normed, place = self.num_heads + self.num_kv_heads, torch.zeros(1, dtype=torch.int64, device=self.device)
-        zeros = torch.zeros(num_normed + self.num_kv_heads, self.head_dim, dtype=torch.bfloat16, device=self.device)
-        projected = Projected(zeros.view(1, -1), zeros[:num_normed], 0.0, zeros[:1].float(), place, place - 1)
-        self._attend_whole(projected, k_cache, v_cache)
+        """For rows of padding, of which nothing is read: as many as the first and the last bucket has."""
+        one, num_normed = np.ones(1, np.int32), self.num_heads + self.num_kv_heads
+        for bucket in (1, min(FEW_REQUESTS, self.max_num_reqs)):
+            self._plan_bucket(one, one, np.zeros((1, 1), np.int32), bucket, "few")
+            place = torch.zeros(bucket, dtype=torch.int64, device=self.device)
+            shape = bucket, num_normed + self.num_kv_heads, self.head_dim
+            zeros = torch.zeros(shape, dtype=torch.bfloat16, device=self.device)
+            qkv, qk_norm, cos_sin = zeros.view(bucket, -1), zeros[0, :num_normed], zeros[0, :1].float()
+            self._attend_whole(Projected(qkv, qk_norm, 0.0, cos_sin, place, place - 1), k_cache, v_cache)
 
     def reserve(self, num_tokens: int) -> None:
         """Pinned memory for the plan of any step of so many tokens: the block table of all requests, and its works and
@@ -482,6 +484,7 @@ class FlashAttention:
 
     def _check(self, planned: _Planned, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         """Once a plan: all layers are alike."""
+        assert planned.few is None, "a plan of the form that takes the qkv product whole: attend is not for it"
         page = (self.block_size, self.num_kv_heads, self.head_dim)
         wanted = (planned.num_tokens, self.num_heads, self.head_dim)
         if tuple(q.shape) != wanted or q.stride(2) != 1:
