@@ -25,8 +25,8 @@ MARKER = "embed_rms_norm"  # once a step, first of its kernels
 SEPARATOR = "spin_kernel"  # `torch.cuda._sleep`, once before each run
 GROUPS = (  # the first pattern that is found in a kernel's name
     ("experts", r"^grouped_gemm"),
-    ("attention", r"Prefill|merge_chunks|[Ff]lash|fmha|Decode"),
-    ("route, pack, combine", r"^(gate_topk|route|pack|route_and_pack|combine|combine_add_rms_norm)\b"),
+    ("attention", r"Prefill|merge_chunks|[Ff]lash|fmha|[Dd]ecode"),
+    ("route, pack, combine", r"^(gate_topk|route|pack|route_and_pack(_pairs)?|combine|combine_add_rms_norm)\b"),
     ("exchange", r"^(begin|dispatch|answer)\b|nccl"),
     ("norm, rope", r"^(add_rms_norm|embed_rms_norm|qk_norm_rope|silu_mul)\b"),
     ("sampling", r"^sample_"),

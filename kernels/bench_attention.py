@@ -26,7 +26,6 @@ from .combine_norm import combine_add_rms_norm
 from .embed_norm import embed_rms_norm
 from .gate_linear import gate_linear
 from .gate_topk import gate_topk
-from .norm_gate import norm_gate
 from .qk_norm_rope import qk_norm_rope
 from .sample import SLOT, admit_slots, sample_rows
 from .silu_mul import silu_mul
@@ -245,16 +244,6 @@ def _product_cases(model: Model, num_tokens: int) -> Iterator[Case]:
         lambda n: lambda: gate_linear(x, gates(n), TOP_K),
         lambda n: lambda: gate_topk(F.linear(x, gates(n)), TOP_K),
         "BLAS, gate_topk",
-    )
-    if num_tokens > 32:
-        return
-    weight, residual, y = (_noise(*shape) for shape in ((model.hidden,), x.shape, x.shape))
-    yield Case(
-        "norm_gate",
-        2.0 * NUM_EXPERTS * model.hidden,
-        lambda n: lambda: norm_gate(y, residual, weight, EPS, gates(n), TOP_K, out=x),
-        lambda n: lambda: gate_linear(add_rms_norm(y, residual, weight, EPS, out=x), gates(n), TOP_K),
-        "add_norm, gate_linear",
     )
 
 

@@ -11,7 +11,7 @@ from .checks import require, require_sizes
 from .jit import Kernel
 
 BF16 = torch.bfloat16
-ROW_CTAS = 1  # of a cluster that shares a row of few; 1 = none does
+ROW_CTAS = 8  # of a cluster that shares a row of few
 FEW_TOKENS = 8
 
 

@@ -25,8 +25,6 @@ from ...kernels.embed_norm import embed_rms_norm
 from ...kernels.gate_linear import gate_linear
 from ...kernels.gate_linear import takes as takes_gate
 from ...kernels.gate_topk import gate_topk
-from ...kernels.norm_gate import norm_gate
-from ...kernels.norm_gate import takes as takes_norm_gate
 from ...kernels.qk_norm_rope import Projected, qk_norm_rope
 from ...kernels.silu_mul import silu_mul
 from ...model_config import ModelConfig
@@ -34,7 +32,6 @@ from .products import InvariantProducts, PlainProducts, Products, Weight
 from .rope import inverse_frequencies
 from .weights import AttentionWeights, LayerWeights, load_attention_weights
 
-_NORM_GATE_TOKENS = 0  # above, the norm before the gate has a launch of its own
 _FUSED_GATE_TOKENS = 32  # above, two launches that fill the GPU are faster than one that does not
 
 KVPages = Sequence[tuple[torch.Tensor, torch.Tensor]]  # per layer K, V [num_blocks, block_size, num_kv_heads, head_dim]
@@ -87,7 +84,8 @@ class DeviceModel:
             raise ConfigError("dtype", str(weights.embed.dtype), "bfloat16: the GPU engine's kernels take no other")
         self.config, self.weights, self.block_size, self.kv_dtype = config, weights, block_size, kv_dtype
         self.device, self.products = weights.embed.device, products or PlainProducts()
-        self._most_norm_gate_tokens, self._most_gate_tokens = _most_fused_tokens(config, self.device, self.products)
+        fused = isinstance(self.products, PlainProducts) and _has_fused_gate(config, self.device)
+        self._most_gate_tokens = _FUSED_GATE_TOKENS if fused else 0
         self.cos_sin = rotary_table(config, max_model_len).to(self.device)  # [max_model_len, head_dim] float32
 
     @classmethod
@@ -176,18 +174,16 @@ class DeviceModel:
         self,
         layer_id: int,
         layer: LayerWeights,
-        y: torch.Tensor,
+        x: torch.Tensor,
         batch: DeviceBatch,
         residual: torch.Tensor,
         after: torch.Tensor,
         step: Rows,
     ) -> torch.Tensor:
-        """The attention's y [T, hidden] and then the layer's experts or dense MLP, added to the residual -> the norm
-        that follows, [padded(T), hidden]."""
+        """Experts or dense MLP, added to the residual -> the norm that follows, [padded(T), hidden]."""
         config, num_tokens, product = self.config, residual.shape[0], self.products
-        x, out = (self.room(num_tokens, config.hidden_size) for _ in range(2))
+        out = self.room(num_tokens, config.hidden_size)
         if layer.gate is None:
-            add_rms_norm(y, residual, layer.post_norm, config.rms_norm_eps, out=_first(x, num_tokens))
             assert layer.w13 is not None
             assert layer.w2 is not None
             hidden = self.room(num_tokens, layer.w2.shape[1])
@@ -195,34 +191,19 @@ class DeviceModel:
             y = _first(product(hidden, layer.w2), num_tokens)
             add_rms_norm(y, residual, after, config.rms_norm_eps, out=_first(out, num_tokens))
             return out
-        topk_ids, topk_weights = self.route(layer, layer.gate, y, batch, residual, x)
+        topk_ids, topk_weights = self.route(layer.gate, x, batch)
         rows = step.rows(layer_id, _first(x, num_tokens), topk_ids)  # [T, top_k, hidden]
         combine_add_rms_norm(
             rows, topk_weights, residual, after, config.rms_norm_eps, ids=topk_ids, out=_first(out, num_tokens)
         )
         return out
 
-    def route(
-        self,
-        layer: LayerWeights,
-        gate: torch.Tensor,
-        y: torch.Tensor,
-        batch: DeviceBatch,
-        residual: torch.Tensor,
-        x: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """y is added to the residual, whose norm comes into x [padded(T), hidden] -> topk_ids int32, topk_weights
-        float32, [T, top_k]; -1 for padding."""
-        top_k, num_tokens, eps = self.config.top_k, batch.token_ids.shape[0], self.config.rms_norm_eps
+    def route(self, gate: torch.Tensor, x: torch.Tensor, batch: DeviceBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """topk_ids int32, topk_weights float32, [T, top_k]; -1 for padding."""
+        top_k, num_tokens = self.config.top_k, batch.token_ids.shape[0]
         renormalize = self.config.norm_topk_prob
-        rows = None if batch.num_valid is None else batch.slot_mapping
-        if num_tokens <= self._most_norm_gate_tokens:
-            _, topk_ids, topk_weights = norm_gate(
-                y, residual, layer.post_norm, eps, gate, top_k, renormalize=renormalize, rows=rows, out=x
-            )
-            return topk_ids, topk_weights
-        add_rms_norm(y, residual, layer.post_norm, eps, out=_first(x, num_tokens))
         if num_tokens <= self._most_gate_tokens:
+            rows = None if batch.num_valid is None else batch.slot_mapping
             return gate_linear(x, gate, top_k, renormalize=renormalize, rows=rows)
         logits = _first(self.products(x, gate), num_tokens)
         return gate_topk(logits, top_k, renormalize=renormalize, num_valid=batch.num_valid)
@@ -308,11 +289,13 @@ class Line:
 
     def _after_attention(self, layer_id: int) -> None:
         model, weights = self._model, self._model.weights
-        layer = weights.layers[layer_id]
-        y = _first(model.products(self._mixed, layer.o), self._num_tokens)
+        layer, num_tokens = weights.layers[layer_id], self._num_tokens
+        x = model.room(num_tokens, model.config.hidden_size)
+        y = _first(model.products(self._mixed, layer.o), num_tokens)
+        add_rms_norm(y, self._residual, layer.post_norm, model.config.rms_norm_eps, out=_first(x, num_tokens))
         is_last = layer_id + 1 == len(weights.layers)
         after = weights.norm if is_last else weights.layers[layer_id + 1].input_norm
-        self.x = model.mlp(layer_id, layer, y, self._batch, self._residual, after, self._step)
+        self.x = model.mlp(layer_id, layer, x, self._batch, self._residual, after, self._step)
 
 
 def _first(x: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -320,12 +303,8 @@ def _first(x: torch.Tensor, num_rows: int) -> torch.Tensor:
     return x if x.shape[0] == num_rows else x[:num_rows]
 
 
-def _most_fused_tokens(config: ModelConfig, device: torch.device, products: Products) -> tuple[int, int]:
-    """Up to how many tokens the gate is one launch with the norm before it, or one alone."""
-    if device.type != "cuda" or not isinstance(products, PlainProducts):
-        return 0, 0
-    sizes = config.num_experts, config.hidden_size, config.top_k, device
-    return _NORM_GATE_TOKENS if takes_norm_gate(*sizes) else 0, _FUSED_GATE_TOKENS if takes_gate(*sizes) else 0
+def _has_fused_gate(config: ModelConfig, device: torch.device) -> bool:
+    return device.type == "cuda" and takes_gate(config.num_experts, config.hidden_size, config.top_k, device)
 
 
 def _one_of_each_shape(weights: AttentionWeights) -> list[Weight]:
