@@ -18,6 +18,7 @@ from ..cluster.membership_messages import (
     Command,
     Commit,
     Committed,
+    Doubt,
     Event,
     Join,
     Leave,
@@ -85,6 +86,7 @@ class Budget:
     restart: int = 0
     tick: int = 0
     step: int = 0
+    doubt: int = 0  # of a step that takes long
 
 
 class World:
@@ -215,6 +217,8 @@ def faults(world: World) -> Iterator[Move]:
             yield "dies in silence", name, -1
         if budget.leave and not node.leaving:
             yield "wants to leave", name, -1
+        if budget.doubt and node.in_step >= 0:
+            yield "doubts its step", name, -1
         if budget.suspect and ROLES[name] == "e":
             yield "is suspected", name, -1
     if budget.cut and world.core.epoch is not None:
@@ -250,6 +254,9 @@ def make(world: World, move: Move) -> None:
             crash(world, name, silent=kind == "dies in silence")
         case "wants to leave":
             leave(world, name)
+        case "doubts its step":
+            spend(world, "doubt")
+            report(world, name, Doubt(name, number_of(world.nodes[name].in_step)))
         case "is suspected":
             spend(world, "suspect")
             tell_core(world, Suspect("a1", name, "bad rows"))

@@ -4,8 +4,9 @@
 
 From a serving epoch, and from a start, everything that may happen next does (`epoch_world.py`): a command is performed,
 a report arrives (late ones of the dead too), a preparation ends or fails, a step is issued and ends, a deadline passes,
-a link is cut, a member joins, leaves, dies with closed sockets or in silence, is suspected, the Conductor restarts.
-Breadth first over distinct states, within a budget of faults for each scenario; then random walks far from there.
+a step takes long, a link is cut, a member joins, leaves, dies with closed sockets or in silence, is suspected, the
+Conductor restarts. Breadth first over distinct states, within a budget of faults for each scenario; then random walks
+far from there.
 
 What must hold. **In every step** all members that it names work by the same record (members, placement), and every row
 of every source is computed once, by a member that holds its expert. **A commit** finds its epoch prepared. **From every
@@ -42,6 +43,7 @@ from .epoch_world import (
 SCENARIOS = {
     "death": Budget(crash=1, step=1, tick=1),
     "silent death": Budget(silent=1, step=1, tick=2),
+    "hang in a long step": Budget(silent=1, step=1, tick=2, doubt=1),
     "two deaths": Budget(crash=2, tick=1),
     "death and silence": Budget(crash=1, silent=1, step=1, tick=2),
     "cut link": Budget(cut=1, step=2, tick=1),

@@ -33,7 +33,7 @@ from ..router.gateway.session import SessionStore
 from ..router.gateway.tier import AttentionTier
 from ..router.gateway.tokenizer import Tokenizer
 from ..router.gateway.waiting_room import WaitingRoomConfig
-from ..router.mesh import LocalMesh
+from ..router.local_mesh import LocalMesh
 from ..router.placement import uniform
 from . import malloc
 

@@ -126,7 +126,7 @@ async def _engine(pipe: Connection, step_s: float) -> None:
     from ..config import CacheConfig, SchedulerConfig
     from ..experts.mlp import LocalExpertMLP
     from ..router.exchange import RowShape
-    from ..router.mesh import LocalMesh
+    from ..router.local_mesh import LocalMesh
     from ..router.placement import uniform
 
     torch.set_num_threads(1)

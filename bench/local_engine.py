@@ -22,7 +22,8 @@ from ..experts.weights import expert_bytes_on_disk
 from ..request import EngineRequest, FinishReason, RequestOutput
 from ..router.exchange import RowShape
 from ..router.heap import freeze_heap
-from ..router.mesh import ClusterMesh, LocalMesh
+from ..router.local_mesh import LocalMesh
+from ..router.mesh import ClusterMesh
 from ..router.placement import uniform
 from ..startup_phases import StartupPhases
 

@@ -18,6 +18,7 @@ from .membership_messages import (
     Command,
     Commit,
     Committed,
+    Doubt,
     Event,
     Join,
     Leave,
@@ -37,6 +38,7 @@ _log = logging.getLogger(__name__)
 _POLL_S = 20.0
 _RETRY_S = 0.5  # between calls to a Conductor that does not answer
 _STOP_S = 5.0
+_WATCH_S = 0.2  # between two looks at the step under way
 
 
 class ConductorClient(Protocol):
@@ -60,6 +62,8 @@ class AgentMesh(Protocol):
 
     @property
     def highest_number(self) -> int: ...
+
+    def long_step(self) -> tuple[int, int] | None: ...
 
     def prepare(self, epoch: Epoch) -> None: ...
 
@@ -129,11 +133,11 @@ class MemberAgent:
     async def _run(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         self._started.set()
-        sender, poller = asyncio.create_task(self._send()), asyncio.create_task(self._poll())
+        tasks = [asyncio.create_task(work) for work in (self._send(), self._poll(), self._watch())]
         await self._stopping.wait()
-        for task in (sender, poller):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(sender, poller, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         try:
             async with asyncio.timeout(1.0):
                 await self._conductor.tell(Lost(self._id))
@@ -175,6 +179,16 @@ class MemberAgent:
             except Unavailable as error:
                 _log.warning("joining: %s", error)
                 await asyncio.sleep(_RETRY_S)
+
+    async def _watch(self) -> None:
+        """Says of a step once that it takes long."""
+        told = None
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            step = self._mesh.long_step()
+            if step is not None and step != told:
+                told = step
+                self._report(Doubt(self._id, step[0]))
 
     async def _send(self) -> None:
         """Events leave one after the other, each until the Conductor has it."""

@@ -22,6 +22,7 @@ from .membership_messages import (
     Command,
     Commit,
     Committed,
+    Doubt,
     Event,
     Join,
     Leave,
@@ -112,6 +113,9 @@ class Membership:
         self._probe_ends = 0.0
         self._accused: set[str] = set()  # of the silent: those that missed the exchange's deadline before
         self._witnesses: set[str] = set()  # those that reported the trouble
+        self._asked: set[str] = set()  # in a step that takes long; who has answered is taken out
+        self._asked_ends: float | None = None  # None: nobody is asked
+        self._mute: set[str] = set()  # who did not answer then, and has given no sign of life since
         self._retry_at = 0.0
         self._failures: dict[str, int] = {}
         self._in_force_at = 0.0
@@ -132,6 +136,8 @@ class Membership:
         deadlines = [min(transition.deadline, transition.probe_at)] if transition else []
         if self._silent:
             deadlines.append(self._silent_until)
+        if self._asked_ends is not None:
+            deadlines.append(self._asked_ends)
         if not transition and self._retry_at and not self._silent:  # a retry waits for those who owe a sign of life
             deadlines.append(self._retry_at)
         return min(deadlines, default=None)
@@ -165,9 +171,13 @@ class Membership:
                     transition.waiting.discard(member_id)
             case PrepareFailed(member_id, number, reason):
                 return self._prepare_failed(member_id, number, reason, now)
-            case Trouble(_, number, reason, lost_id, _):
+            case Doubt(_, number):
+                return self._doubt(number, now)
+            case Trouble(_, number, reason, lost_id, silent_id):
                 if self._is_alive(lost_id) and self._is_known_number(number):
-                    return self._lost_in_epoch(lost_id, reason)
+                    return self._lost_in_epoch(lost_id, reason, "its connection closed")
+                if silent_id in self._mute and self.epoch is not None and number == self.epoch.number:
+                    return self._lost_in_epoch(silent_id, reason, "it answered neither a probe nor its peers")
                 return self._trouble(event, now)
             case Leave(member_id):
                 self.states[member_id] = State.DRAINING
@@ -198,7 +208,8 @@ class Membership:
         if adopted and (self.epoch is None or adopted.number > self.epoch.number) and not self._transition:
             self._broken = self.epoch is not None  # some are an epoch behind: make one that all enter
             self._adopt(adopted, now)
-        self._silent.discard(member_id)
+        for owing in (self._silent, self._asked, self._mute):
+            owing.discard(member_id)
         self.members[member_id] = event.member
         if (
             self.epoch
@@ -246,6 +257,15 @@ class Membership:
         alive = [m.member_id for m in transition.epoch.members if self._is_alive(m.member_id)]
         return commands + self._probe(alive, now + self._probe_timeout_s)
 
+    def _doubt(self, number: int, now: float) -> list[Command]:
+        """A step takes long. Who does not answer now hangs, should the exchange's deadline name it: nothing is left to
+        be waited for then."""
+        if self.epoch is None or number != self.epoch.number or self._broken or self._asked_ends is not None:
+            return []
+        self._asked = {m.member_id for m in self.epoch.members if self._is_alive(m.member_id)}
+        self._asked_ends = now + self._accused_timeout_s
+        return [Probe(member_id) for member_id in sorted(self._asked)]
+
     def _trouble(self, trouble: Trouble, now: float) -> list[Command]:
         number, reason, transition = trouble.number, trouble.reason, self._transition
         if transition and number == transition.epoch.number:
@@ -280,6 +300,8 @@ class Membership:
 
     def _answered(self, member_id: str, now: float) -> None:
         """A sign of life. Once all but the accused have given one, late as it may be, those have a moment more."""
+        self._asked.discard(member_id)
+        self._mute.discard(member_id)
         if member_id in self._silent:
             self._silent.discard(member_id)
             if self._silent and self._silent <= self._accused and self._silent_until == self._probe_ends:
@@ -289,12 +311,12 @@ class Membership:
         """Of the epoch in force or of the one that some are entering; older news may be about a former connection."""
         return number in {e.number for e in (self.epoch, self._transition and self._transition.epoch) if e}
 
-    def _lost_in_epoch(self, member_id: str, reason: str) -> list[Command]:
+    def _lost_in_epoch(self, member_id: str, reason: str, why: str) -> list[Command]:
         """The cause is known: the probe of an earlier trouble is not waited for, the transition's own follows."""
         if not self._broken:
             self.last_failure = reason
         self._silent.clear()
-        return self._give_up({member_id}, "its connection closed")
+        return self._give_up({member_id}, why)
 
     def _probe(self, member_ids: Iterable[str], until: float) -> list[Command]:
         asked = sorted(member_ids)
@@ -306,6 +328,8 @@ class Membership:
 
     def _tick(self, now: float) -> list[Command]:
         commands: list[Command] = []
+        if self._asked_ends is not None and now >= self._asked_ends:
+            self._mute, self._asked, self._asked_ends = self._asked, set(), None
         if self._silent and now >= self._silent_until:
             if self._silent <= self._accused or now >= self._probe_ends:
                 commands += self._give_up(set(self._silent), "it did not answer")
@@ -330,6 +354,7 @@ class Membership:
         for member_id in member_ids:
             self.states[member_id] = State.DEAD
             self._silent.discard(member_id)
+            self._mute.discard(member_id)
         if self.epoch and any(m.member_id in member_ids for m in self.epoch.members):
             self._broken = True
         transition = self._transition

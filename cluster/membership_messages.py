@@ -48,6 +48,15 @@ class Alive:
 
 
 @dataclass(frozen=True, slots=True)
+class Doubt:
+    """A step of epoch `number` has taken half of the exchange's deadline: there is time to ask who is silent before
+    somebody is accused."""
+
+    member_id: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class Trouble:
     """The epoch is broken, as this member saw it. Where known, `lost_id` names the member whose connection closed, and
     `silent_id` the one that sent nothing until the exchange's deadline."""
@@ -95,7 +104,18 @@ class Tick:
 
 
 Event = (
-    Join | Prepared | PrepareFailed | Committed | Alive | Trouble | Leave | Suspect | Lost | PlacementRequested | Tick
+    Join
+    | Prepared
+    | PrepareFailed
+    | Committed
+    | Alive
+    | Doubt
+    | Trouble
+    | Leave
+    | Suspect
+    | Lost
+    | PlacementRequested
+    | Tick
 )
 
 

@@ -119,6 +119,7 @@ class ClusterMesh:
         self._broken = 0  # the last epoch that something broke in
         self._batch_scheduled = False
         self._step: Step | DeviceStep | None = None
+        self._under_way: tuple[int, int, float] | None = None  # epoch, step, since when
         # The exchange of the epoch before: a slower peer may still read from it.
         self._replaced: Exchange | DeviceExchange | None = None
         self._replaced_steps = 0
@@ -184,6 +185,7 @@ class ClusterMesh:
             self._replaced_steps += 1
             if self._replaced_steps > _STEPS_TO_LEAVE:
                 self._abort_replaced()
+        self._under_way = header.epoch, header.step_id, monotonic()
         self._step = self._make_step(prepared, header)
         return self._step
 
@@ -210,17 +212,33 @@ class ClusterMesh:
             experts=self._experts,
             shape=self._shape,
             load=self._load if self._experts is not None else None,
-            on_done=lambda error: self._step_done(prepared, header.step_id, error),
+            on_done=lambda error: self._host_step_done(prepared, header.step_id, error),
             guard=self.guard,
             shard_ids=prepared.shard_ids,
         )
 
     def _device_step_done(self, prepared: _Prepared, step_id: int, error: BaseException | None) -> None:
         """The leader was told when it was launched: only a failure is news."""
+        self._note_end(step_id)
         if error is not None:
             self._step_done(prepared, step_id, error)
 
+    def _host_step_done(self, prepared: _Prepared, step_id: int, error: BaseException | None) -> None:
+        self._note_end(step_id)
+        self._step_done(prepared, step_id, error)
+
+    def _note_end(self, step_id: int) -> None:
+        if self._under_way is not None and self._under_way[1] <= step_id:  # not of one that was launched behind it
+            self._under_way = None
+
     # -- what the member's agent uses
+
+    def long_step(self) -> tuple[int, int] | None:
+        """(epoch, step) of the step under way if it has taken half of the exchange's deadline. From any thread."""
+        under_way = self._under_way
+        if under_way is None or monotonic() < under_way[2] + self._options.exchange.timeout_base_s / 2:
+            return None
+        return under_way[:2]
 
     @property
     def experts(self) -> LocalExperts | None:
@@ -557,30 +575,6 @@ class ClusterMesh:
             self._lose(leader_id)
             gone = ReplicaLost(f"control channel to the leader {leader_id!r} closed", member_id=leader_id)
             self._trouble(epoch.number, gone)
-
-
-class LocalMesh(ClusterMesh):
-    """One process owns both roles: epoch 1 is in force at once, the exchange is local, a bid is answered within the
-    call."""
-
-    def __init__(
-        self,
-        experts: LocalExperts | None,
-        placement: Placement,
-        shape: RowShape,
-        *,
-        max_prefill_tokens_per_step: int = 1024,
-        buckets: tuple[int, ...] = (),
-    ) -> None:
-        options = MeshOptions(max_prefill_tokens_per_step=max_prefill_tokens_per_step, buckets=buckets)
-        super().__init__("local#0", attention=True, experts=experts, shape=shape, options=options, listen=False)
-        self.change_placement(placement)
-
-    def change_placement(self, placement: Placement) -> None:
-        """Enter a new epoch with this placement at the next step boundary."""
-        number = max(self._epochs, default=0) + 1
-        self.prepare(Epoch(number=number, members=(self.member,), placement=placement))
-        self.commit(number)
 
 
 def _same_table(new: Placement, old: Placement) -> bool:

@@ -21,7 +21,7 @@ from expertmesh.router.gateway.link import LinkServer
 from expertmesh.router.gateway.server import GatewayServer
 from expertmesh.router.gateway.tier import AttentionTier
 from expertmesh.router.gateway.tokenizer import Tokenizer
-from expertmesh.router.mesh import LocalMesh
+from expertmesh.router.local_mesh import LocalMesh
 from expertmesh.router.placement import uniform
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "deploy" / "demo_model" / "checkpoint"

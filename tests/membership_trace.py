@@ -9,6 +9,7 @@ from expertmesh.cluster.membership_messages import (
     Alive,
     Commit,
     Committed,
+    Doubt,
     Join,
     Leave,
     Lost,
@@ -96,7 +97,7 @@ def show_event(event):
             return f"Trouble {who} {number}: {reason}; silent {silent_id}"
         case PrepareFailed(who, number, reason) | Trouble(who, number, reason):
             return f"{type(event).__name__} {who} {number}: {reason}"
-        case Prepared(who, number) | Committed(who, number):
+        case Prepared(who, number) | Committed(who, number) | Doubt(who, number):
             return f"{type(event).__name__} {who} {number}"
         case Alive(who) | Leave(who) | Lost(who):
             return f"{type(event).__name__} {who}"

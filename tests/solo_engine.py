@@ -13,7 +13,7 @@ from expertmesh.config import CacheConfig, SchedulerConfig
 from expertmesh.experts.mlp import LocalExpertMLP
 from expertmesh.request import EngineRequest, RequestOutput, SamplingParams
 from expertmesh.router.exchange import RowShape
-from expertmesh.router.mesh import LocalMesh
+from expertmesh.router.local_mesh import LocalMesh
 from expertmesh.router.placement import uniform
 
 PROMPTS = [[1, 2, 3], list(range(1000, 1050)), [7], list(range(500, 537))]

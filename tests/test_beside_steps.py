@@ -9,7 +9,7 @@ import torch
 from expertmesh.errors import CheckpointError, PeerLost
 from expertmesh.router.exchange import RowShape
 from expertmesh.router.group import beside_steps
-from expertmesh.router.mesh import LocalMesh
+from expertmesh.router.local_mesh import LocalMesh
 from expertmesh.router.placement import Placement, uniform
 
 

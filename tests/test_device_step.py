@@ -10,7 +10,7 @@ from expertmesh.router.device_exchange import LocalDeviceExchange, Verdict
 from expertmesh.router.device_step import DeviceStep
 from expertmesh.router.epoch import Epoch, StepHeader
 from expertmesh.router.guard import BadRow, Direction, Fault, Guard
-from expertmesh.router.mesh import LocalMesh
+from expertmesh.router.local_mesh import LocalMesh
 
 CPU = torch.device("cpu")
 

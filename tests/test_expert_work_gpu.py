@@ -20,7 +20,7 @@ from expertmesh.make_checkpoint import make_checkpoint
 from expertmesh.request import EngineRequest, SamplingParams
 from expertmesh.router.epoch import Epoch, Member, StepHeader
 from expertmesh.router.exchange import RowShape
-from expertmesh.router.mesh import LocalMesh
+from expertmesh.router.local_mesh import LocalMesh
 from expertmesh.router.placement import Placement, uniform
 
 pytestmark = [

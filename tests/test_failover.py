@@ -12,7 +12,7 @@ import torch
 from expertmesh.cluster.membership import Membership, uniform_place
 from expertmesh.cluster.membership_host import MembershipHost
 from expertmesh.config import ExchangeConfig
-from expertmesh.router.mesh import LocalMesh
+from expertmesh.router.local_mesh import LocalMesh
 
 EXCHANGE = ExchangeConfig(timeout_base_s=20.0, timeout_per_row_s=0.0, epoch_timeout_s=20.0)
 

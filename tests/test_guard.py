@@ -21,7 +21,7 @@ from expertmesh.router.guard import (
     checksums,
     non_finite_rows,
 )
-from expertmesh.router.mesh import LocalMesh
+from expertmesh.router.local_mesh import LocalMesh
 
 
 def rows_of(num_rows, num_words, seed=0):

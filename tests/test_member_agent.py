@@ -10,6 +10,7 @@ from expertmesh.cluster.membership_host import MembershipHost
 from expertmesh.cluster.membership_messages import (
     Alive,
     Committed,
+    Doubt,
     Join,
     Leave,
     Lost,
@@ -18,7 +19,7 @@ from expertmesh.cluster.membership_messages import (
     Rejoin,
     Trouble,
 )
-from expertmesh.errors import EpochError, Unavailable
+from expertmesh.errors import EpochError, ExchangeTimeout, Unavailable
 
 
 class SmallMesh:
@@ -27,6 +28,10 @@ class SmallMesh:
     def __init__(self, name):
         self.member, self.epoch, self.highest_number = member(name), None, 0
         self.prepared, self.log, self.refuse = {}, [], False
+        self.step = None
+
+    def long_step(self):
+        return self.step
 
     def prepare(self, epoch):
         if self.refuse:
@@ -140,6 +145,41 @@ async def test_a_leave_that_overtakes_the_join_is_not_forgotten():
     gate.set()
     assert await drained
     await wire.until(lambda c: c.ready and "e2" not in {m.member_id for m in c.epoch.members})
+    for agent in agents.values():
+        await asyncio.to_thread(agent.stop)
+    wire.host.close()
+
+
+async def test_a_long_step_is_told_once_and_its_member_that_hangs_is_given_up_at_the_first_accusation():
+    wire = Wire(asyncio.get_running_loop())
+    wire.install(core(patience_s=60.0))
+    meshes = {name: SmallMesh(name) for name in ("a1", "e1", "e2")}
+    agents = {name: MemberAgent(mesh, wire) for name, mesh in meshes.items()}
+    for agent in agents.values():
+        await asyncio.to_thread(agent.start)
+    await wire.until(lambda c: c.ready)
+    doubts, tell, join, hung = [], wire.host.tell, wire.host.join, {"e2"}
+
+    async def tell_of_the_living(event):
+        doubts.extend([event] if isinstance(event, Doubt) else [])
+        if event.member_id not in hung:
+            await tell(event)
+
+    async def join_of_the_living(event):
+        if event.member.member_id in hung:
+            raise Unavailable("it hangs")
+        await join(event)
+
+    wire.host.tell, wire.host.join = tell_of_the_living, join_of_the_living
+    meshes["a1"].step = (1, 7)
+    await wire.until(lambda c: c._mute == {"e2"})
+    await asyncio.sleep(0.5)
+    assert doubts == [Doubt("a1", 1)]
+    peer = meshes["a1"].epoch.rank_of("e2")
+    agents["a1"].on_trouble(1, ExchangeTimeout("it sent nothing", peer=peer, ep_rank=1, layer_id=0, step_id=7, epoch=1))
+    await wire.until(lambda c: c.ready and c.epoch.number == 2)
+    assert {m.member_id for m in meshes["a1"].epoch.members} == {"a1", "e1"}
+    hung.clear()
     for agent in agents.values():
         await asyncio.to_thread(agent.stop)
     wire.host.close()

@@ -11,6 +11,7 @@ from expertmesh.cluster.membership_messages import (
     Alive,
     Commit,
     Committed,
+    Doubt,
     Join,
     Leave,
     Lost,
@@ -338,6 +339,51 @@ def test_who_missed_the_deadline_is_not_waited_for_when_all_others_answer():
     trace.say(Alive("e1"), at=30.6)  # slow, and there
     trace.say(Tick(), at=30.85)
     agree(trace, 5, ["a1", "e1"], leader="a1")
+    trace.finish()
+
+
+def test_who_hangs_in_a_long_step_is_given_up_with_the_word_that_it_missed_the_deadline():
+    """Asked in time, silent since and named by the exchange: nothing is left to wait for. Two at once too."""
+    trace = Trace("hang_in_a_long_step", core(num_expert=4))
+    start(trace, ["a1", "e1", "e2", "e3", "e4"])
+    trace.say(Doubt("a1", 1), at=5.0)
+    trace.say(Doubt("e1", 1), at=5.1)  # of the same step: all are asked already
+    for name in ("a1", "e1", "e4"):
+        trace.say(Alive(name))
+    trace.say(Tick(), at=5.15)
+    trace.say(Trouble("e1", 1, "rank 0 sent nothing for 3.0 s", "", "a1"), at=6.5)  # a1 has answered: it only waits
+    assert trace.core.states["a1"] is State.READY
+    trace.say(Trouble("a1", 1, "rank 2 sent nothing for 3.0 s", "", "e2"))
+    assert trace.core.states["e2"] is State.DEAD
+    trace.say(Trouble("e4", 1, "rank 3 sent nothing for 3.0 s", "", "e3"))
+    assert trace.core.states["e3"] is State.DEAD
+    agree(trace, 3, ["a1", "e1", "e4"], leader="a1")
+    trace.finish()
+
+
+def test_who_answers_late_in_a_long_step_is_not_given_up_in_haste():
+    trace = Trace("slow_in_a_long_step", core())
+    start(trace, ["a1", "e1", "e2"])
+    trace.say(Doubt("a1", 1), at=5.0)
+    trace.say(Alive("a1"))
+    trace.say(Alive("e1"))
+    trace.say(Tick(), at=5.15)
+    trace.say(Alive("e2"), at=6.4)  # busy, and there
+    trace.say(Trouble("a1", 1, "rank 2 sent nothing for 3.0 s", "", "e2"), at=6.5)
+    assert trace.core.states["e2"] is State.READY
+    for name in ("a1", "e1", "e2"):
+        trace.say(Alive(name))
+    agree(trace, 2, ["a1", "e1", "e2"], leader="a1")
+    trace.say(Doubt("e1", 2), at=20.0)  # so late that there is no time to answer
+    trace.say(Trouble("a1", 2, "rank 2 sent nothing for 3.0 s", "", "e2"), at=20.01)
+    assert trace.core.states["e2"] is State.READY
+    trace.say(Alive("e2"), at=20.02)
+    trace.say(Alive("e1"))
+    trace.say(Alive("a1"))
+    agree(trace, 3, ["a1", "e1", "e2"], leader="a1")
+    trace.say(Tick(), at=20.2)
+    trace.say(Doubt("a1", 2), at=30.0)  # of an epoch that is over
+    assert trace.core.next_deadline() is None
     trace.finish()
 
 

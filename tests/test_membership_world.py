@@ -13,7 +13,16 @@ from expertmesh.bench.explore_epochs import SCENARIOS, beginning, explore, walk
 from expertmesh.cluster.membership import Membership
 from expertmesh.router.placement import Placement
 
-DEPTHS = {"silent death": 6, "leave": 6, "restart": 6, "cut link": 7, "start": 5, "death": 4, "join": 4}
+DEPTHS = {
+    "silent death": 6,
+    "hang in a long step": 6,
+    "leave": 6,
+    "restart": 6,
+    "cut link": 7,
+    "start": 5,
+    "death": 4,
+    "join": 4,
+}
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

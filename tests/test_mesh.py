@@ -12,7 +12,7 @@ import torch
 from expertmesh.config import ExchangeConfig
 from expertmesh.errors import EpochError
 from expertmesh.router.epoch import Epoch, StepHeader
-from expertmesh.router.mesh import LocalMesh
+from expertmesh.router.local_mesh import LocalMesh
 
 QUICK = ExchangeConfig(timeout_base_s=20.0, timeout_per_row_s=0.0, epoch_timeout_s=20.0)
 
@@ -197,6 +197,22 @@ def test_an_absent_member_fails_the_preparation_and_the_epoch_in_force_serves_on
         cluster.ask(0, "submit", [(7, 3)])
         check(cluster.ask(0, "collect", 1), [(7, 3)])
         cluster.end()
+
+
+def test_a_step_takes_long_after_half_of_the_exchanges_deadline(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("expertmesh.router.mesh.monotonic", lambda: now[0])
+    local = LocalMesh(mesh_worlds.TinyExperts(), mesh_worlds.placement(1, 1), mesh_worlds.SHAPE)
+    headers = []
+    local.start(headers.append)
+    local.bid(1, 0)
+    step = local.enter(headers[0])
+    now[0] += ExchangeConfig().timeout_base_s / 2 - 0.1
+    assert local.long_step() is None
+    now[0] += 0.2
+    assert local.long_step() == (1, 1)
+    step.serve()
+    assert local.long_step() is None
 
 
 def test_stale_and_unknown_headers_are_refused():

@@ -19,7 +19,7 @@ from expertmesh.router.exchange import RowShape
 from expertmesh.router.group import RendezvousStore
 from expertmesh.router.guard import Guard
 from expertmesh.router.leader import BidPlaced, EpochInstalled, Leader, StepDone
-from expertmesh.router.mesh import LocalMesh
+from expertmesh.router.local_mesh import LocalMesh
 from expertmesh.router.nccl_form import NcclForms
 
 CPU = torch.device("cpu")
