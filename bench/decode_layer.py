@@ -28,7 +28,7 @@ from ..kernels.dense_fp8 import pack_fp8
 from ..kernels.qk_norm_rope import Projected, qk_norm_rope
 
 HEAD_DIM, BLOCK_SIZE, EPS = 128, 16, 1e-6
-BF16, DEVICE = torch.bfloat16, "cuda"
+BF16, E4M3, DEVICE = torch.bfloat16, torch.float8_e4m3fn, "cuda"
 _CACHE_BYTES = 200 << 20  # of KV and weights that one graph reads at least: four times an L2
 _product = PlainProducts()
 
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--contexts", default="192,512,1024,4096")
     parser.add_argument("--variants", default="8x4x2")
     parser.add_argument("--ahead", default="0,1", help="for both products; the fp8 ones take eight times as many turns")
+    parser.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16")
     parser.add_argument("--out", default="")
     options = parser.parse_args()
     flash.FEW_TOKENS = 0  # so that `two` is planned as contexts beyond the limit are
@@ -64,7 +65,7 @@ def main() -> None:
     for name in options.model.split(","):
         for num_tokens in map(int, options.tokens.split(",")):
             for context in map(int, options.contexts.split(",")):
-                layers = Layers(MODELS[name], num_tokens, context)
+                layers = Layers(MODELS[name], num_tokens, context, E4M3 if options.kv_dtype == "fp8" else BF16)
                 line: dict[str, Any] = {"model": name, "T": num_tokens, "context": context}
                 for what, us in layers.measure(variants, list(map(int, options.ahead.split(",")))):
                     line[what] = round(us, 2)
@@ -77,15 +78,18 @@ def main() -> None:
 class Layers:
     """As many layers as keep their weights and KV out of L2."""
 
-    def __init__(self, model: Model, num_tokens: int, context: int) -> None:
+    def __init__(self, model: Model, num_tokens: int, context: int, kv_dtype: torch.dtype) -> None:
         self.model, self.num_tokens, self.context = model, num_tokens, context
         width = -(-context // BLOCK_SIZE)
-        kv_bytes = 2 * num_tokens * context * model.kv_heads * HEAD_DIM * 2
+        kv_bytes = 2 * num_tokens * context * model.kv_heads * HEAD_DIM * kv_dtype.itemsize
         self.num_caches = min(256, max(12, -(-_CACHE_BYTES // kv_bytes)))
         shape = (self.num_caches, 2, num_tokens * width, BLOCK_SIZE, model.kv_heads, HEAD_DIM)
-        self.caches = torch.empty(shape, dtype=BF16, device=DEVICE).normal_()
+        self.caches = torch.empty(shape, dtype=BF16, device=DEVICE).normal_().to(kv_dtype)
         self.attention = flash.FlashAttention(
-            model.heads, model.kv_heads, HEAD_DIM, BLOCK_SIZE, DEVICE, max_num_reqs=num_tokens, max_num_blocks=width
+            *(model.heads, model.kv_heads, HEAD_DIM, BLOCK_SIZE, DEVICE),
+            kv_dtype=kv_dtype,
+            max_num_reqs=num_tokens,
+            max_num_blocks=width,
         )
         table = np.random.default_rng(0).permutation(num_tokens * width).astype(np.int32).reshape(num_tokens, width)
         lens = np.full(num_tokens, context, np.int32)

@@ -55,6 +55,13 @@ constexpr float E4M3_MAX = 448.0f;
 // The scale of a group whose largest magnitude is `peak`; a group of zeros gets 1. NaN and infinity pass through.
 __device__ __forceinline__ float fp8_scale(float peak) { return peak == 0.0f ? 1.0f : __fdiv_rn(peak, E4M3_MAX); }
 
+// a * factor + -0: sm_80 has no other product.
+__device__ __forceinline__ u32 scale_bf16x2(u32 a, u32 factor) {
+  u32 d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(factor), "r"(0x80008000u));
+  return d;
+}
+
 // Two floats to e4m3, nearest even, saturating, NaN stays NaN; `low` goes to the lower address. SOFT_E4M3: without the
 // instruction, as before sm_89.
 __device__ __forceinline__ u32 soft_e4m3(float x) {

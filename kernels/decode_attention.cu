@@ -12,7 +12,11 @@
 //   registers into the second operand of V^T by weights. Warps add up in shared memory; each CTA finishes a slice of
 //   the columns, and gets the others' sums of it by st.async, which tell their bytes to its barrier.
 // What a request computes depends on it alone; rows with slot < 0 are padding: zeros out, nothing written.
+// KV_FP8: the caches hold e4m3 numbers, widened on their way from shared memory to fragments: four columns that a lane
+//   has of a row in a row are two pairs of an operand, with q's columns in that order; a transposed word holds two
+//   neighbouring columns of two positions, which are rows of V^T eight apart.
 // Needs: HEAD_DIM 64 or 128, up to 16 heads a KV head, CTAS of 1, 2, 4 or 8; sm_90 or newer.
+#include "e4m3.cuh"
 #include "fragments.cuh"
 #include "hopper.cuh"
 #include "qk_norm_rope.cuh"
@@ -36,8 +40,9 @@
 
 constexpr int GROUP = NUM_HEADS / NUM_KV_HEADS, TILES = (GROUP + 7) / 8, ROWS = TILES * 8;  // heads of a KV head
 constexpr int ALL = NUM_HEADS + 2 * NUM_KV_HEADS, THREADS = WARPS * 32;
-constexpr int UNIT = 16, PIECES = HEAD_DIM / 8, STEPS = HEAD_DIM / 16, COLUMNS = HEAD_DIM / CTAS;
-constexpr int ROW_BYTES = HEAD_DIM * 2, V_OF_UNIT = UNIT * ROW_BYTES, UNIT_BYTES = 2 * V_OF_UNIT;  // K, then V
+constexpr int UNIT = 16, STEPS = HEAD_DIM / 16, COLUMNS = HEAD_DIM / CTAS;
+constexpr int ROW_BYTES = HEAD_DIM * 2, KV_BYTES = HEAD_DIM * sizeof(Kv), PIECES = KV_BYTES / 16;  // of q; of k and v
+constexpr int V_OF_UNIT = UNIT * KV_BYTES, UNIT_BYTES = 2 * V_OF_UNIT;                             // K, then V
 constexpr int RING_BYTES = STAGES * UNIT_BYTES, PITCH = HEAD_DIM + 4;  // sums lie in the ring, no bank twice
 constexpr int A_PASS = THREADS / LANES, PASSES = (GROUP + 2 + A_PASS - 1) / A_PASS;  // heads normed at a time
 constexpr int Q = WARPS * RING_BYTES, STATS = Q + ROWS * ROW_BYTES, GATHERED = STATS + WARPS * ROWS * 8;
@@ -54,15 +59,18 @@ static_assert(8 % CTAS == 0 && ROWS * PITCH * 4 <= RING_BYTES, "decode_attention
 extern __shared__ __align__(128) u8 ring_memory[];
 
 // 16-byte pieces of 8 rows at the same column lie in different banks.
+template <int BYTES>
 __device__ __forceinline__ u32 piece_at(u32 base, int row, int piece) {
-  return base + row * ROW_BYTES + ((piece ^ (row & 7)) << 4);
+  return base + row * BYTES + ((piece ^ (BYTES == 64 ? row >> 1 & 3 : row & 7)) << 4);
 }
+__device__ __forceinline__ u32 q_at(u32 base, int row, int piece) { return piece_at<ROW_BYTES>(base, row, piece); }
+__device__ __forceinline__ u32 kv_at(u32 base, int row, int piece) { return piece_at<KV_BYTES>(base, row, piece); }
 
 // What a CTA knows of its request.
 struct Request {
   int length, num_units;  // positions with the new one
   const int* pages;
-  const u16 *keys, *values;  // of the KV head
+  const Kv *keys, *values;  // of the KV head
 
   // Of lane l the row in the caches of position l & 15 of a unit.
   __device__ __forceinline__ int place(int unit, int lane) const {
@@ -76,31 +84,70 @@ struct Request {
 #pragma unroll
     for (int i = 0; i < UNIT * PIECES / 32; ++i) {
       const int row = (i * 32 + lane) / PIECES, piece = lane % PIECES, position = unit * UNIT + row;
-      const i64 at = (i64)__shfl_sync(0xffffffffu, place, row) * (NUM_KV_HEADS * HEAD_DIM) + piece * 8;
+      const i64 at =
+          (i64)__shfl_sync(0xffffffffu, place, row) * (NUM_KV_HEADS * HEAD_DIM) + piece * (16 / (int)sizeof(Kv));
       if (LAST && position == length - 1) continue;
-      copy_16_or_zeros(piece_at(to, row, piece), keys + at, !LAST || position < length);
-      copy_16_or_zeros(piece_at(to + V_OF_UNIT, row, piece), values + at, !LAST || position < length);
+      copy_16_or_zeros(kv_at(to, row, piece), keys + at, !LAST || position < length);
+      copy_16_or_zeros(kv_at(to + V_OF_UNIT, row, piece), values + at, !LAST || position < length);
     }
   }
 };
+
+// 16 positions of K, 16 columns a step, as the first operand.
+__device__ __forceinline__ void load_keys(uint4 (&k)[STEPS], u32 from, int lane) {
+  const int row = lane & 15, half = lane >> 4;
+#pragma unroll
+  for (int step = 0; step < STEPS; step += KV_FP8 + 1) {
+    if (!KV_FP8) k[step] = load_matrices(kv_at(from, row, 2 * step + half));
+    if (!KV_FP8) continue;
+    const uint4 words = load_matrices(kv_at(from, row, step + half));
+    widen_e4m3(k[step].x, k[step].z, words.x), widen_e4m3(k[step].y, k[step].w, words.y);
+    widen_e4m3(k[step + 1].x, k[step + 1].z, words.z), widen_e4m3(k[step + 1].y, k[step + 1].w, words.w);
+  }
+}
+
+// 16 positions of V transposed, 16 columns a step, as the first operand.
+__device__ __forceinline__ void load_values(uint4 (&v)[STEPS], u32 from, int lane) {
+  const int half = lane >> 4;
+#pragma unroll
+  for (int step = 0; step < STEPS; step += KV_FP8 + 1) {
+    if (!KV_FP8) v[step] = load_transposed(kv_at(from, (lane & 7) + half * 8, 2 * step + (lane >> 3 & 1)));
+    if (!KV_FP8) continue;
+    const uint4 words = load_transposed(kv_at(from, lane & 15, step + half));
+    v[step] = make_uint4(widen_upper_e4m3(words.x << 8), widen_upper_e4m3(words.x), widen_upper_e4m3(words.y << 8),
+                         widen_upper_e4m3(words.y));
+    v[step + 1] = make_uint4(widen_upper_e4m3(words.z << 8), widen_upper_e4m3(words.z), widen_upper_e4m3(words.w << 8),
+                             widen_upper_e4m3(words.w));
+  }
+}
+// Of a lane's rows g and g + 8 of a step the columns of V.
+__device__ __forceinline__ int column_of(int step, int g, int upper) {
+  return step * 16 + (KV_FP8 ? 2 * g + upper : g + upper * 8);
+}
 
 // Heads as the second operand: [tile][step][half of the step's columns].
 struct Queries {
   u32 b[TILES][STEPS][2];
 
-  __device__ __forceinline__ void load(u32 from, int lane) {
+  __device__ __forceinline__ void load(u32 memory, int lane) {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-      for (int step = 0; step < STEPS; step += 2) {
-        const uint4 v = load_matrices(piece_at(from, tile * 8 + (lane & 7), 2 * step + (lane >> 3)));
+      for (int step = 0; step < STEPS; step += KV_FP8 ? 1 : 2) {
+        if (KV_FP8) {
+          const u32 at = q_at(Q, tile * 8 + (lane >> 2), 2 * step + (lane >> 1 & 1)) + (lane & 1) * 8;
+          const uint2 v = *(const uint2*)(ring_memory + at);
+          b[tile][step][0] = v.x, b[tile][step][1] = v.y;
+          continue;
+        }
+        const uint4 v = load_matrices(q_at(memory + Q, tile * 8 + (lane & 7), 2 * step + (lane >> 3)));
         b[tile][step][0] = v.x, b[tile][step][1] = v.y, b[tile][step + 1][0] = v.z, b[tile][step + 1][1] = v.w;
       }
   }
 };
 
-// A warp's part of the answer. A lane has heads tile * 8 + 2 * (lane & 3) + (i & 1) and columns 16 * step + lane / 4 +
-// 8 * (i / 2); of the sums of weights its own positions' share.
+// A warp's part of the answer. A lane has heads tile * 8 + 2 * (lane & 3) + (i & 1) and columns column_of(step, lane /
+// 4, i / 2); of the sums of weights its own positions' share.
 struct Sums {
   float o[STEPS][TILES][4], peak[TILES][2], total[TILES][2];
 
@@ -118,13 +165,9 @@ struct Sums {
   // `scale`: of scores, for powers of 2.
   __device__ __forceinline__ void add(u32 unit_at, int unit, int length, const Queries& q, float scale, int lane) {
     float s[2][TILES][4] = {};
-    const int row = lane & 15, half = lane >> 4;
     uint4 k[STEPS], v[STEPS];  // loads in a row, and those of V before anything depends on scores
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) k[step] = load_matrices(piece_at(unit_at, row, 2 * step + half));
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step)
-      v[step] = load_transposed(piece_at(unit_at + V_OF_UNIT, (lane & 7) + half * 8, 2 * step + (lane >> 3 & 1)));
+    load_keys(k, unit_at, lane);
+    load_values(v, unit_at + V_OF_UNIT, lane);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step)
 #pragma unroll
@@ -179,7 +222,7 @@ struct Sums {
 #pragma unroll
       for (int step = 0; step < STEPS; ++step)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) to[(head + (i & 1)) * PITCH + step * 16 + g + i / 2 * 8] = o[step][tile][i];
+        for (int i = 0; i < 4; ++i) to[(head + (i & 1)) * PITCH + column_of(step, g, i / 2)] = o[step][tile][i];
     }
   }
 };
@@ -252,7 +295,7 @@ __device__ __forceinline__ void finish(u16* out, int num_ctas, float scale) {
 
 extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(THREADS)
     decode_attention(const u16* qkv, const u16* qk_norm, float eps, const float* cos_sin, const i64* positions,
-                     const i64* slot_mapping, u16* k_cache, u16* v_cache, const int* kv_lens, const int* page_starts,
+                     const i64* slot_mapping, Kv* k_cache, Kv* v_cache, const int* kv_lens, const int* page_starts,
                      const int* pages, float scale_of_scores, u16* out) {
   allow_next_kernel();
   const float scale = scale_of_scores * 1.44269504f;  // for powers of 2
@@ -309,19 +352,21 @@ extern "C" __global__ void __cluster_dims__(CTAS, 1, 1) __launch_bounds__(THREAD
     if (pass * A_PASS + warp * (32 / LANES) >= num_heads) continue;  // alike for a warp
     const uint4 turned = norm_and_turn(raw[pass], weight[pass], eps, turn);
     if (head < GROUP) {
-      *(uint4*)(ring_memory + piece_at(Q, head, lane_of_head)) = turned;
+      *(uint4*)(ring_memory + q_at(Q, head, lane_of_head)) = turned;
     } else if (head < num_heads && length) {
       const bool is_key = head == GROUP;
       const uint4 words = is_key ? turned : raw[pass];
-      *(uint4*)(ring_memory + piece_at(is_key ? 0 : V_OF_UNIT, (length - 1) % UNIT, lane_of_head)) = words;
-      u16* cache = (is_key ? k_cache : v_cache) + (slot * NUM_KV_HEADS + kv_head) * HEAD_DIM + lane_of_head * 8;
-      *(uint4*)cache = words;
+      const int byte = lane_of_head * 8 * (int)sizeof(Kv);
+      const u32 at = kv_at(is_key ? 0 : V_OF_UNIT, (length - 1) % UNIT, byte / 16) + byte % 16;
+      store_kv((Kv*)(ring_memory + at), words);
+      Kv* cache = is_key ? k_cache : v_cache;
+      store_kv(cache + (slot * NUM_KV_HEADS + kv_head) * HEAD_DIM + lane_of_head * 8, words);
     }
   }
   __syncthreads();
   if (first >= 0) {
     Queries q;
-    q.load(memory + Q, lane);
+    q.load(memory, lane);
     Sums sums;
     sums.clear();
     u32 at = ring;

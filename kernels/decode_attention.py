@@ -13,6 +13,7 @@ import torch
 
 from .checks import require, require_sizes
 from .jit import Kernel
+from .qk_norm_rope import KV_DTYPES
 
 BF16 = torch.bfloat16
 HEAD_SIZES = (64, 128)
@@ -29,10 +30,11 @@ class Share(NamedTuple):
     stages: int  # units of 16 positions that a warp has on their way
 
 
-def share_for(num_tokens: int, num_kv_heads: int) -> Share:
+def share_for(num_tokens: int, num_kv_heads: int, kv_bytes: int = 2) -> Share:
     """Few CTAs have long rings: they hide the memory's latency, and no two CTAs fit a multiprocessor, which would halve
     what each of them gets while others idle. Many CTAs have short ones, of which three fit."""
-    return Share(CTAS, WARPS, 4 if CTAS * num_kv_heads * num_tokens <= ROOMY_CTAS else 2)
+    roomy = CTAS * num_kv_heads * num_tokens <= ROOMY_CTAS
+    return Share(CTAS, WARPS, (8 if roomy else 4) // kv_bytes)
 
 
 def decode_attention(
@@ -59,8 +61,8 @@ def decode_attention(
     As `qk_norm_rope`, whose arguments come first, and attention over what is then in the cache: kv_lens [T] int32
     positions with the new one, page_starts [T] int32 where a request's block ids begin in `pages` int32. All but qkv
     and the slots to be written must be as they are before the kernel that makes qkv begins. Tokens with slot -1 are
-    padding: zeros, and nothing is written. k_cache and v_cache [num_blocks, block_size, num_kv_heads, D] bf16. `share`:
-    None for the one that was measured best."""
+    padding: zeros, and nothing is written. k_cache and v_cache [num_blocks, block_size, num_kv_heads, D], both bf16 or
+    both e4m3. `share`: None for the one that was measured best."""
     head_dim, num_tokens = qk_norm.shape[1], qkv.shape[0]
     require_sizes(
         takes(num_heads, num_kv_heads, head_dim, qkv.device),
@@ -72,8 +74,10 @@ def decode_attention(
     require("cos_sin", cos_sin, torch.float32, (None, head_dim))
     require("positions", positions, torch.int64, (num_tokens,))
     require("slot_mapping", slot_mapping, torch.int64, (num_tokens,))
+    kv_dtype = k_cache.dtype
+    require_sizes(kv_dtype in KV_DTYPES, f"k_cache: {kv_dtype}; KV is bfloat16 or float8_e4m3fn")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        require(name, cache, BF16, (None, None, num_kv_heads, head_dim))
+        require(name, cache, kv_dtype, (None, None, num_kv_heads, head_dim))
     require_sizes(k_cache.shape == v_cache.shape, f"caches of {list(k_cache.shape)} and {list(v_cache.shape)}")
     require("kv_lens", kv_lens, torch.int32, (num_tokens,))
     require("page_starts", page_starts, torch.int32, (num_tokens,))
@@ -82,8 +86,9 @@ def decode_attention(
     out = torch.empty(shape, dtype=BF16, device=qkv.device) if out is None else require("out", out, BF16, shape)
     if num_tokens:
         scale = head_dim**-0.5 if scale is None else scale
-        share = share or share_for(num_tokens, num_kv_heads)
-        decode_attention_kernel(num_heads, num_kv_heads, head_dim, k_cache.shape[1], share).launch(
+        kv_bytes = kv_dtype.itemsize
+        share = share or share_for(num_tokens, num_kv_heads, kv_bytes)
+        decode_attention_kernel(num_heads, num_kv_heads, head_dim, k_cache.shape[1], share, kv_bytes).launch(
             (share.ctas * num_kv_heads, num_tokens),
             32 * share.warps,
             (
@@ -91,7 +96,7 @@ def decode_attention(
                 *(kv_lens, page_starts, pages, np.float32(scale), out),
             ),
             device=qkv.device,
-            shared_bytes=shared_bytes(num_heads // num_kv_heads, head_dim, share),
+            shared_bytes=shared_bytes(num_heads // num_kv_heads, head_dim, share, kv_bytes),
         )
     return out
 
@@ -102,15 +107,17 @@ def takes(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
     return fits and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def shared_bytes(group: int, head_dim: int, share: Share) -> int:
+def shared_bytes(group: int, head_dim: int, share: Share, kv_bytes: int) -> int:
     """As decode_attention.cu lays it out: rings, q, what warps and then CTAs add up, a barrier."""
     rows = (group + 7) // 8 * 8
-    rings = share.warps * share.stages * 16 * 2 * head_dim * 2
+    rings = share.warps * share.stages * 16 * 2 * head_dim * kv_bytes
     return rings + rows * head_dim * 2 + share.warps * rows * 8 + group * head_dim * 4 + share.ctas * rows * 8 + 16
 
 
 @functools.cache
-def decode_attention_kernel(num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, share: Share) -> Kernel:
+def decode_attention_kernel(
+    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, share: Share, kv_bytes: int = 2
+) -> Kernel:
     defines = {
         "NUM_HEADS": num_heads,
         "NUM_KV_HEADS": num_kv_heads,
@@ -119,6 +126,7 @@ def decode_attention_kernel(num_heads: int, num_kv_heads: int, head_dim: int, bl
         "CTAS": share.ctas,
         "WARPS": share.warps,
         "STAGES": share.stages,
-        "SHARED": shared_bytes(num_heads // num_kv_heads, head_dim, share),
+        "SHARED": shared_bytes(num_heads // num_kv_heads, head_dim, share, kv_bytes),
+        "KV_FP8": int(kv_bytes == 1),
     }
     return Kernel("decode_attention.cu", "decode_attention", defines)

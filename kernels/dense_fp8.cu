@@ -9,6 +9,7 @@
 //   columns 4 t to 4 t + 3, of weights by ldmatrix and of rows by one load of 8 bytes.
 // A row's bits depend on that row and w alone.  Needs: K % (128 * PARTS) == 0, num_outputs % 128 == 0.
 #include "e4m3.cuh"
+#include "ring.cuh"
 
 #ifndef K
 #define K 4096

@@ -1,7 +1,6 @@
 // qk_norm_rope.cu: q and k heads normed and rotated (qk_norm_rope.cuh); q to its own tensor, k and v to the slot of the
 // paged cache. Grid: (tokens, spans of heads), 128 threads; PER_GROUP heads a group of lanes, so that prefill reads a
-// position's cos and sin once for several heads. KV_FP8: the cache holds e4m3 numbers, rounded from the bf16 ones,
-// without a scale.
+// position's cos and sin once for several heads.
 // Needs: HEAD_DIM of 16, 32, 64, 128 or 256.
 #include "qk_norm_rope.cuh"
 
@@ -14,29 +13,8 @@
 #ifndef PER_GROUP
 #define PER_GROUP 1
 #endif
-#ifndef KV_FP8
-#define KV_FP8 0
-#endif
-
-#if KV_FP8
-using Kv = u8;
-#else
-using Kv = u16;
-#endif
 
 constexpr int GROUPS = 128 / LANES, NORMED = NUM_HEADS + NUM_KV_HEADS, ALL = NORMED + NUM_KV_HEADS;
-
-// Eight numbers of a head to where the cache has them.
-__device__ __forceinline__ void store_kv(Kv* to, uint4 words) {
-#if KV_FP8
-  float v[8];
-  unpack_8(words, v);
-  *(uint2*)to = make_uint2((u32)pack_e4m3(v[0], v[1]) | (u32)pack_e4m3(v[2], v[3]) << 16,
-                           (u32)pack_e4m3(v[4], v[5]) | (u32)pack_e4m3(v[6], v[7]) << 16);
-#else
-  *(uint4*)to = words;
-#endif
-}
 
 extern "C" __global__ void __launch_bounds__(128)
     qk_norm_rope(const u16* qkv, const u16* __restrict__ qk_norm, float eps, const float* cos_sin, const i64* positions,

@@ -1,11 +1,21 @@
 // qk_norm_rope.cuh: one head of q or k, normed and rotated: n = bf16(bf16(x / rms(x)) * weight of the head), then
 // n * cos + rolled n * sin rounded to bf16. Float32 inside, in the order of the plain model. A head is LANES lanes of a
-// warp with 8 columns each; the other half of a pair is a shuffle away, so all lanes of the warp take part.
+// warp with 8 columns each; the other half of a pair is a shuffle away, so all lanes of the warp take part. KV_FP8: the
+// cache holds e4m3 numbers, rounded from the bf16 ones, without a scale.
 #pragma once
 #include "common.cuh"
 
 #ifndef HEAD_DIM
 #define HEAD_DIM 128
+#endif
+#ifndef KV_FP8
+#define KV_FP8 0
+#endif
+
+#if KV_FP8
+using Kv = u8;
+#else
+using Kv = u16;
 #endif
 
 constexpr int LANES = HEAD_DIM / 8, HALF = HEAD_DIM / 2;
@@ -19,6 +29,18 @@ __device__ __forceinline__ void unpack_8(uint4 words, float (&v)[8]) {
 
 __device__ __forceinline__ uint4 pack_8(const float (&v)[8]) {
   return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+}
+
+// Eight numbers of a head to where the cache has them.
+__device__ __forceinline__ void store_kv(Kv* to, uint4 words) {
+#if KV_FP8
+  float v[8];
+  unpack_8(words, v);
+  *(uint2*)to = make_uint2((u32)pack_e4m3(v[0], v[1]) | (u32)pack_e4m3(v[2], v[3]) << 16,
+                           (u32)pack_e4m3(v[4], v[5]) | (u32)pack_e4m3(v[6], v[7]) << 16);
+#else
+  *(uint4*)to = words;
+#endif
 }
 
 // A position's part of the rotation, for the columns of one lane; sin is negative for the first half.

@@ -205,11 +205,6 @@ __device__ __forceinline__ u32 add_bf16x2(u32 a, u32 b) {  // a * 1 + b: sm_80 h
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3f803f80u), "r"(b));
   return d;
 }
-__device__ __forceinline__ u32 scale_bf16x2(u32 a, u32 factor) {
-  u32 d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(factor), "r"(0x80008000u));
-  return d;
-}
 
 __device__ __forceinline__ float half_to_float(u16 bits) {
   float f;

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from expertmesh.kernels import attention_reference
+from expertmesh.kernels.kv_numbers import as_moved, from_kv, to_kv
 
 EPS = 1e-6
 BF16 = torch.bfloat16
@@ -24,7 +25,7 @@ class DecodeStep:
     cos_sin: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
-    k: torch.Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]; NaN wherever nothing was written
+    k: torch.Tensor  # [num_blocks, block_size, num_kv_heads, head_dim] bf16 or e4m3; NaN where nothing was written
     v: torch.Tensor
     kv_lens: torch.Tensor
     page_starts: torch.Tensor
@@ -60,7 +61,8 @@ class DecodeStep:
         for row, length in enumerate(self.lengths):
             if length:
                 caches = (self.expected_k, self.expected_v)
-                k, v = (cache[self.pages_of(row)].flatten(0, 1)[:length].double() for cache in caches)
+                mine = (from_kv(as_moved(cache)[self.pages_of(row)], torch.float64) for cache in caches)
+                k, v = (x.flatten(0, 1)[:length] for x in mine)
                 k, v = (x.repeat_interleave(group, 1) for x in (k, v))  # [L, heads, D]
                 scores = torch.einsum("hd,lhd->hl", q[row].double(), k) * self.head_dim**-0.5
                 out[row] = torch.einsum("hl,lhd->hd", scores.softmax(-1), v)
@@ -77,6 +79,7 @@ def decode_step(
     seed: int = 0,
     device: str = "cpu",
     width: int = 0,  # of a row of the block table, at least
+    kv_dtype: torch.dtype = BF16,
 ) -> DecodeStep:
     """Pages of all requests are mixed; what no earlier step has written is NaN, the new token's place too."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -101,6 +104,7 @@ def decode_step(
             )
             for cache in (k, v):
                 cache.view(-1, num_kv_heads, head_dim)[at] = noise(length - 1, num_kv_heads, head_dim)
+    k, v = to_kv(k, kv_dtype), to_kv(v, kv_dtype)
     most = max(*lengths, 2)
     angles = torch.arange(most)[:, None] * 10000.0 ** -(torch.arange(head_dim // 2) / (head_dim // 2))
     rows = len(lengths)
@@ -130,11 +134,12 @@ def assert_right(step: DecodeStep) -> None:
     """Of a step that has run, on a CPU with the reference's own roundings."""
     assert_heads(step, step.heads(step.queries()))
     for cache, expected in ((step.k, step.expected_k), (step.v, step.expected_v)):
-        written = cache.view(torch.int16) != expected.view(torch.int16)
-        assert torch.equal(cache.isnan(), expected.isnan()), "a place that nobody asked for"
-        off = (cache.float() - expected.float()).abs().nan_to_num(0.0)
-        assert int(written.sum()) <= 4 + cache.numel() // 1000
-        assert bool((off <= 2**-6 * expected.float().abs().nan_to_num(0.0) + 1e-6).all())
+        ulp = 2**-6 if cache.dtype == BF16 else 2**-2
+        got, right = from_kv(cache, torch.float32), from_kv(expected, torch.float32)
+        assert torch.equal(got.isnan(), right.isnan()), "a place that nobody asked for"
+        got, right = got.nan_to_num(0.0), right.nan_to_num(0.0)
+        assert int((got != right).sum()) <= 4 + got.numel() // 1000
+        assert bool(((got - right).abs() <= ulp * right.abs() + 1e-6).all())
 
 
 def assert_heads(step: DecodeStep, expected: torch.Tensor) -> None:

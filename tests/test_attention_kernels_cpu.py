@@ -188,8 +188,9 @@ def test_the_gate_compiles_where_there_are_clusters(hidden, experts, arch):
         (64, 4, 128, 16, share_for(1, 4)),
         (64, 4, 128, 16, share_for(8, 4)),
         (40, 8, 128, 16, Share(4, 4, 2)),
-        (32, 4, 128, 16, Share(2, 8, 2)),
         (4, 2, 64, 4, share_for(1, 2)),
+        (32, 4, 128, 16, share_for(1, 4, 1), 1),
+        (64, 4, 128, 16, share_for(8, 4, 1), 1),
     ],
     ids=str,
 )

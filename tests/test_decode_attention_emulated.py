@@ -28,13 +28,14 @@ def library(tmp_path_factory):
     for name in ("fragments.cuh", "hopper.cuh"):
         source = source.replace(f'#include "{name}"\n', "")
     (folder / "decode_attention.cu").write_text(source.replace(SHARED, ""))
-    shutil.copy(KERNELS / "qk_norm_rope.cuh", folder)
+    for name in ("qk_norm_rope.cuh", "e4m3.cuh"):
+        shutil.copy(KERNELS / name, folder)
 
     @functools.cache
     def build(**defines):
         out = folder / ("_".join(f"{k}{v}" for k, v in defines.items()) + ".so")
         named = [f"-D{name}={value}" for name, value in defines.items()]
-        flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-w", f"-I{HERE}", f"-I{folder}", *named]
+        flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{HERE}", f"-I{folder}", *named]
         subprocess.run([COMPILER, *flags, str(HERE / "decode.cpp"), "-o", str(out)], check=True)
         return ctypes.CDLL(str(out))
 
@@ -43,7 +44,7 @@ def library(tmp_path_factory):
 
 def run(library, step, **sizes):
     defines = {"NUM_HEADS": step.num_heads, "NUM_KV_HEADS": step.num_kv_heads, "HEAD_DIM": step.head_dim}
-    compiled = library(**defines, PAGE=step.block_size, **sizes)
+    compiled = library(**defines, PAGE=step.block_size, KV_FP8=int(step.k.dtype != torch.bfloat16), **sizes)
     arguments = [ctypes.c_float(a) if isinstance(a, float) else ctypes.c_void_p(a.data_ptr()) for a in step.arguments()]
     compiled.run(ctypes.c_int(step.num_rows), *arguments)
 
@@ -71,6 +72,13 @@ def test_long_rings_many_warps_and_small_pages(library):
     assert_right(step)
     step = decode_step([129, 64], 16, 8, 64, block_size=64)
     run(library, step, CTAS=4, WARPS=1, STAGES=2)
+    assert_right(step)
+
+
+@pytest.mark.parametrize(("shape", "lengths"), [((24, 2, 128), [300, 1, 0]), ((4, 2, 64), [17, 200])], ids=str)
+def test_e4m3_caches_are_widened(library, shape, lengths):
+    step = decode_step(lengths, *shape, kv_dtype=torch.float8_e4m3fn)
+    run(library, step, CTAS=2, WARPS=4, STAGES=4)
     assert_right(step)
 
 

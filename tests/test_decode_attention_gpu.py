@@ -16,7 +16,7 @@ from expertmesh.kernels.thin_linear import thin_linear
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
-DEVICE, BF16 = "cuda", torch.bfloat16
+DEVICE, BF16, E4M3 = "cuda", torch.bfloat16, torch.float8_e4m3fn
 SHAPES = [(32, 4, 128), (64, 4, 128), (4, 2, 64), (40, 8, 128), (16, 16, 64)]
 if not takes(32, 4, 128, torch.device(DEVICE)):
     pytest.skip("needs clusters", allow_module_level=True)
@@ -31,7 +31,7 @@ def run(step: DecodeStep, **how) -> torch.Tensor:
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.view(torch.int16)
+    return x.view(torch.int16 if x.dtype == BF16 else torch.uint8)
 
 
 def assert_whole_step(step: DecodeStep) -> None:
@@ -45,6 +45,14 @@ def assert_whole_step(step: DecodeStep) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_any_length_gives_the_references_heads_and_the_same_cache(shape, lengths):
     step = decode_step(lengths, *shape, device=DEVICE)
+    run(step)
+    assert_whole_step(step)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_e4m3_caches_are_widened_and_written_as_by_the_other_launch(shape, lengths):
+    step = decode_step(lengths, *shape, device=DEVICE, kv_dtype=E4M3)
     run(step)
     assert_whole_step(step)
 
@@ -191,6 +199,6 @@ def test_a_plan_takes_the_launch_up_to_its_limits_and_the_other_forms_beyond(mon
         assert attention.whole is None
     attention.plan(ones, lens, table)
     assert attention.whole is None
-    for options in ({"invariant": True}, {"kv_dtype": torch.float8_e4m3fn}):
+    for options, has_few in (({"invariant": True}, False), ({"kv_dtype": E4M3}, True)):
         other = FlashAttention(32, 4, 128, 16, DEVICE, max_num_reqs=16, max_num_blocks=64, **options)
-        assert other.plan(ones, lens, table, bucket=4)[1] != "few"
+        assert (other.plan(ones, lens, table, bucket=4)[1] == "few") == has_few

@@ -110,8 +110,8 @@ class FlashAttention:
         self.group_size, self.block_size, self.invariant = num_heads // num_kv_heads, block_size, invariant
         self.max_num_reqs, self.max_num_blocks = max_num_reqs, max_num_blocks
         self.num_sms = num_sms or torch.cuda.get_device_properties(self.device).multi_processor_count
-        self._has_few = FEW_TOKENS > 0 and kv_dtype == torch.bfloat16 and not invariant
-        self._has_few = self._has_few and few_decodes.takes(num_heads, num_kv_heads, head_dim, self.device)
+        takes_few = few_decodes.takes(num_heads, num_kv_heads, head_dim, self.device)
+        self._has_few = FEW_TOKENS > 0 and takes_few and not invariant
         self.overlap = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] >= 9
         self.slots = max(1, self.num_sms * _CTAS_PER_SM // num_kv_heads)  # items at work at once
         most = self._most_items(max_num_reqs, max_num_blocks * block_size)

@@ -116,7 +116,7 @@ static void new_cluster() {
 }
 
 extern "C" void run(int num_requests, const u16* qkv, const u16* qk_norm, float eps, const float* cos_sin,
-                    const i64* positions, const i64* slot_mapping, u16* k_cache, u16* v_cache, const int* kv_lens,
+                    const i64* positions, const i64* slot_mapping, Kv* k_cache, Kv* v_cache, const int* kv_lens,
                     const int* page_starts, const int* pages, float scale, u16* out) {
   cluster_threads = CTAS * THREADS;
   for (int request = 0; request < num_requests; ++request) {

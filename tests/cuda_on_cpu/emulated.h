@@ -247,11 +247,25 @@ inline u32 to_bf16(float f) {
   return f != f ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16;
 }
 inline u32 pack_bf16(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
+inline u32 scale_bf16x2(u32 a, u32 factor) {
+  return pack_bf16(bf16_low(a) * bf16_low(factor), bf16_high(a) * bf16_high(factor));
+}
 inline float from_e4m3(u8 b) {
   const int exponent = b >> 3 & 15, mantissa = b & 7;
   const float f = exponent ? std::ldexp(1 + mantissa / 8.0f, exponent - 7) : std::ldexp(mantissa / 8.0f, -6);
   return b & 128 ? -f : f;
 }
+inline u32 to_e4m3(float f) {  // nearest even, saturating
+  if (f != f) return 0x7f;
+  const float size = std::fmin(std::fabs(f), 448.0f);
+  u32 best = 0;
+  for (u32 b = 1; b < 127; ++b) {
+    const float off = std::fabs(from_e4m3(b) - size), least = std::fabs(from_e4m3(best) - size);
+    if (off < least || (off == least && b % 2 == 0)) best = b;
+  }
+  return best | (f < 0 ? 128 : 0);
+}
+inline u16 pack_e4m3(float low, float high) { return (u16)(to_e4m3(low) | to_e4m3(high) << 8); }
 inline u32 transpose_8x8(u32 fragment) {
   const int g = lane() >> 2, t = lane() & 3;
   shown()[lane()][0] = fragment;

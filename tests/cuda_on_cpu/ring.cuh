@@ -60,6 +60,3 @@ inline void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   }
   warp_meets();
 }
-inline u32 scale_bf16x2(u32 a, u32 factor) {
-  return pack_bf16(bf16_low(a) * bf16_low(factor), bf16_high(a) * bf16_high(factor));
-}
