@@ -10,7 +10,8 @@ import pytest
 import torch
 from decode_world import decode_step
 
-from expertmesh.kernels import jit, reference
+from expertmesh.kernels import expert_layer, jit, reference
+from expertmesh.kernels.combine_norm import combine_add_rms_norm
 from expertmesh.kernels.decode_attention import decode_attention
 from expertmesh.kernels.decode_attention import takes as takes_decodes
 from expertmesh.kernels.dense_fp8 import dense_fp8, pack_fp8
@@ -18,6 +19,7 @@ from expertmesh.kernels.dense_w8a8 import dense_w8a8, has_kernel
 from expertmesh.kernels.dense_w8a8_few import dense_w8a8_few
 from expertmesh.kernels.expert_layer import ExpertLayer
 from expertmesh.kernels.expert_work import ExpertWork
+from expertmesh.kernels.gate_linear import gate_linear, takes
 from expertmesh.kernels.gate_topk import gate_topk
 from expertmesh.kernels.pack_int4 import random_int4
 from expertmesh.kernels.plan import all_plans
@@ -93,6 +95,21 @@ def test_attention_for_few_decodes(shape, num_requests):
     *given, scale, out = step.arguments()
     decode_attention(*given, scale=scale, out=out, num_heads=shape[0], num_kv_heads=shape[1])
     assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 8])
+def test_gate_experts_and_weighted_sum_of_few_tokens(monkeypatch, num_tokens):
+    if not takes(128, 2048, TOP_K, torch.device(DEVICE)):
+        pytest.skip("needs clusters")
+    monkeypatch.setattr(expert_layer, "THIN_TOKENS", 1)
+    x, residual = (torch.randn(num_tokens, 2048, device=DEVICE).bfloat16() for _ in range(2))
+    gate, norm = torch.randn(128, 2048, device=DEVICE).bfloat16(), torch.ones(2048, device=DEVICE).bfloat16()
+    ids, topk_weights = gate_linear(x, gate, TOP_K)
+    w13, w2 = (torch.randn(2, *shape, device=DEVICE).bfloat16() * 0.05 for shape in ((1536, 2048), (2048, 768)))
+    layer = ExpertLayer(w13, w2, kernels="cuda")
+    for local in (ids % 2, torch.where(ids % 2 == 1, 0, -1).to(torch.int32)):
+        rows = layer.rows(x, local.contiguous())
+        assert torch.isfinite(combine_add_rms_norm(rows, topk_weights, residual, norm, 1e-6, ids=local)).all()
 
 
 def test_the_gate():
