@@ -35,8 +35,8 @@ RINGS: Sequence[Ring] = (
         "kernels",
         60.0,
         _files(
-            "attention_kernels_cpu dense_fp8 dense_fp8_emulated kernels_bench kernels_cpu kernels_int4 kernels_launch "
-            "nccl_pack quantized"
+            "attention_kernels_cpu decode_attention_emulated dense_fp8 dense_fp8_emulated kernels_bench kernels_cpu "
+            "kernels_int4 kernels_launch nccl_pack permute_emulated quantized thin_experts"
         ),
     ),
     Ring(
