@@ -32,16 +32,6 @@ T __shfl_up_sync(u32 mask, T v, int d) {
 }
 
 inline float fp8_scale(float peak) { return peak == 0 ? 1 : peak / 448; }
-inline u32 to_e4m3(float f) {  // nearest, ties to even, by trying every number
-  int best = 0;
-  for (int b = 0; b < 0x7f; ++b) {
-    const float there = std::fabs(from_e4m3(b) - std::fabs(f)), here = std::fabs(from_e4m3(best) - std::fabs(f));
-    if (there < here || (there == here && b % 2 == 0)) best = b;
-  }
-  return best | (std::signbit(f) ? 0x80 : 0);
-}
-inline u16 pack_e4m3(float low, float high) { return to_e4m3(low) | to_e4m3(high) << 8; }
-
 struct Work {
   u64 num_products, num_pairs;
 };
