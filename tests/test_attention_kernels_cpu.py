@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from compiling import compile_each, compile_for
 
 from expertmesh.cluster.attention.model import _head_norm
 from expertmesh.cluster.attention.rope import RotaryTable, rotate
@@ -25,12 +26,7 @@ BF16 = torch.bfloat16
 EPS = 1e-6
 
 
-@pytest.fixture(autouse=True, scope="module")
-def private_cache(tmp_path_factory):
-    before = jit._cache_directory
-    jit.set_cache_directory(tmp_path_factory.mktemp("cubins"))
-    yield
-    jit.set_cache_directory(before)
+pytestmark = pytest.mark.usefixtures("private_cubins")
 
 
 def noise(*shape, seed=0):
@@ -145,7 +141,6 @@ def heads(num_heads, num_kv_heads, head_dim, per_group, kv_fp8=False):
     return qk_norm_rope_kernel(num_heads, num_kv_heads, head_dim, per_group, kv_fp8).defines
 
 
-@pytest.mark.parametrize("arch", jit.SUPPORTED_ARCHS)
 @pytest.mark.parametrize(
     ("file", "defines"),
     [
@@ -165,48 +160,33 @@ def heads(num_heads, num_kv_heads, head_dim, per_group, kv_fp8=False):
         ("thin_linear.cu", {"K": 4096, "WARPS": 16}),
     ],
 )
-def test_kernels_compile_without_spills(file, defines, arch):
-    use = jit.compile_only(file, arch, defines).use()
-    assert use
-    assert all(u.clean for u in use), use
+def test_kernels_compile_without_spills(file, defines):
+    for compiled in compile_for(jit.SUPPORTED_ARCHS, file, defines):
+        assert compiled.use()
+        assert all(u.clean for u in compiled.use()), (compiled.key, compiled.use())
 
 
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])  # a cluster shares the work
-@pytest.mark.parametrize(("hidden", "experts"), [(2048, 128), (4096, 128), (128, 32)])
-def test_the_gate_compiles_where_there_are_clusters(hidden, experts, arch):
-    defines = gate_linear_kernel(hidden, experts, 8, True).defines
-    use = jit.compile_only("gate_linear.cu", arch, defines).use()
-    assert [u.name for u in use] == ["gate_linear"]
-    assert all(u.clean for u in use), use
-
-
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize(
-    "sizes",
+    "kernels",
     [
-        (32, 4, 128, 16, share_for(1, 4)),
-        (64, 4, 128, 16, share_for(1, 4)),
-        (64, 4, 128, 16, share_for(8, 4)),
-        (40, 8, 128, 16, Share(4, 4, 2)),
-        (4, 2, 64, 4, share_for(1, 2)),
-        (32, 4, 128, 16, share_for(1, 4, 1), 1),
-        (64, 4, 128, 16, share_for(8, 4, 1), 1),
+        [gate_linear_kernel(hidden, experts, 8, True) for hidden, experts in ((2048, 128), (4096, 128), (128, 32))],
+        [
+            decode_attention_kernel(32, 4, 128, 16, share_for(1, 4)),
+            decode_attention_kernel(64, 4, 128, 16, share_for(1, 4)),
+            decode_attention_kernel(64, 4, 128, 16, share_for(8, 4)),
+            decode_attention_kernel(40, 8, 128, 16, Share(4, 4, 2)),
+            decode_attention_kernel(4, 2, 64, 4, share_for(1, 2)),
+            decode_attention_kernel(32, 4, 128, 16, share_for(1, 4, 1), 1),
+            decode_attention_kernel(64, 4, 128, 16, share_for(8, 4, 1), 1),
+        ],
+        [combine_norm_kernel(hidden, 8, 8) for hidden in (2048, 4096)],
     ],
-    ids=str,
+    ids=["the gate", "attention for few decodes", "a row of few"],
 )
-def test_attention_for_few_decodes_compiles_where_there_are_clusters(sizes, arch):
-    kernel = decode_attention_kernel(*sizes)
-    use = jit.compile_only(kernel.file, arch, kernel.defines).use()
-    assert [u.name for u in use] == ["decode_attention"]
-    assert all(u.clean for u in use), use
-
-
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-@pytest.mark.parametrize(("hidden", "row_ctas"), [(2048, 8), (4096, 8)])
-def test_a_row_of_few_shared_by_a_cluster_compiles(hidden, row_ctas, arch):
-    use = jit.compile_only("combine_norm.cu", arch, combine_norm_kernel(hidden, 8, row_ctas).defines).use()
-    assert use
-    assert all(u.clean for u in use), use
+def test_what_a_cluster_shares_compiles_where_there_are_clusters(kernels):
+    for compiled in compile_each((k.file, arch, k.defines) for k in kernels for arch in ("sm_90a", "sm_100a")):
+        assert compiled.use()
+        assert all(u.clean for u in compiled.use()), (compiled.key, compiled.use())
 
 
 def test_thin_products_name_the_sizes_they_take():

@@ -115,8 +115,9 @@ def test_a_rows_bits_do_not_depend_on_their_number(library):
     assert torch.equal(product(5), product(16)[:5])
 
 
-@pytest.mark.parametrize("num_ctas", [3, 5, 48])
-@pytest.mark.parametrize("num_rows", [3, 17, 64, 100])
+@pytest.mark.parametrize(
+    ("num_rows", "num_ctas"), [(3, 3), (3, 5), (3, 48), (17, 3), (17, 48), (64, 3), (64, 5), (100, 5)]
+)
 def test_some_rows_are_multiplied_in_fp8(library, num_rows, num_ctas):
     w, x = weight_of(384, 512), torch.randn(num_rows, 512).bfloat16()
     plan = SlicePlan.choose(num_rows, outputs_of_slice(384, num_ctas), 512)
