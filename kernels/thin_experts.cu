@@ -27,7 +27,7 @@
 #define FIRST_WARPS 6
 #endif
 
-constexpr int WARPS = 8, PIECE = 2048;
+constexpr int WARPS = 8, PIECE = 2048, MAPPED = 128;
 constexpr int K_BLOCKS_1 = HIDDEN / 64, K_BLOCKS_2 = INTERMEDIATE / 64;
 constexpr int GROUPS_1 = INTERMEDIATE / 8, GROUPS_2 = HIDDEN / 16;  // of an expert
 static_assert(STAGES <= K_BLOCKS_1 && STAGES <= K_BLOCKS_2,
@@ -144,6 +144,18 @@ __device__ __forceinline__ Group group_of(u32 number, bool second, const Pairs& 
   return group;
 }
 
+// An increment up to a limit: to an addition the assembler adds votes, and so waits for its answer here, not where it
+// is looked at.
+__device__ __forceinline__ u32 claim_one(State* state, bool second, int lane) {
+  u32 number = 0;
+  if (lane == 0)
+    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], 0x7fffffff;"
+                 : "=r"(number)
+                 : "l"(state->claimed + second)
+                 : "memory");
+  return number;
+}
+
 // By a warp that will neither claim nor wait again.
 __device__ __forceinline__ void leave(State* state, int lane) {
   if (lane || atomicAdd(&left_warps, 1u) != WARPS - 1) return;
@@ -162,11 +174,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   wait_for_previous_kernel();
 
   bool second = warp >= FIRST_WARPS;
-  u32 claim = lane ? 0 : atomicAdd(state->claimed + second, 1u);
+  u32 claim = claim_one(state, second, lane);
   Pairs pairs;
   pairs.expert = lane < num_pairs ? ids[lane] : -1;
-  for (int i = threadIdx.x; i < HIDDEN / 8; i += WARPS * 32) x_row[i] = ((const uint4*)x)[i];
-  if (expert_map) pairs.expert = (u32)pairs.expert < (u32)num_mapped ? expert_map[pairs.expert] : -1;
+  int mapped[MAPPED / 32];  // the expert map's beginning, asked for beside the ids
+#pragma unroll
+  for (int i = 0; i < MAPPED / 32; ++i)
+    mapped[i] = expert_map && i * 32 + lane < num_mapped ? expert_map[i * 32 + lane] : -1;
+  constexpr int EACH = (HIDDEN / 8 + WARPS * 32 - 1) / (WARPS * 32);
+  uint4 piece[EACH];
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    const int at = i * WARPS * 32 + threadIdx.x;
+    if (at < HIDDEN / 8) piece[i] = ((const uint4*)x)[at];
+  }
+  if (expert_map) {
+    const int id = pairs.expert;
+    pairs.expert = id >= MAPPED && id < num_mapped ? expert_map[id] : -1;
+#pragma unroll
+    for (int i = 0; i < MAPPED / 32; ++i) {
+      const int local = __shfl_sync(0xffffffffu, mapped[i], id & 31);
+      if (id >> 5 == i) pairs.expert = local;
+    }
+  }
   if ((u32)pairs.expert >= (u32)NUM_EXPERTS) pairs.expert = -1;
   pairs.local = __ballot_sync(0xffffffffu, pairs.expert >= 0);
 
@@ -175,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   Group now = group_of(claim, second, pairs, w13, w2);
   if (!now.k_blocks && !second) {
     second = true;
-    claim = lane ? 0 : atomicAdd(state->claimed + 1, 1u);
+    claim = claim_one(state, true, lane);
     now = group_of(__shfl_sync(0xffffffffu, claim, 0), true, pairs, w13, w2);
   }
 #pragma unroll 1
@@ -192,11 +222,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     }
     if (expert_rows && pairs.expert >= 0) count_rows(expert_rows + pairs.expert, 1);
   }
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    const int at = i * WARPS * 32 + threadIdx.x;
+    if (at < HIDDEN / 8) x_row[at] = piece[i];
+  }
   __syncthreads();  // x_row, left_warps
   if (!now.k_blocks) return leave(state, lane);
 
   while (true) {
-    claim = lane ? 0 : atomicAdd(state->claimed + second, 1u);  // looked at when this group's loads are all under way
+    claim = claim_one(state, second, lane);  // looked at when this group's loads are all under way
     Group next = {};
     bool known = false;
     const u32* row = (const u32*)x_row;
@@ -222,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
       const bool over = kb == now.k_blocks / 2 || loaded == now.k_blocks;
       if (!known && !second && over && __shfl_sync(0xffffffffu, claim, 0) >= GROUPS_1 * __popc(pairs.local)) {
         second = true;  // nothing of w13 is left
-        claim = lane ? 0 : atomicAdd(state->claimed + 1, 1u);
+        claim = claim_one(state, true, lane);
       }
       if (!known && loaded == now.k_blocks) {
         next = group_of(__shfl_sync(0xffffffffu, claim, 0), second, pairs, w13, w2);
