@@ -11,8 +11,8 @@ from .checks import require, require_sizes
 from .jit import Kernel
 
 BF16 = torch.bfloat16
-ROW_CTAS = 8  # of a cluster that shares a row of few
-FEW_TOKENS = 8
+ROW_CTAS = 8  # of a cluster that shares a row: hidden 4096 takes 1.4 us where one CTA takes 2.1; 4 do no better
+FEW_TOKENS = 8  # up to here rows are shared
 
 
 def combine_add_rms_norm(

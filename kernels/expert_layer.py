@@ -27,11 +27,8 @@ from .pack_int4 import expert_rows_int4
 from .pack_mma import PackedMma, pack_mma, unsupported_mma_shape
 from .permute import pack_rows, route, route_and_pack, takes_one_launch
 from .plan import GemmPlan, choose_plan
-from .thin_experts import new_state, takes, thin_experts
 
 logger = logging.getLogger(__name__)
-
-THIN_TOKENS = 0  # up to here one launch does all of a bf16 layer; 1 is the most that this kernel takes
 
 LayerForm = Literal["bf16", "fp8", "w8a16", "int4"]
 Plan = GemmPlan | MmaPlan
@@ -65,7 +62,6 @@ class ExpertLayer:
         self.capability = torch.cuda.get_device_capability(w13.device)
         if _has_wgmma_path(self.capability, self.form):
             self.packed = pack_experts(w13, w2, w13_scales, w2_scales)  # type: ignore[arg-type]
-            self.thin_state = new_state(w13.device)
         else:
             if self.form == "fp8":
                 _say_once(
@@ -114,10 +110,6 @@ class ExpertLayer:
             assert isinstance(plan, MmaPlan)
             places = route(ids, self.num_local_experts, plan.tile, expert_map, work=work)
             grouped_gemm_mma(rows, self.packed, places, plan, out, work and work.clock)
-            return out
-        sizes = ids.numel(), self.hidden_size, self.intermediate_size
-        if plan is None and self.form == "bf16" and ids.shape[0] <= THIN_TOKENS and takes(*sizes):
-            thin_experts(rows, ids, self.packed, self.thin_state, out, expert_map=expert_map, work=work)
             return out
         if plan is None:
             plan = choose_plan(

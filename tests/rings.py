@@ -36,7 +36,7 @@ RINGS: Sequence[Ring] = (
         60.0,
         _files(
             "attention_kernels_cpu decode_attention_emulated dense_fp8 dense_fp8_emulated kernels_bench kernels_cpu "
-            "kernels_int4 kernels_launch nccl_pack permute_emulated quantized thin_experts"
+            "kernels_int4 kernels_launch nccl_pack permute_emulated quantized"
         ),
     ),
     Ring(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from decode_world import decode_step
 
-from expertmesh.kernels import expert_layer, jit, reference
+from expertmesh.kernels import jit, reference
 from expertmesh.kernels.combine_norm import combine_add_rms_norm
 from expertmesh.kernels.decode_attention import decode_attention
 from expertmesh.kernels.decode_attention import takes as takes_decodes
@@ -98,10 +98,9 @@ def test_attention_for_few_decodes(shape, num_requests):
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 8])
-def test_gate_experts_and_weighted_sum_of_few_tokens(monkeypatch, num_tokens):
+def test_gate_experts_and_weighted_sum_of_few_tokens(num_tokens):
     if not takes(128, 2048, TOP_K, torch.device(DEVICE)):
         pytest.skip("needs clusters")
-    monkeypatch.setattr(expert_layer, "THIN_TOKENS", 1)
     x, residual = (torch.randn(num_tokens, 2048, device=DEVICE).bfloat16() for _ in range(2))
     gate, norm = torch.randn(128, 2048, device=DEVICE).bfloat16(), torch.ones(2048, device=DEVICE).bfloat16()
     ids, topk_weights = gate_linear(x, gate, TOP_K)
