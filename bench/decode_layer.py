@@ -2,15 +2,14 @@
 
     python -P -m expertmesh.bench.decode_layer [--model 30b,235b-fp8] [--tokens 1,2,4,8] [--contexts 192,512,1024,4096]
 
-`two`: `qk_norm_rope` and the planned attention; `one`: `decode_attention` with each of the `--variants` (CTAs of a
-cluster x warps x units on their way). `layer`: norm, qkv product, either, output product, norm, each layer with weights
-and KV of its own, out of L2; `+n`: products bring n more pieces of their weights to the L2 ahead. One CUDA graph of
-all layers each; one launch overlaps the next as in a step."""
+`two`: `qk_norm_rope` and the planned attention; `one`: `decode_attention` as a step has it, or with each of `--shares`
+(CTAs of a cluster x warps x units on their way). `layer`: norm, qkv product, either, output product, norm, each layer
+with weights and KV of its own, out of L2. One CUDA graph of all layers each; one launch overlaps the next as in a
+step."""
 
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ import torch
 
 from ..cluster.attention import flash
 from ..cluster.attention.products import PlainProducts, Weight
-from ..kernels import dense_fp8, thin_linear
 from ..kernels.add_norm import add_rms_norm
 from ..kernels.bench_clock import measure_read_gbps, median_us
 from ..kernels.decode_attention import Share, decode_attention
@@ -53,21 +51,20 @@ def main() -> None:
     parser.add_argument("--model", default="30b,235b-fp8")
     parser.add_argument("--tokens", default="1,2,4,8")
     parser.add_argument("--contexts", default="192,512,1024,4096")
-    parser.add_argument("--variants", default="8x4x2")
-    parser.add_argument("--ahead", default="0,1", help="for both products; the fp8 ones take eight times as many turns")
+    parser.add_argument("--shares", default="", help="CTAsxWARPSxUNITS,... instead of what a step has")
     parser.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16")
     parser.add_argument("--out", default="")
     options = parser.parse_args()
     flash.FEW_TOKENS = 0  # so that `two` is planned as contexts beyond the limit are
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, read {measure_read_gbps():.0f} GB/s", flush=True)
-    variants = [tuple(map(int, text.split("x"))) for text in options.variants.split(",")]
+    shares = [Share(*map(int, text.split("x"))) for text in options.shares.split(",") if text]
     lines: list[dict[str, Any]] = []
     for name in options.model.split(","):
         for num_tokens in map(int, options.tokens.split(",")):
             for context in map(int, options.contexts.split(",")):
                 layers = Layers(MODELS[name], num_tokens, context, E4M3 if options.kv_dtype == "fp8" else BF16)
                 line: dict[str, Any] = {"model": name, "T": num_tokens, "context": context}
-                for what, us in layers.measure(variants, list(map(int, options.ahead.split(",")))):
+                for what, us in layers.measure(shares):
                     line[what] = round(us, 2)
                 lines.append(line)
                 print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)
@@ -114,24 +111,22 @@ class Layers:
         self.norm = _noise(model.hidden)
         self.weights = [self._weights() for _ in range(12)]
 
-    def measure(self, variants: list[tuple[int, ...]], ahead: list[int]) -> Iterator[tuple[str, float]]:
+    def measure(self, shares: list[Share]) -> Iterator[tuple[str, float]]:
         ways: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {"two": self._two}
-        ways |= {"one " + "x".join(map(str, sizes)): self._one(sizes) for sizes in variants}
+        ways |= {"one " + "x".join(map(str, share)): self._one(share) for share in shares}
+        ways |= {} if shares else {"one": self._one(None)}
         for name, way in ways.items():
             yield name, median_us([_bind(way, self.qkv, n) for n in range(self.num_caches)], budget_ms=15)
-        for count in ahead:
-            with _ahead(count):
-                for name, way in ways.items():
-                    calls = [_bind(self._layer, way, n) for n in range(12)]
-                    yield f"layer {name} +{count}", median_us(calls, budget_ms=15)
+        for name, way in ways.items():
+            yield f"layer {name}", median_us([_bind(self._layer, way, n) for n in range(12)], budget_ms=15)
 
     def _two(self, qkv: torch.Tensor, n: int) -> torch.Tensor:
         k, v = self.caches[n]
         q = qk_norm_rope(*Projected(qkv, *self.rest), k, v, **self.heads)
         return self.attention.attend(q, k, v)
 
-    def _one(self, sizes: tuple[int, ...]) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        how: dict[str, Any] = {"share": Share(*sizes), **self.heads}
+    def _one(self, share: Share | None) -> Callable[[torch.Tensor, int], torch.Tensor]:
+        how: dict[str, Any] = {"share": share, **self.heads}
 
         def call(qkv: torch.Tensor, n: int) -> torch.Tensor:
             return decode_attention(*Projected(qkv, *self.rest), *self.caches[n], *self.requests, **how)
@@ -150,16 +145,6 @@ class Layers:
             return _noise(*shapes[0]), _noise(*shapes[1])
         one, two = (pack_fp8(_noise(*shape).to(torch.float8_e4m3fn), _scales(*shape)) for shape in shapes)
         return one, two
-
-
-@contextmanager
-def _ahead(count: int) -> Iterator[None]:
-    before = thin_linear.AHEAD, dense_fp8.AHEAD
-    thin_linear.AHEAD, dense_fp8.AHEAD = count, 8 * count
-    try:
-        yield
-    finally:
-        thin_linear.AHEAD, dense_fp8.AHEAD = before
 
 
 def _scales(num_outputs: int, k: int) -> torch.Tensor:

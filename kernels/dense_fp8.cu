@@ -3,7 +3,7 @@
 // w is all the work: each CTA takes an equal share of the outputs, in eights, over all of K, so nothing is left to
 //   add up between CTAs. Its rows of a block (pack.py) lie together in memory.
 // Smem: ring of STAGES x (PARTS k-blocks of OUTPUTS rows of w, the same columns of x). The first slots are filled with
-//   weights before the kernel before this one has ended; with AHEAD so many more turns are brought to the L2.
+//   weights before the kernel before this one has ended.
 // Warps: one brings weights, one rows.  Of the others warp (m, part) multiplies 16 outputs by every PARTS-th k-block.
 //   Weights are the wide operand; a piece of 16 bytes, 16 columns of an output, is one step of k: lane t of four has
 //   columns 4 t to 4 t + 3, of weights by ldmatrix and of rows by one load of 8 bytes.
@@ -17,9 +17,6 @@
 #define OUTPUTS 72
 #define PARTS 4
 #define STAGES 4
-#endif
-#ifndef AHEAD
-#define AHEAD 0
 #endif
 
 constexpr int K_BLOCKS = K / 128, TURNS = K_BLOCKS / PARTS;
@@ -46,24 +43,12 @@ __device__ __forceinline__ Slice slice_of(u32 cta, int num_outputs) {
   return {(int)begin * 8, (int)(end - begin) * 8};
 }
 
-// What the next turns will copy, as far as the L2.
-__device__ __forceinline__ void prefetch_turns(const u8* from, int turns, int bytes, int lane) {
-#if __CUDA_ARCH__ >= 900
-  for (int block = lane; block < turns * PARTS; block += 32)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + (i64)block * 16384), "r"(bytes) : "memory");
-#endif
-}
-
 // One warp. Reads nothing that the kernel before wrote. A slice may lie in two rows of blocks.
 __device__ __forceinline__ void produce_weights(const u8* w, const Slice& slice, int lane) {
   const int row = slice.first % 128, here = min(slice.count, 128 - row), beyond = slice.count - here;
   const u8* from = w + (i64)(slice.first / 128) * K_BLOCKS * 16384;
   Ring ring;
   for (int turn = 0; turn < TURNS; ++turn, ring.next(STAGES)) {
-    if (AHEAD && turn == STAGES) {
-      prefetch_turns(from + row * 128, min(AHEAD, TURNS - STAGES), here * 128, lane);
-      if (beyond) prefetch_turns(from + K_BLOCKS * 16384, min(AHEAD, TURNS - STAGES), beyond * 128, lane);
-    }
     barrier_wait(empty[ring.slot], ring.parity ^ 1);
     expect_bytes(full[ring.slot], PARTS * slice.count * 128, lane);
     for (int p = 0; p < PARTS; ++p, from += 16384) {

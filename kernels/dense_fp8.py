@@ -18,7 +18,6 @@ from .pack import pack_w2, unpack_w2
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 BLOCK = 128
 MAX_ROWS = 16  # of one launch
-AHEAD = 0  # turns of the ring whose weights a CTA brings to the L2 before the rows are there, besides those in it
 MOST_CTAS = 256  # multiprocessors of a GPU; as many tiles may be shared (`dense_w8a8.py`)
 _MOST_WARPS = 20  # that multiply
 _SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}  # a CTA's most; else 99 KiB
@@ -91,7 +90,7 @@ def _launch(x: torch.Tensor, w: Fp8Weight, out: torch.Tensor) -> None:
     index = x.device.index or 0
     num_ctas = num_slices(num_outputs, num_sms(index))
     plan = FewRowsPlan.choose(num_rows, outputs_of_slice(num_outputs, num_ctas), k, capability(index))
-    dense_fp8_kernel(k, plan, AHEAD).launch(
+    dense_fp8_kernel(k, plan).launch(
         (num_ctas,),
         plan.num_threads,
         (w.packed, w.scales, x, np.int32(num_rows), out, np.int32(num_outputs)),
@@ -153,8 +152,8 @@ class FewRowsPlan:
 
 
 @functools.cache
-def dense_fp8_kernel(k: int, plan: FewRowsPlan, ahead: int) -> Kernel:
-    return Kernel("dense_fp8.cu", "dense_fp8", {"K": k, "AHEAD": ahead, **plan.defines})
+def dense_fp8_kernel(k: int, plan: FewRowsPlan) -> Kernel:
+    return Kernel("dense_fp8.cu", "dense_fp8", {"K": k, **plan.defines})
 
 
 @functools.cache

@@ -1,12 +1,8 @@
 // thin_linear.cu: y = x @ w^T for 1 to 8 rows, bf16 in, float32 sums, bf16 out: reads w once at the rate of the memory.
 // Grid: two CTAs an SM (one where WARPS > 8), each over every gridDim-th group of 8 outputs; the warps of a CTA share K
 // and add up through shared memory, two buffers, one barrier a group.  Needs: K % 32 == 0, num_outputs % 8 == 0.
-// AHEAD: so many groups more are brought as far as the L2 before the rows are there.
+// Before the rows are there a CTA's first group is in registers and its second as far as the L2.
 #include "thin_gemm.cuh"
-
-#ifndef AHEAD
-#define AHEAD 0
-#endif
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS > 8 ? 1 : 2)
     thin_linear(const u16* x, int num_rows, const u16* w, int num_outputs, u16* y) {
@@ -15,11 +11,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, WARPS > 8 ? 1 : 2)
   const int num_groups = num_outputs / 8;
   ThinGemm gemm;
   gemm.start(w, blockIdx.x);
-#pragma unroll
-  for (int i = 1; i <= AHEAD; ++i) {
-    const int group = blockIdx.x + i * gridDim.x;
-    if (group < num_groups) gemm.prefetch(group);
-  }
+  if (blockIdx.x + gridDim.x < num_groups) gemm.prefetch(blockIdx.x + gridDim.x);
   wait_for_previous_kernel();
   gemm.load_rows(x, num_rows);
   int buffer = 0;

@@ -16,7 +16,6 @@ from .jit import Kernel
 BF16 = torch.bfloat16
 MAX_ROWS = 8
 MAX_K = 4096  # x is held in registers by 16 warps
-AHEAD = 0  # groups of outputs whose weights a CTA brings to the L2 before the rows are there, besides its first
 
 
 def thin_linear(x: torch.Tensor, w: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -36,7 +35,7 @@ def thin_linear(x: torch.Tensor, w: torch.Tensor, *, out: torch.Tensor | None = 
     if num_rows:
         warps = warps_for(k)
         num_ctas = _num_sms(x.device.index or 0) * (1 if warps > 8 else 2)
-        thin_linear_kernel(k, AHEAD).launch(
+        thin_linear_kernel(k).launch(
             (min(num_ctas, num_outputs // 8),),
             32 * warps,
             (x, np.int32(num_rows), w, np.int32(num_outputs), out),
@@ -56,8 +55,8 @@ def warps_for(k: int) -> int:
 
 
 @functools.cache
-def thin_linear_kernel(k: int, ahead: int) -> Kernel:
-    return Kernel("thin_linear.cu", "thin_linear", {"K": k, "WARPS": warps_for(k), "AHEAD": ahead})
+def thin_linear_kernel(k: int) -> Kernel:
+    return Kernel("thin_linear.cu", "thin_linear", {"K": k, "WARPS": warps_for(k)})
 
 
 @functools.cache
