@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..cluster.attention.flash import FlashAttention
+from ..cluster.attention import flash
 from ..kernels.bench_clock import Ceilings, measure_ceilings, median_us
 from ..kernels.kv_numbers import to_kv
 
@@ -56,6 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     heads, kv_heads = map(int, options.heads.split(","))
     kv_dtype = torch.float8_e4m3fn if options.kv_dtype == "fp8" else torch.bfloat16
+    flash.FEW_TOKENS = 0  # `bench/decode_layer.py` has the launch that takes few decodes whole
     ceilings = measure_ceilings()
     device = torch.cuda.get_device_name()
     print(
@@ -82,7 +83,7 @@ def measure(
     kv_bytes = 2 * batch * length * kv_heads * HEAD_DIM * kv_dtype.itemsize
     io_bytes = 2 * batch * q_len * heads * HEAD_DIM * 2
     layers = max(1, -(-_CACHE_BYTES // kv_bytes)) if decode else 1
-    attention = FlashAttention(
+    attention = flash.FlashAttention(
         heads,
         kv_heads,
         HEAD_DIM,

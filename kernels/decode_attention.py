@@ -1,4 +1,4 @@
-"""From the qkv product to mixed heads in one launch, for the few decodes of a step at batch 1 to 8.
+"""From the qkv product to mixed heads in one launch, for the few decodes of a step, up to 32.
 
 Why: at such sizes a layer's norms, rotation, KV write and attention are all latency. In one launch the pages of earlier
 positions are read while the qkv product still runs, and the output product may read its weights while attention runs,
@@ -18,8 +18,7 @@ from .qk_norm_rope import KV_DTYPES
 BF16 = torch.bfloat16
 HEAD_SIZES = (64, 128)
 MOST_GROUP = 16  # heads a KV head
-CTAS, WARPS = 8, 4  # of a cluster; of a CTA
-ROOMY_CTAS = 64  # up to so many have a multiprocessor each, with half of an H100's left to the products around
+_SHARES = ((8, 8, 4, 4), (16, 4, 8, 2), (32, 2, 8, 2), (1 << 31, 2, 4, 2))  # clusters at most; a `Share` of bf16 KV
 
 
 class Share(NamedTuple):
@@ -31,10 +30,12 @@ class Share(NamedTuple):
 
 
 def share_for(num_tokens: int, num_kv_heads: int, kv_bytes: int = 2) -> Share:
-    """Few CTAs have long rings: they hide the memory's latency, and no two CTAs fit a multiprocessor, which would halve
-    what each of them gets while others idle. Many CTAs have short ones, of which three fit."""
-    roomy = CTAS * num_kv_heads * num_tokens <= ROOMY_CTAS
-    return Share(CTAS, WARPS, (8 if roomy else 4) // kv_bytes)
+    """Measured on an H200 (docs/performance.md, "From q, k, v to mixed heads"). Up to 64 CTAs in all have a
+    multiprocessor each and leave half of them to the products around; rings of 128 KiB keep two from sharing one while
+    others idle. Where that would be less than two CTAs a cluster, rings are half as long and two or three CTAs fit."""
+    clusters = num_kv_heads * num_tokens
+    ctas, warps, stages = next(sizes for most, *sizes in _SHARES if clusters <= most)
+    return Share(ctas, warps, stages * 2 // kv_bytes)
 
 
 def decode_attention(

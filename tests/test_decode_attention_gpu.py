@@ -57,7 +57,9 @@ def test_e4m3_caches_are_widened_and_written_as_by_the_other_launch(shape, lengt
     assert_whole_step(step)
 
 
-@pytest.mark.parametrize("how", [(8, 4, 4), (8, 4, 2), (8, 8, 2), (4, 4, 2), (2, 4, 4), (1, 8, 3), (8, 2, 6)], ids=str)
+@pytest.mark.parametrize(
+    "how", [(8, 4, 4), (4, 8, 2), (2, 8, 2), (2, 4, 2), (8, 8, 2), (4, 4, 2), (1, 8, 3), (8, 2, 6)], ids=str
+)
 @pytest.mark.parametrize("block_size", [4, 16, 64])
 def test_any_share_of_ctas_warps_and_units(how, block_size):
     for lengths in LENGTHS[:3]:
@@ -175,6 +177,7 @@ def test_steps_read_what_earlier_steps_wrote_however_early_they_start():
 # ----------------------------------------------------------------------------------------------------------- the plan
 def test_a_plan_takes_the_launch_up_to_its_limits_and_the_other_forms_beyond(monkeypatch):
     monkeypatch.setattr(flash, "FEW_TOKENS", 512)
+    monkeypatch.setattr(flash, "FEW_REQUESTS", 8)
     attention = FlashAttention(32, 4, 128, 16, DEVICE, max_num_reqs=16, max_num_blocks=64)
     assert "few" in attention.forms(8)
     assert "few" not in attention.forms(9)

@@ -57,7 +57,8 @@ def test_few_decodes_of_short_contexts_are_planned_for_one_launch(monkeypatch):
     monkeypatch.setattr(flash, "FEW_REQUESTS", 4)
     monkeypatch.setattr(flash.few_decodes, "takes", lambda *_: True)
     attention = make(NumpyKernels(DIM))
-    assert attention.forms(4) == ("few", *attention.forms(5))
+    assert attention.forms(4) == ("few", "cut")
+    assert attention.forms(5) == ("short", "whole", "cut")
     seen = {}
     for lengths in ((1, 40), (64, 3, 17, 1), (20,)):
         step = step_of(*((1, n) for n in lengths))
@@ -76,8 +77,40 @@ def test_few_decodes_of_short_contexts_are_planned_for_one_launch(monkeypatch):
         step = step_of(*((1, n) for n in lengths))
         assert attention.plan(step.q_lens, step.seq_lens, step.block_table, bucket=bucket, form=form)[1] != "few"
         assert attention.whole is None
-    invariant = make(NumpyKernels(DIM), invariant=True)
-    assert invariant.plan(step.q_lens, step.seq_lens, step.block_table, bucket=4)[1] == "whole"
+
+
+@pytest.mark.parametrize("invariant", [False, True], ids=["plain", "invariant"])
+@pytest.mark.parametrize("takes_few", [False, True])
+def test_steps_take_the_forms_that_their_buckets_name_and_no_others(takes_few, invariant, monkeypatch):
+    """The forms are what a warm engine has graphs of: one too many costs time and memory, one too few a capture beside
+    streams."""
+    monkeypatch.setattr(flash, "FEW_TOKENS", 1000)
+    monkeypatch.setattr(flash, "INVARIANT_CHUNK", 1024)
+    monkeypatch.setattr(flash.few_decodes, "takes", lambda *_: takes_few)
+    attention = make(NumpyKernels(DIM, num_sms=40), invariant=invariant, max_num_reqs=64, max_num_blocks=128)
+    draw, taken = np.random.default_rng(0), dict[tuple[str, ...], set[str]]()
+    for bucket in (1, 4, 32, 64):
+        forms = attention.forms(bucket)
+        for longest in (20, 500, 700, 1000, 1001, 1500, 2000):
+            for num_reqs in {1, 1 + bucket // 2, bucket}:
+                for lens in (np.full(num_reqs, longest), draw.integers(1, longest, num_reqs, endpoint=True)):
+                    table = np.zeros((num_reqs, 128), np.int32)
+                    key = attention.plan(np.ones(num_reqs, np.int32), lens.astype(np.int32), table, bucket=bucket)
+                    taken.setdefault(forms, set()).add(key[1])
+    assert all(set(forms) == found for forms, found in taken.items()), taken
+
+
+def test_a_bucket_of_few_is_cut_even_where_cutting_does_not_pay(monkeypatch):
+    monkeypatch.setattr(flash.few_decodes, "takes", lambda *_: True)
+    monkeypatch.setattr(flash, "FEW_TOKENS", 500)
+    kernels = NumpyKernels(DIM, num_sms=2)
+    attention = make(kernels)
+    step = step_of(*((1, 700) for _ in range(8)))
+    assert attention.plan(step.q_lens, step.seq_lens, step.block_table, bucket=8)[1] == "cut"
+    assert_close(attend(attention, step, bucket=8), step)
+    assert kernels.calls[-1].partial_o
+    monkeypatch.setattr(flash.few_decodes, "takes", lambda *_: False)
+    assert make(kernels).plan(step.q_lens, step.seq_lens, step.block_table, bucket=8)[1] == "whole"
 
 
 def test_long_contexts_are_cut_where_the_gpu_would_idle():

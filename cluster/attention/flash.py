@@ -5,9 +5,9 @@ the current stream, from pinned memory that is not touched again before the copy
 kernels that read them, for every layer. A decode step of a **bucket** runs in one of four forms: "few" (requests and
 contexts so few that one launch takes the qkv product whole: `kernels/decode_attention.py`), "short" (contexts so short
 that many small CTAs an SM are best), "whole", and "cut" (contexts in chunks, where few requests would leave the GPU
-idle). A form always uses the same addresses and grid, so a CUDA graph captured after one plan may be replayed after
-any later plan that returns the same key. Padding rows are requests without KV and come out as zeros. Block-table rows
-are sent as they are, since a kernel finds a row by its start.
+idle). A bucket of few requests knows "few" and "cut" alone. A form always uses the same addresses and grid, so a CUDA
+graph captured after one plan may be replayed after any later plan that returns the same key. Padding rows are requests
+without KV and come out as zeros. Block-table rows are sent as they are, since a kernel finds a row by its start.
 
 With `invariant` a token's bits depend on its own sequence alone: one tile of queries, aligned to positions (a step over
 a KV tile that a row does not see is not quite without effect: its sums are scaled by 1 within rounding), KV chunks of
@@ -35,7 +35,7 @@ LONG_QUERY = 128  # queries of this many tokens and more take the kernel for lon
 INVARIANT_TILE = 64  # decode and prefill alike
 INVARIANT_CHUNK = 4096
 SHORT = 512  # tokens of the longest context of the "short" form
-FEW_REQUESTS = 8  # the largest bucket of the "few" form
+FEW_REQUESTS = 32  # the largest bucket of the "few" form
 FEW_TOKENS = 4096  # of the longest context of the "few" form
 _CTAS_PER_SM = 2
 _ROUNDS = 4  # of the whole GPU that chunks may add to a step with prompts: few tokens far into a context need some
@@ -140,17 +140,20 @@ class FlashAttention:
         """q_lens [R] new tokens, seq_lens [R] tokens in KV after them, block_table [R, any] int32 block ids.
 
         Host work and one asynchronous copy. With a `bucket` (all q_lens 1, R <= bucket) the key of the graphs that may
-        be replayed now; without, None. `form` forces one of `forms`, so that each can be captured beforehand; an
-        invariant mode has no "short"."""
+        be replayed now; without, None. `form` forces one, so that each of `forms` can be captured beforehand."""
         if bucket is not None:
             return self._plan_bucket(q_lens, seq_lens, block_table, bucket, form)
         self._plan_eager(q_lens, seq_lens, block_table)
         return None
 
     def forms(self, bucket: int) -> tuple[str, ...]:
-        """Those that steps of this bucket may need."""
-        few = ("few",) if self._has_few and bucket <= FEW_REQUESTS else ()
-        return (*few, "short", "whole", "cut")
+        """All that steps of this bucket may need: each is a graph that a warm engine has."""
+        if self.invariant:
+            return "whole", "cut"
+        return ("few", "cut") if self._takes_few(bucket) else ("short", "whole", "cut")
+
+    def _takes_few(self, bucket: int) -> bool:
+        return self._has_few and bucket <= FEW_REQUESTS
 
     @property
     def whole(self) -> Callable[..., torch.Tensor] | None:
@@ -232,9 +235,10 @@ class FlashAttention:
         self._planned = None
 
     def _load_few(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-        """For rows of padding, of which nothing is read: as many as the first and the last bucket has."""
+        """For rows of padding, of which nothing is read: in all ways in which buckets share the work."""
         one, num_normed = np.ones(1, np.int32), self.num_heads + self.num_kv_heads
-        for bucket in (1, min(FEW_REQUESTS, self.max_num_reqs)):
+        most = min(FEW_REQUESTS, self.max_num_reqs)
+        for bucket in sorted({min(1 << power, most) for power in range(most.bit_length() + 1)}):
             self._plan_bucket(one, one, np.zeros((1, 1), np.int32), bucket, "few")
             place = torch.zeros(bucket, dtype=torch.int64, device=self.device)
             shape = bucket, num_normed + self.num_kv_heads, self.head_dim
@@ -280,10 +284,13 @@ class FlashAttention:
         if self.invariant:
             cut = longest > INVARIANT_CHUNK or form == "cut"
             return ("cut", INVARIANT_CHUNK) if cut else ("whole", SINGLE)
-        if form is None and longest <= FEW_TOKENS and "few" in self.forms(bucket):
+        takes_few = self._takes_few(bucket)
+        if form is None and takes_few and longest <= FEW_TOKENS:
             form = "few"
         if form is None:
             chunk = self._chunk_of(seq_lens, longest, bucket, most)
+            if chunk == SINGLE and takes_few:
+                chunk = longest  # beside such contexts the second launch is little; "whole" would be a graph a bucket
             if chunk != SINGLE:
                 return "cut", chunk
             return ("short" if longest <= SHORT else "whole"), SINGLE

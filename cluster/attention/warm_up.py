@@ -34,7 +34,7 @@ Publish = Callable[[list[RequestOutput]], None]
 
 OUTPUT = 3  # tokens: a bucket runs eagerly, is captured, and is replayed
 STEPS = 4  # tokens of the newest of a company: of a prompt's step, an eager one, a captured one and a replay
-STEPS_REST = 7  # ... and of three in which other forms are captured
+STEPS_REST = 6  # ... and of two in which other forms are captured
 TIMEOUT_S = 60.0  # of one request
 BOUND_S = 2.0  # for steps of decodes, before others are served
 QUIET_S = 0.5  # between two looks whether somebody asks for something
