@@ -8,7 +8,7 @@ import torch
 
 from .add_norm import norm_threads
 from .checks import require, require_sizes
-from .jit import Kernel
+from .jit import Kernel, since_hopper
 
 BF16 = torch.bfloat16
 ROW_CTAS = 8  # of a cluster that shares a row: hidden 4096 takes 1.4 us where one CTA takes 2.1; 4 do no better
@@ -40,7 +40,7 @@ def combine_add_rms_norm(
     if num_tokens:
         threads = norm_threads(hidden)
         shared = num_tokens <= FEW_TOKENS and hidden == 8 * threads and threads % (32 * ROW_CTAS) == 0
-        ctas = ROW_CTAS if shared and has_clusters(y.device.index) else 1
+        ctas = ROW_CTAS if shared and since_hopper(y.device.index) else 1
         combine_norm_kernel(hidden, top_k, ctas).launch(
             (num_tokens * ctas,),
             threads // ctas,
@@ -48,11 +48,6 @@ def combine_add_rms_norm(
             device=y.device,
         )
     return out
-
-
-@functools.cache
-def has_clusters(device_index: int) -> bool:
-    return torch.cuda.get_device_capability(device_index)[0] >= 9
 
 
 @functools.cache

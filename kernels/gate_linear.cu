@@ -76,15 +76,14 @@ struct Gate {
     }
   }
 
-  // The logits of this CTA's tokens are there, so every CTA has read what they were made of. False: it has no token.
+  // Until the logits of this CTA's tokens are there. False: it has no token.
   __device__ __forceinline__ bool wait() const {
     if (rank >= num_tokens) return false;
     barrier_wait(shared_address(&memory.arrived), 0);
     return true;
   }
 
-  // By all warps, one for each token: rows, ids, weights of the cluster's first token on. Tokens with a negative row
-  // are routed nowhere.
+  // By all warps, one for each token: ids and weights of the cluster's first token on.
   __device__ __forceinline__ void choose(const bool (&nowhere)[TOKENS_EACH], int* topk_ids, float* topk_weights,
                                          int* counts) const {
     const int lane = threadIdx.x & 31;

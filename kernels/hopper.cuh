@@ -76,22 +76,21 @@ __device__ __forceinline__ void store_cluster_async(u32 mapped, float v, u32 map
                : "memory");
 }
 
-// Every CTA of the cluster has started and made its barriers (barriers_visible). Orders nothing else, so it costs no
-// fence.
-__device__ __forceinline__ void cluster_started() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// The same in two parts: every thread of the cluster arrives, and later waits for the others' arrivals. What the others
-// see of this one's writes are barriers after `barriers_visible`, no more: a release would be a fence at GPU scope.
+// Every thread of the cluster arrives, and later waits for the others' arrivals. What the others see of this one's
+// writes are barriers after `barriers_visible`, no more: a release would be a fence at GPU scope.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Every CTA of the cluster has started and made its barriers.
+__device__ __forceinline__ void cluster_started() {
+  cluster_arrive();
+  cluster_wait();
+}
 
 // Contiguous global -> the same place in both CTAs of a cluster of two; completes on each one's own `barrier`.
 __device__ __forceinline__ void bulk_load_both(u32 destination, const void* source, u32 bytes, u32 barrier) {

@@ -102,7 +102,8 @@ def architecture(device_index: int) -> str:
 
 
 @functools.cache
-def _has_overlap(device_index: int) -> bool:
+def since_hopper(device_index: int) -> bool:
+    """Whether there are clusters of CTAs, and launches that begin before the one before them has ended."""
     return torch.cuda.get_device_capability(device_index)[0] >= 9
 
 
@@ -167,7 +168,7 @@ class Kernel:
         options: dict[str, Any] = {
             "stream": torch._C._cuda_getCurrentRawStream(index),
             "shared_bytes": shared_bytes,
-            "overlap": overlap and _has_overlap(index),
+            "overlap": overlap and since_hopper(index),
             "name": self.name,
         }
         if torch._C._cuda_getDevice() == index:

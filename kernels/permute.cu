@@ -1,14 +1,12 @@
 // permute.cu: put (row, k) pairs into expert order, all on the device.
-// route: one CTA, or one cluster of ROUTE_CTAS that share the pairs.  Counts pairs per local expert, pads every expert
-// to 8 rows, gives each pair its place (stable: by expert,
-//   then by pair index), and cuts each expert's rows into tiles of at most TILE rows for the grouped GEMM.
-//   Each warp owns a run of pairs and a private histogram, so nothing is atomic and the order never changes between
-//   runs.
+// route: one CTA, or one cluster of ROUTE_CTAS that share the pairs. Counts pairs per local expert, pads every expert
+// to 8 rows, gives each pair its place (stable: by expert, then by pair index), and cuts each expert's rows into tiles
+// of at most `tile` rows for the grouped GEMM. Each warp owns a run of pairs and a private histogram, so the order
+// never changes between runs.
 // pack: gathers rows into k-blocks of 128 bytes, packed[k / 128B][place][128 B], 16-byte pieces swizzled by place & 7:
-// what a
-//   bulk copy must bring so that wgmma can read it.  FP8: quantises on the way, one float32 scale per row and 128
-//   columns.
-// Few pairs: permute_few.cu does both in one launch.
+// what a bulk copy must bring so that wgmma can read it. FP8: quantises on the way, one float32 scale per row and 128
+// columns.
+// Few pairs: permute_few.cu and permute_pairs.cu do both in one launch.
 // Needs: NUM_EXPERTS <= 512 local experts; HIDDEN % 64 == 0 (FP8: % 128).
 #ifndef NUM_EXPERTS
 #define NUM_EXPERTS 128
@@ -124,15 +122,8 @@ extern "C" __global__ void ROUTE_CLUSTER __launch_bounds__(WARPS * 32, 1)
     for (int i = 0; i < BATCH; ++i) {
       if (base + 32 * i >= end) break;
       const int local = local_expert(e[i], expert_map, num_mapped);
-      const u32 same = __match_any_sync(0xffffffffu, local);
-      const u32 earlier = same & ((1u << lane) - 1);
-      const int place = local >= 0 ? mine[local] : 0;
-      __syncwarp();
-      if (local >= 0) {
-        if (!earlier) mine[local] = place + __popc(same);
-        pair_of_row[first_row[local] + place + __popc(earlier)] = (int)(base + 32 * i) + lane;
-      }
-      __syncwarp();
+      const int before = count_before(local, mine);
+      if (local >= 0) pair_of_row[first_row[local] + before] = (int)(base + 32 * i) + lane;
     }
   }
   if (notes) note_product(work, kept, began, places.total_pairs);

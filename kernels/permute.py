@@ -12,7 +12,7 @@ import torch
 
 from ..errors import KernelError
 from .expert_work import LayerWork
-from .jit import Kernel
+from .jit import Kernel, since_hopper
 
 SHARED_ROUTE_PAIRS = 2048  # from here on a cluster of CTAs is faster than one
 ONE_LAUNCH_PAIRS = 4096  # the most that route_and_pack's shared memory holds
@@ -50,7 +50,7 @@ def route(
     as few tiles of at most `tile` rows as hold them, each but the last a multiple of `granule` rows."""
     plan = _unrouted(ids, num_local_experts, tile, expert_map)
     pairs = ids.numel()
-    num_ctas = 8 if pairs >= SHARED_ROUTE_PAIRS and torch.cuda.get_device_capability(ids.device)[0] >= 9 else 1
+    num_ctas = 8 if pairs >= SHARED_ROUTE_PAIRS and since_hopper(ids.device.index) else 1
     route_kernel(num_local_experts, num_ctas).launch(
         (num_ctas,),
         1024 if num_local_experts <= 256 else 512,

@@ -1,9 +1,9 @@
 // permute_few.cu: route and pack of permute.cu in one launch, for few pairs: the same places, tiles and blocks.
 // Every CTA finds all places by itself, in shared memory, and gathers its share of the rows; the first CTAs also write
-// the places down for the products.  One launch and one trip through memory less; the ids are read once, into
-// registers. Grid: as many CTAs as the rows can use, 16 warps each; warp w owns a run of pairs and a private histogram,
-// so the
-//   order never changes between runs.
+// down the pair of each row, the last one counts and tiles. One launch and one trip through memory less; the ids are
+// read once, into registers.
+// Grid: as many CTAs as the rows can use, 16 warps each; warp w owns a run of pairs and a private histogram, so the
+// order never changes between runs.
 // Needs: at most MAX_PAIRS pairs, NUM_EXPERTS <= 256 local experts; HIDDEN % 64 == 0 (FP8: % 128).
 #ifndef NUM_EXPERTS
 #define NUM_EXPERTS 128
@@ -59,13 +59,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   for (int i = 0; i < MOST; ++i) {
     if (begin + 32 * i >= end) continue;
     const int local = local_expert(found[i], expert_map, num_mapped);
-    const u32 same = __match_any_sync(0xffffffffu, local);
-    const u32 earlier = same & ((1u << lane) - 1);
-    const int before = local >= 0 ? mine[local] : 0;
-    __syncwarp();
-    if (local >= 0 && !earlier) mine[local] = before + __popc(same);
-    __syncwarp();
-    found[i] = local >= 0 ? local << 16 | before + __popc(earlier) : -1;
+    const int before = count_before(local, mine);
+    found[i] = local >= 0 ? local << 16 | before : -1;
   }
   __syncthreads();
 

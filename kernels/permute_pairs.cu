@@ -2,9 +2,8 @@
 // blocks. A pair's row of x does not depend on where it goes, so it is asked for together with the ids; where it goes
 // every warp finds by itself, from a vote of its lanes, each of which holds two pairs. No scan over experts, and at
 // most one barrier. What the products read is written by those who know it: a pair's place by its CTA, an expert's
-// tiles and padding by
-//   the CTA of its first pair, counts and totals by CTA 0.
-// Needs: 1 to 64 pairs, NUM_EXPERTS <= 256 local experts; HIDDEN % 64 == 0 (FP8: % 128).
+// tiles and padding by the CTA of its first pair, counts and totals by CTA 0.
+// Needs: 1 to 64 pairs, NUM_EXPERTS <= 256 local experts; HIDDEN % 64 == 0 (FP8: % 128); `tile` == TILE.
 #ifndef NUM_EXPERTS
 #define NUM_EXPERTS 128
 #endif
@@ -87,12 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     pairs.rank[h] = 0;
     if (h * 32 >= num_pairs) continue;
     const int local = pairs.expert[h] = mapped_expert(pairs.expert[h], map, expert_map, num_mapped);
-    const u32 same = __match_any_sync(0xffffffffu, local), earlier = same & ((1u << lane) - 1);
-    const int before = local >= 0 ? mine[local] : 0;
-    __syncwarp();
-    if (local >= 0 && !earlier) mine[local] = before + __popc(same);
-    __syncwarp();
-    pairs.rank[h] = before + __popc(earlier);
+    pairs.rank[h] = count_before(local, mine);
   }
 
   const int own = __shfl_sync(0xffffffffu, pair < 32 ? pairs.expert[0] : pairs.expert[1], pair & 31);

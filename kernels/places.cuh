@@ -1,5 +1,5 @@
-// places.cuh: what permute.cu and permute_few.cu share: where an expert's rows and tiles begin, and how rows are
-// gathered into the blocks that the products read.
+// places.cuh: what permute.cu, permute_few.cu and permute_pairs.cu share: where an expert's rows and tiles begin, and
+// how rows are gathered into the blocks that the products read.
 #pragma once
 #include "expert_work.cuh"
 
@@ -9,6 +9,19 @@ constexpr int EXPERT_WARPS = (NUM_EXPERTS + 31) / 32;  // that own an expert
 __device__ __forceinline__ int local_expert(int id, const int* expert_map, int num_mapped) {
   if (expert_map) id = (u32)id < (u32)num_mapped ? __ldg(expert_map + id) : -1;
   return (u32)id < (u32)NUM_EXPERTS ? id : -1;
+}
+
+// How many pairs of expert `local` (-1 none: any number) stand before the lane's own: those that `counted` holds, and
+// those of lower lanes. Counts all of the warp's. All lanes; `counted` is the warp's own.
+template <class T>
+__device__ __forceinline__ int count_before(int local, T* counted) {
+  const u32 same = __match_any_sync(0xffffffffu, local);
+  const u32 earlier = same & ((1u << (threadIdx.x & 31)) - 1);
+  const int before = local >= 0 ? counted[local] : 0;
+  __syncwarp();
+  if (local >= 0 && !earlier) counted[local] = before + __popc(same);
+  __syncwarp();
+  return before + __popc(earlier);
 }
 
 struct Places {  // of the thread's expert, and of all

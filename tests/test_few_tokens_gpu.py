@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from expertmesh.kernels import combine_norm, permute
-from expertmesh.kernels.combine_norm import combine_add_rms_norm, combine_norm_kernel
+from expertmesh.kernels.combine_norm import combine_add_rms_norm
 from expertmesh.kernels.permute import route_and_pack
 
 pytestmark = pytest.mark.gpu
@@ -41,7 +41,6 @@ def test_a_row_shared_by_a_cluster_has_the_bits_of_one_cta(monkeypatch, num_toke
             monkeypatch.setattr(combine_norm, "ROW_CTAS", ctas)
             total = residual.clone()
             results.append((total, combine_add_rms_norm(y, weights, total, weight, EPS, ids=some)))
-        assert combine_norm_kernel.cache_info().currsize
         for one, other in zip(*results):
             assert torch.equal(one, other)
             assert not one.isnan().any()
@@ -70,8 +69,8 @@ def test_a_cta_a_pair_gives_the_places_and_rows_of_few_ctas(
     many[3 : 3 + num_local] = torch.arange(num_local, device=DEVICE).flip(0)
     for expert_map in (None, many[: num_local + 3].contiguous(), many):
         results = []
-        for most in (0, 64):
-            monkeypatch.setattr(permute, "PAIR_A_CTA", most)
+        for most_pairs in (0, 64):
+            monkeypatch.setattr(permute, "PAIR_A_CTA", most_pairs)
             plan, packed, scales = route_and_pack(x, ids, num_local, tile, expert_map, granule=granule, fp8=fp8)
             num_tiles, rows, *_ = plan.state.tolist()
             filled = plan.pair_of_row[:rows]
