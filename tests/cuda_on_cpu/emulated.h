@@ -258,12 +258,10 @@ inline float from_e4m3(u8 b) {
 inline u32 to_e4m3(float f) {  // nearest even, saturating
   if (f != f) return 0x7f;
   const float size = std::fmin(std::fabs(f), 448.0f);
-  u32 best = 0;
-  for (u32 b = 1; b < 127; ++b) {
-    const float off = std::fabs(from_e4m3(b) - size), least = std::fabs(from_e4m3(best) - size);
-    if (off < least || (off == least && b % 2 == 0)) best = b;
-  }
-  return best | (f < 0 ? 128 : 0);
+  u32 low = 0, high = 126;  // from_e4m3(low) <= size <= from_e4m3(high)
+  while (high - low > 1) (from_e4m3((low + high) / 2) <= size ? low : high) = (low + high) / 2;
+  const float below = size - from_e4m3(low), above = from_e4m3(high) - size;
+  return (below < above || (below == above && low % 2 == 0) ? low : high) | (f < 0 ? 128 : 0);
 }
 inline u16 pack_e4m3(float low, float high) { return (u16)(to_e4m3(low) | to_e4m3(high) << 8); }
 inline u32 transpose_8x8(u32 fragment) {
