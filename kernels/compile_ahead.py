@@ -1,4 +1,4 @@
-"""Compile every plan of an expert product before a step needs it.
+"""Compile every plan of an expert product, and what routes few pairs for it, before a step needs it.
 
 Which plan a step takes follows from how many pairs it has (`plan.py`), so some are met late: in a load of growing
 batches the plan for 640 to 1152 tokens of Qwen3-30B was compiled in the middle of all streams, which then waited for
@@ -15,13 +15,15 @@ from .grouped_gemm_mma import choose_mma_plan, mma_kernel
 from .jit import Kernel, compile_only
 from .pack import WeightForm
 from .pack_mma import MmaForm, PackedMma
+from .permute import one_launch_kernels
 from .plan import all_plans
 
 MOST_THREADS = 8
 
 
 def kernels_of(layer: ExpertLayer, top_k: int) -> list[Kernel]:
-    """Every grouped product that this layer may launch; none where it runs in plain torch."""
+    """Every grouped product that this layer may launch, and what is made for its plans before it; none where it runs
+    in plain torch."""
     packed = layer.packed
     if packed is None:
         return []
@@ -36,13 +38,16 @@ def kernels_of(layer: ExpertLayer, top_k: int) -> list[Kernel]:
             scales_bf16=packed.scales_bf16,
             capability=layer.capability,
         )
-    return wgmma_kernels(packed.form, packed.hidden_size, packed.intermediate_size)
+    return wgmma_kernels(packed.form, packed.num_local_experts, packed.hidden_size, packed.intermediate_size, top_k)
 
 
-def wgmma_kernels(form: WeightForm, hidden_size: int, intermediate_size: int) -> list[Kernel]:
-    """Of Hopper's path, one a plan that fits these sizes."""
+def wgmma_kernels(
+    form: WeightForm, num_local_experts: int, hidden_size: int, intermediate_size: int, top_k: int
+) -> list[Kernel]:
+    """Of Hopper's path: products by every plan that fits these sizes, and the one launch before them."""
     plans = [plan for plan in all_plans(form) if plan.fits(hidden_size, intermediate_size)]
-    return [gemm_kernel(plan, hidden_size, intermediate_size) for plan in plans]
+    before = one_launch_kernels(num_local_experts, hidden_size, top_k, form == "fp8", {plan.tile for plan in plans})
+    return [*(gemm_kernel(plan, hidden_size, intermediate_size) for plan in plans), *before]
 
 
 def mma_kernels(

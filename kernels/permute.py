@@ -5,6 +5,7 @@ The counts stay on the device, so every buffer is sized for the worst case that 
 needs is reserved, never touched."""
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -186,6 +187,17 @@ def check_ids(ids: torch.Tensor, expert_map: torch.Tensor | None) -> None:
     for name, tensor in (("row_expert_ids", ids), ("expert_map", expert_map)):
         if tensor is not None and (tensor.dtype != torch.int32 or not tensor.is_contiguous()):
             raise KernelError(f"{name} must be contiguous int32, got {tensor.dtype} with strides {tensor.stride()}")
+
+
+def one_launch_kernels(
+    num_local_experts: int, hidden: int, top_k: int, fp8: bool, tiles: Iterable[int]
+) -> list[Kernel]:
+    """All that `route_and_pack` may launch for plans of these tiles."""
+    if num_local_experts > ONE_LAUNCH_EXPERTS:
+        return []
+    sizes = num_local_experts, hidden, top_k, fp8
+    pairs = [route_and_pack_pairs_kernel(*sizes, tile) for tile in sorted(set(tiles))]
+    return [*pairs, *(route_and_pack_kernel(*sizes, most) for most in (FEW_PAIRS, ONE_LAUNCH_PAIRS))]
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from expertmesh.errors import KVCacheExhausted
 from expertmesh.kernels import compile_ahead, jit
 from expertmesh.kernels.grouped_gemm import gemm_kernel
 from expertmesh.kernels.grouped_gemm_mma import choose_mma_plan, mma_kernel
+from expertmesh.kernels.permute import route_and_pack_pairs_kernel
 from expertmesh.kernels.plan import choose_plan
 from expertmesh.request import EngineRequest, FinishReason, RequestOutput, SamplingParams
 from expertmesh.router.leader import PROMPT_BUCKETS
@@ -243,12 +244,12 @@ def test_a_refused_warm_up_is_said_and_does_not_stop_the_start(caplog: pytest.Lo
 @pytest.mark.parametrize("form", ["bf16", "fp8"])
 def test_whatever_plan_a_step_chooses_was_compiled_ahead(form: str, tmp_path):
     hidden, width, num_experts = 2048, 768, 128
-    kernels = compile_ahead.wgmma_kernels(form, hidden, width)
-    chosen = {
-        id(gemm_kernel(choose_plan(form, pairs, num_experts, hidden, width), hidden, width))
-        for pairs in (1, 8, 64, 1024, 4096, 6000, 10_000, 131_072)
-    }
+    kernels = compile_ahead.wgmma_kernels(form, num_experts, hidden, width, 8)
+    plans = [choose_plan(form, n, num_experts, hidden, width) for n in (1, 8, 64, 1024, 4096, 6000, 10_000, 131_072)]
+    chosen = {id(gemm_kernel(plan, hidden, width)) for plan in plans}
+    chosen |= {id(route_and_pack_pairs_kernel(num_experts, hidden, 8, form == "fp8", plan.tile)) for plan in plans}
     assert chosen <= {id(kernel) for kernel in kernels}
+    assert len(compile_ahead.wgmma_kernels(form, 512, hidden, width, 8)) < len(kernels)  # these take two launches
 
 
 def test_the_other_path_knows_its_plans_too():
@@ -261,7 +262,7 @@ def test_the_other_path_knows_its_plans_too():
 
 
 def test_compiling_ahead_leaves_nothing_to_compile(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    kernels = compile_ahead.wgmma_kernels("bf16", 256, 128)
+    kernels = compile_ahead.wgmma_kernels("bf16", 16, 256, 128, 8)
     jit._compile.cache_clear()
     monkeypatch.setattr(jit, "_cache_directory", tmp_path)
     compile_ahead.compile_ahead(kernels, "sm_90a")
