@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .checks import require, require_sizes
-from .jit import Kernel
+from .jit import Kernel, num_sms
 from .pack import pack_w2, unpack_w2
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
@@ -159,8 +159,3 @@ def dense_fp8_kernel(k: int, plan: FewRowsPlan) -> Kernel:
 @functools.cache
 def capability(device_index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device_index)
-
-
-@functools.cache
-def num_sms(device_index: int) -> int:
-    return torch.cuda.get_device_properties(device_index).multi_processor_count

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from .checks import require, require_sizes
-from .dense_fp8 import BF16, BLOCK, Fp8Weight, num_sms
-from .jit import Kernel
+from .dense_fp8 import BF16, BLOCK, Fp8Weight
+from .jit import Kernel, num_sms
 
 TILES = (128, 192)
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from .checks import require, require_sizes
-from .dense_fp8 import BF16, BLOCK, Fp8Weight, num_slices, num_sms, outputs_of_slice
+from .dense_fp8 import BF16, BLOCK, Fp8Weight, num_slices, outputs_of_slice
 from .dense_w8a8 import has_kernel, quantize_rows
-from .jit import Kernel
+from .jit import Kernel, num_sms
 
 MAX_ROWS = 128  # of one launch
 _TILES = (8, 16, 32, 64, 128)

@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import torch
 
-from .jit import Kernel
+from .jit import Kernel, num_sms
 from .pack import PackedWeights
 from .permute import RoutePlan
 from .plan import GemmPlan
@@ -30,9 +30,7 @@ def grouped_gemm(
     h_scales = torch.empty(2 * blocks, route.capacity, dtype=torch.float32, device=device) if fp8 else None
     tiles_per_entry = (2 * weights.intermediate_size + weights.hidden_size) // plan.m_rows
     most_tiles = route.tiles.shape[0] * tiles_per_entry
-    grid = (
-        min(torch.cuda.get_device_properties(device).multi_processor_count, most_tiles) // plan.cluster * plan.cluster
-    )
+    grid = min(num_sms(device.index), most_tiles) // plan.cluster * plan.cluster
     gemm_kernel(plan, weights.hidden_size, weights.intermediate_size).launch(
         (grid,),
         plan.num_threads,

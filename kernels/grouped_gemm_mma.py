@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .jit import Kernel
+from .jit import Kernel, num_sms
 from .pack_mma import UNIT_COLUMNS, MmaForm, PackedMma
 from .permute import RoutePlan
 
@@ -133,7 +133,7 @@ def grouped_gemm_mma(
     h = torch.empty(route.capacity, weights.intermediate_size, dtype=torch.bfloat16, device=device)
     tiles_per_entry = (2 * weights.intermediate_size + weights.hidden_size) // plan.m_rows
     most_tiles = route.tiles.shape[0] * tiles_per_entry
-    grid = min(plan.ctas * torch.cuda.get_device_properties(device).multi_processor_count, most_tiles)
+    grid = min(plan.ctas * num_sms(device.index), most_tiles)
     kernel = mma_kernel(plan, weights.hidden_size, weights.intermediate_size, route.top_k, weights.scales_bf16)
     kernel.launch(
         (grid,),

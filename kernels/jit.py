@@ -107,6 +107,11 @@ def since_hopper(device_index: int) -> bool:
     return torch.cuda.get_device_capability(device_index)[0] >= 9
 
 
+@functools.cache
+def num_sms(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
 def require_gpu() -> None:
     """Raise a readable error where no kernel can run."""
     if not torch.cuda.is_available():

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import KernelError
 from .expert_work import LayerWork
-from .jit import Kernel, since_hopper
+from .jit import Kernel, num_sms, since_hopper
 
 SHARED_ROUTE_PAIRS = 2048  # from here on a cluster of CTAs is faster than one
 ONE_LAUNCH_PAIRS = 4096  # the most that route_and_pack's shared memory holds
@@ -102,7 +102,7 @@ def pack_rows(rows: torch.Tensor, plan: RoutePlan, *, fp8: bool = False) -> tupl
     float32 scales [blocks, capacity]."""
     packed, scales = _unpacked(rows, plan, fp8)
     hidden = rows.shape[1]
-    grid = min(-(-_gathers(packed, plan.capacity, fp8) // 8), 8 * _multiprocessors(rows.device))
+    grid = min(-(-_gathers(packed, plan.capacity, fp8) // 8), 8 * num_sms(rows.device.index))
     pack_kernel(hidden, plan.top_k, fp8).launch(
         (grid,), 256, (rows, plan.pair_of_row, plan.state, np.int64(plan.capacity), packed, scales), device=rows.device
     )
@@ -130,7 +130,7 @@ def route_and_pack(
     else:
         most = FEW_PAIRS if pairs <= FEW_PAIRS else ONE_LAUNCH_PAIRS
         kernel = route_and_pack_kernel(num_local_experts, hidden, plan.top_k, fp8, most)
-        grid = min(-(-_gathers(packed, plan.capacity, fp8) // 16), 2 * _multiprocessors(rows.device))
+        grid = min(-(-_gathers(packed, plan.capacity, fp8) // 16), 2 * num_sms(rows.device.index))
         threads = 512
     kernel.launch(
         (grid,),
@@ -177,10 +177,6 @@ def _gathers(packed: torch.Tensor, capacity: int, fp8: bool) -> int:
     """A warp's turns if every place were used."""
     blocks = packed.shape[0]
     return capacity // (2 if fp8 else 4) * (blocks // (4 if blocks % 4 == 0 else 2 if blocks % 2 == 0 else 1))
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def check_ids(ids: torch.Tensor, expert_map: torch.Tensor | None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .checks import require, require_sizes
-from .jit import Kernel
+from .jit import Kernel, num_sms
 
 BF16 = torch.bfloat16
 MAX_ROWS = 8
@@ -34,7 +34,7 @@ def thin_linear(x: torch.Tensor, w: torch.Tensor, *, out: torch.Tensor | None = 
     require("out", out, BF16, (num_rows, num_outputs))
     if num_rows:
         warps = warps_for(k)
-        num_ctas = _num_sms(x.device.index or 0) * (1 if warps > 8 else 2)
+        num_ctas = num_sms(x.device.index or 0) * (1 if warps > 8 else 2)
         thin_linear_kernel(k).launch(
             (min(num_ctas, num_outputs // 8),),
             32 * warps,
@@ -57,8 +57,3 @@ def warps_for(k: int) -> int:
 @functools.cache
 def thin_linear_kernel(k: int) -> Kernel:
     return Kernel("thin_linear.cu", "thin_linear", {"K": k, "WARPS": warps_for(k)})
-
-
-@functools.cache
-def _num_sms(device_index: int) -> int:
-    return torch.cuda.get_device_properties(device_index).multi_processor_count
