@@ -1,6 +1,6 @@
 // decode_attention.cu: the one new token of each request, from q, k and v as their product leaves them to mixed heads:
 // norms and rotation as qk_norm_rope.cu, k and v into the cache, o = softmax(scale * q k^T) v over the pages of the
-// sequence; bf16 in and out, float32 sums. One launch in place of two, for few requests, where latency is all.
+// sequence; bf16 in and out, float32 sums. One launch in place of two, for contexts that are not long.
 // Grid: (CTAS * NUM_KV_HEADS, requests), a cluster of CTAS CTAs for a KV head of a request, WARPS warps each. The
 //   sequence is dealt out in units of 16 positions, from the last one down, first one to each CTA, then to their next
 //   warps; so the new position is always in the first unit of warp 0 of CTA 0, which is given k and v by the norms.

@@ -1,6 +1,6 @@
-"""From the qkv product to mixed heads in one launch, for the few decodes of a step, up to 32.
+"""From the qkv product to mixed heads in one launch, for decodes in contexts that are not long.
 
-Why: at such sizes a layer's norms, rotation, KV write and attention are all latency. In one launch the pages of earlier
+Why: there a layer's norms, rotation, KV write and attention are mostly latency. In one launch the pages of earlier
 positions are read while the qkv product still runs, and the output product may read its weights while attention runs,
 since nothing here keeps the next kernel from starting. FlashInfer's kernels (`paged_attention.py`) take over where
 reading KV is the work. Idea: FlashDecoding's split of the sequence, added up over distributed shared memory."""
@@ -18,7 +18,8 @@ from .qk_norm_rope import KV_DTYPES
 BF16 = torch.bfloat16
 HEAD_SIZES = (64, 128)
 MOST_GROUP = 16  # heads a KV head
-_SHARES = ((8, 8, 4, 4), (16, 4, 8, 2), (32, 2, 8, 2), (1 << 31, 2, 4, 2))  # clusters at most; a `Share` of bf16 KV
+# Clusters at most; a `Share` of bf16 KV.
+_SHARES = ((8, 8, 4, 4), (16, 4, 8, 2), (32, 2, 8, 2), (128, 2, 4, 2), (1 << 31, 1, 4, 2))
 
 
 class Share(NamedTuple):
@@ -32,7 +33,8 @@ class Share(NamedTuple):
 def share_for(num_tokens: int, num_kv_heads: int, kv_bytes: int = 2) -> Share:
     """Measured on an H200 (docs/performance.md, "From q, k, v to mixed heads"). Up to 64 CTAs in all have a
     multiprocessor each and leave half of them to the products around; rings of 128 KiB keep two from sharing one while
-    others idle. Where that would be less than two CTAs a cluster, rings are half as long and two or three CTAs fit."""
+    others idle. Where that would be less than two CTAs a cluster, rings are half as long and two or three CTAs fit.
+    About as many clusters as multiprocessors and more are one CTA each."""
     clusters = num_kv_heads * num_tokens
     ctas, warps, stages = next(sizes for most, *sizes in _SHARES if clusters <= most)
     return Share(ctas, warps, stages * 2 // kv_bytes)

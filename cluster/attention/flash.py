@@ -2,11 +2,11 @@
 
 `plan` turns a step's lengths and block table into index arrays (`schedule.py`) and sends them to the GPU in one copy on
 the current stream, from pinned memory that is not touched again before the copy is done; `attend` launches one to three
-kernels that read them, for every layer. A decode step of a **bucket** runs in one of four forms: "few" (requests and
-contexts so few that one launch takes the qkv product whole: `kernels/decode_attention.py`), "short" (contexts so short
-that many small CTAs an SM are best), "whole", and "cut" (contexts in chunks, where few requests would leave the GPU
-idle). A bucket of few requests knows "few" and "cut" alone. A form always uses the same addresses and grid, so a CUDA
-graph captured after one plan may be replayed after any later plan that returns the same key. Padding rows are requests
+kernels that read them, for every layer. A decode step of a **bucket** runs in one of four forms: "few" (contexts so
+short that one launch takes the qkv product whole: `kernels/decode_attention.py`), "short" (short ones on other GPUs or
+in larger buckets: many small CTAs an SM), "whole", and "cut" (in chunks, where few requests would leave the GPU idle).
+`forms` says which of them a bucket knows. A form always uses the same addresses and grid, so a CUDA graph captured
+after one plan may be replayed after any later plan that returns the same key. Padding rows are requests
 without KV and come out as zeros. Block-table rows are sent as they are, since a kernel finds a row by its start.
 
 With `invariant` a token's bits depend on its own sequence alone: one tile of queries, aligned to positions (a step over
@@ -35,8 +35,8 @@ LONG_QUERY = 128  # queries of this many tokens and more take the kernel for lon
 INVARIANT_TILE = 64  # decode and prefill alike
 INVARIANT_CHUNK = 4096
 SHORT = 512  # tokens of the longest context of the "short" form
-FEW_REQUESTS = 32  # the largest bucket of the "few" form
-FEW_TOKENS = 4096  # of the longest context of the "few" form
+FEW = ((32, 4096), (256, 1024))  # buckets up to here take the "few" form for contexts up to there
+NEVER_WHOLE = 32  # buckets up to here that have the "few" form do not have "whole"
 _CTAS_PER_SM = 2
 _ROUNDS = 4  # of the whole GPU that chunks may add to a step with prompts: few tokens far into a context need some
 _WIDE, _NARROW = 4, 1  # shares of KV that a warp takes at a time; narrow ones let more CTAs be at work on an SM
@@ -111,7 +111,7 @@ class FlashAttention:
         self.max_num_reqs, self.max_num_blocks = max_num_reqs, max_num_blocks
         self.num_sms = num_sms or torch.cuda.get_device_properties(self.device).multi_processor_count
         takes_few = few_decodes.takes(num_heads, num_kv_heads, head_dim, self.device)
-        self._has_few = FEW_TOKENS > 0 and takes_few and not invariant
+        self._has_few = bool(FEW) and takes_few and not invariant
         self.overlap = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] >= 9
         self.slots = max(1, self.num_sms * _CTAS_PER_SM // num_kv_heads)  # items at work at once
         most = self._most_items(max_num_reqs, max_num_blocks * block_size)
@@ -150,10 +150,13 @@ class FlashAttention:
         """All that steps of this bucket may need: each is a graph that a warm engine has."""
         if self.invariant:
             return "whole", "cut"
-        return ("few", "cut") if self._takes_few(bucket) else ("short", "whole", "cut")
+        if not self._few_tokens(bucket):
+            return "short", "whole", "cut"
+        return ("few", "cut") if bucket <= NEVER_WHOLE else ("few", "whole", "cut")
 
-    def _takes_few(self, bucket: int) -> bool:
-        return self._has_few and bucket <= FEW_REQUESTS
+    def _few_tokens(self, bucket: int) -> int:
+        """The longest context of the "few" form; 0: the bucket does not know it."""
+        return next((tokens for most, tokens in FEW if bucket <= most), 0) if self._has_few else 0
 
     @property
     def whole(self) -> Callable[..., torch.Tensor] | None:
@@ -237,7 +240,7 @@ class FlashAttention:
     def _load_few(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         """For rows of padding, of which nothing is read: in all ways in which buckets share the work."""
         one, num_normed = np.ones(1, np.int32), self.num_heads + self.num_kv_heads
-        most = min(FEW_REQUESTS, self.max_num_reqs)
+        most = min(FEW[-1][0], self.max_num_reqs)
         for bucket in sorted({min(1 << power, most) for power in range(most.bit_length() + 1)}):
             self._plan_bucket(one, one, np.zeros((1, 1), np.int32), bucket, "few")
             place = torch.zeros(bucket, dtype=torch.int64, device=self.device)
@@ -284,16 +287,16 @@ class FlashAttention:
         if self.invariant:
             cut = longest > INVARIANT_CHUNK or form == "cut"
             return ("cut", INVARIANT_CHUNK) if cut else ("whole", SINGLE)
-        takes_few = self._takes_few(bucket)
-        if form is None and takes_few and longest <= FEW_TOKENS:
+        few_tokens = self._few_tokens(bucket)
+        if form is None and longest <= few_tokens:
             form = "few"
         if form is None:
             chunk = self._chunk_of(seq_lens, longest, bucket, most)
-            if chunk == SINGLE and takes_few:
+            if chunk == SINGLE and few_tokens and bucket <= NEVER_WHOLE:
                 chunk = longest  # beside such contexts the second launch is little; "whole" would be a graph a bucket
             if chunk != SINGLE:
                 return "cut", chunk
-            return ("short" if longest <= SHORT else "whole"), SINGLE
+            return ("short" if longest <= SHORT and not few_tokens else "whole"), SINGLE
         return form, max(128, longest) if form == "cut" else SINGLE
 
     def _chunk_of(self, seq_lens: np.ndarray, longest: int, bucket: int, most: int) -> int:
