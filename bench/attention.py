@@ -56,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     heads, kv_heads = map(int, options.heads.split(","))
     kv_dtype = torch.float8_e4m3fn if options.kv_dtype == "fp8" else torch.bfloat16
-    flash.FEW = ()  # `bench/decode_layer.py` has the launch that takes few decodes whole
+    flash.FEW_REQUESTS = 0  # `bench/decode_layer.py` has the launch that takes few decodes whole
     ceilings = measure_ceilings()
     device = torch.cuda.get_device_name()
     print(

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--kv-dtype", choices=("bf16", "fp8"), default="bf16")
     parser.add_argument("--out", default="")
     options = parser.parse_args()
-    flash.FEW = ()  # so that `two` is planned as contexts beyond the limit are
+    flash.FEW_REQUESTS = 0  # so that `two` is planned as contexts beyond the limit are
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, read {measure_read_gbps():.0f} GB/s", flush=True)
     shares = [Share(*map(int, text.split("x"))) for text in options.shares.split(",") if text]
     lines: list[dict[str, Any]] = []

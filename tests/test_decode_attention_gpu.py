@@ -182,7 +182,8 @@ def test_steps_read_what_earlier_steps_wrote_however_early_they_start():
 
 # ----------------------------------------------------------------------------------------------------------- the plan
 def test_a_plan_takes_the_launch_up_to_its_limits_and_the_other_forms_beyond(monkeypatch):
-    monkeypatch.setattr(flash, "FEW", ((8, 512),))
+    monkeypatch.setattr(flash, "FEW_REQUESTS", 8)
+    monkeypatch.setattr(flash, "FEW_TOKENS", 512)
     attention = FlashAttention(32, 4, 128, 16, DEVICE, max_num_reqs=16, max_num_blocks=64)
     assert "few" in attention.forms(8)
     assert "few" not in attention.forms(9)

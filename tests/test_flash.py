@@ -53,7 +53,8 @@ def test_decode_of_a_bucket(num_sms):
 
 def test_few_decodes_of_short_contexts_are_planned_for_one_launch(monkeypatch):
     """The arrays of requests alone, at the same addresses for a key; another form beyond either limit."""
-    monkeypatch.setattr(flash, "FEW", ((4, 64),))
+    monkeypatch.setattr(flash, "FEW_REQUESTS", 4)
+    monkeypatch.setattr(flash, "FEW_TOKENS", 64)
     monkeypatch.setattr(flash.few_decodes, "takes", lambda *_: True)
     attention = make(NumpyKernels(DIM))
     assert attention.forms(4) == ("few", "cut")
@@ -83,7 +84,8 @@ def test_few_decodes_of_short_contexts_are_planned_for_one_launch(monkeypatch):
 def test_steps_take_the_forms_that_their_buckets_name_and_no_others(takes_few, invariant, monkeypatch):
     """The forms are what a warm engine has graphs of: one too many costs time and memory, one too few a capture beside
     streams."""
-    monkeypatch.setattr(flash, "FEW", ((32, 1000), (48, 600)))
+    monkeypatch.setattr(flash, "FEW_REQUESTS", 48)
+    monkeypatch.setattr(flash, "FEW_TOKENS", 1000)
     monkeypatch.setattr(flash, "INVARIANT_CHUNK", 1024)
     monkeypatch.setattr(flash.few_decodes, "takes", lambda *_: takes_few)
     attention = make(NumpyKernels(DIM, num_sms=40), invariant=invariant, max_num_reqs=64, max_num_blocks=128)
@@ -101,7 +103,7 @@ def test_steps_take_the_forms_that_their_buckets_name_and_no_others(takes_few, i
 
 def test_a_bucket_of_few_is_cut_even_where_cutting_does_not_pay(monkeypatch):
     monkeypatch.setattr(flash.few_decodes, "takes", lambda *_: True)
-    monkeypatch.setattr(flash, "FEW", ((32, 500),))
+    monkeypatch.setattr(flash, "FEW_TOKENS", 500)
     kernels = NumpyKernels(DIM, num_sms=2)
     attention = make(kernels)
     step = step_of(*((1, 700) for _ in range(8)))

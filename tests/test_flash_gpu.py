@@ -30,7 +30,7 @@ GROUPS = [(64, 4), (32, 4), (4, 2), (8, 8), (64, 2)]  # 16:1, 8:1, 2:1, 1:1, 32:
 @pytest.fixture(autouse=True)
 def _no_launch_of_q_k_and_v(monkeypatch):
     """`attend` in all its forms; `test_decode_attention_gpu.py` has the one that takes the product whole."""
-    monkeypatch.setattr(flash, "FEW", ())
+    monkeypatch.setattr(flash, "FEW_REQUESTS", 0)
 
 
 def make(heads: tuple[int, int], head_dim: int = 128, **options) -> FlashAttention:

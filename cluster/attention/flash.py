@@ -35,7 +35,7 @@ LONG_QUERY = 128  # queries of this many tokens and more take the kernel for lon
 INVARIANT_TILE = 64  # decode and prefill alike
 INVARIANT_CHUNK = 4096
 SHORT = 512  # tokens of the longest context of the "short" form
-FEW = ((32, 4096), (256, 1024))  # buckets up to here take the "few" form for contexts up to there
+FEW_REQUESTS, FEW_TOKENS = 256, 4096  # the largest bucket and the longest context of the "few" form
 NEVER_WHOLE = 32  # buckets up to here that have the "few" form do not have "whole"
 _CTAS_PER_SM = 2
 _ROUNDS = 4  # of the whole GPU that chunks may add to a step with prompts: few tokens far into a context need some
@@ -111,7 +111,7 @@ class FlashAttention:
         self.max_num_reqs, self.max_num_blocks = max_num_reqs, max_num_blocks
         self.num_sms = num_sms or torch.cuda.get_device_properties(self.device).multi_processor_count
         takes_few = few_decodes.takes(num_heads, num_kv_heads, head_dim, self.device)
-        self._has_few = bool(FEW) and takes_few and not invariant
+        self._has_few = takes_few and not invariant
         self.overlap = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] >= 9
         self.slots = max(1, self.num_sms * _CTAS_PER_SM // num_kv_heads)  # items at work at once
         most = self._most_items(max_num_reqs, max_num_blocks * block_size)
@@ -156,7 +156,7 @@ class FlashAttention:
 
     def _few_tokens(self, bucket: int) -> int:
         """The longest context of the "few" form; 0: the bucket does not know it."""
-        return next((tokens for most, tokens in FEW if bucket <= most), 0) if self._has_few else 0
+        return FEW_TOKENS if self._has_few and bucket <= FEW_REQUESTS else 0
 
     @property
     def whole(self) -> Callable[..., torch.Tensor] | None:
@@ -240,7 +240,7 @@ class FlashAttention:
     def _load_few(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
         """For rows of padding, of which nothing is read: in all ways in which buckets share the work."""
         one, num_normed = np.ones(1, np.int32), self.num_heads + self.num_kv_heads
-        most = min(FEW[-1][0], self.max_num_reqs)
+        most = min(FEW_REQUESTS, self.max_num_reqs)
         for bucket in sorted({min(1 << power, most) for power in range(most.bit_length() + 1)}):
             self._plan_bucket(one, one, np.zeros((1, 1), np.int32), bucket, "few")
             place = torch.zeros(bucket, dtype=torch.int64, device=self.device)
