@@ -47,7 +47,7 @@ class ChaosWorld:
     def _start(self) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        self.redis = ValkeyProcess(self._folder / "redis", "--appendonly", "yes")
+        self.redis = ValkeyProcess(self._folder / "redis", "--appendonly", "yes", "--appendfsync", "always")
         self._stack.callback(self.redis.kill)
         self.gcs_store = ValkeyProcess(self._folder / "gcs", "--appendonly", "yes")
         self._stack.callback(self.gcs_store.kill)

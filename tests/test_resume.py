@@ -14,7 +14,7 @@ from expertmesh.proto import expertmesh_pb2 as pb
 from expertmesh.proto import expertmesh_pb2_grpc as pb_grpc
 from expertmesh.redis_server import EmbeddedRedis
 from expertmesh.router.gateway.generation import GenerationConfig
-from expertmesh.router.gateway.journal import Journal
+from expertmesh.router.gateway.journal import Journal, _keys
 from expertmesh.router.gateway.server import GatewayServer
 from expertmesh.router.gateway.session import SessionStore
 from expertmesh.router.gateway.tier import AttentionTier
@@ -157,6 +157,25 @@ async def test_a_live_stream_is_taken_over_by_another_gateway_at_every_offset(re
                 assert [e async for e in world.generation.Resume(resume(name, 0))] == events
                 with contextlib.suppress(grpc.aio.AioRpcError):  # fenced off, or it had written its end
                     await rest(call)
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+async def test_events_follow_from_tokens_however_many_came_together(redis_url, size):
+    """What was not recorded before a gateway died is made again, in other steps: at every offset is the same event."""
+    async with journal(redis_url) as one, gateway(say(REPLY), journal=one) as world:
+        name = f"together-{size}"
+        events = [e async for e in world.generation.Generate(ask(name, include_token_ids=True))]
+        key = _keys("", name)[1]
+        outputs = [pb.RequestTokens.FromString(data) for data in await one._redis.lrange(key, 0, -1)]
+        ids = [i for output in outputs for i in output.token_ids]
+        assert len(ids) == NUM_TOKENS
+        await one._redis.delete(key)
+        for i in range(0, len(ids), size):
+            together = pb.RequestTokens(token_ids=ids[i : i + size])
+            if i + size >= len(ids):
+                together.finish_reason = outputs[-1].finish_reason
+            await one._redis.rpush(key, together.SerializeToString())
+        assert [e async for e in world.generation.Resume(resume(name, 0))] == events
 
 
 async def test_every_stream_of_a_killed_gateway_goes_on_elsewhere(redis_url):

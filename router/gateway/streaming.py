@@ -86,21 +86,22 @@ class Generation:
         """Submit, then write the events in order, but the last: `finish`. Cancelling this coroutine aborts the work.
 
         `recorded`: outputs that the engine gave before; their events are written again and the engine goes on after
-        them. `record` is awaited with each new output before its events are written."""
+        them. `record` is awaited with each new output before its events are written; events then follow from tokens
+        alone, not from how many came together, so that those of tokens that nobody could record are the same again."""
         replica_id = self._session.affinity if self._session is not None else ""
-        reason = FinishReason.NONE
+        reason, apart = FinishReason.NONE, record is not None
         stream = None if recorded else self._submit(replica_id, [])  # a refusal comes before any event
         try:
             await writer.started(0, self._started())
             for output in recorded:
-                reason = await self._take(writer, output)
+                reason = await self._take(writer, output, apart=apart)
             if stream is None and not reason:
                 stream = self._submit(replica_id, [i for output in recorded for i in output.token_ids])
             if stream is not None:
                 async for output in stream:
                     if record is not None:
                         await record(output)
-                    reason = await self._take(writer, output)
+                    reason = await self._take(writer, output, apart=apart)
                     if reason:
                         break
                 replica_id = stream.replica_id
@@ -117,7 +118,7 @@ class Generation:
         await writer.started(0, self._started())
         reason = FinishReason.NONE
         for output in recorded:
-            reason = await self._take(writer, output)
+            reason = await self._take(writer, output, apart=True)
         if not reason:
             await self._write_all(writer, self._conversation.finish())
         await self.finish(writer, finished)
@@ -125,10 +126,15 @@ class Generation:
     async def finish(self, writer: Writer, finished: pb.Finished) -> None:
         await writer.finished(self._offset + 1, finished)
 
-    async def _take(self, writer: Writer, output: RequestOutput) -> FinishReason:
-        """One output's events; NONE = the text goes on."""
-        conversation = self._conversation
-        deltas = conversation.push(output.token_ids, output.logprobs)
+    async def _take(self, writer: Writer, output: RequestOutput, *, apart: bool) -> FinishReason:
+        """One output's events, those of each token `apart` or not; NONE = the text goes on."""
+        conversation, ids = self._conversation, output.token_ids
+        if apart and len(ids) > 1:
+            deltas = []
+            for i in range(len(ids)):
+                deltas += conversation.push(ids[i : i + 1], output.logprobs[i : i + 1])
+        else:
+            deltas = conversation.push(ids, output.logprobs)
         if self._first_token_s is None or self._session is not None:
             self._note(output)
         ended = conversation.stopped or output.finish_reason
