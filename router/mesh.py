@@ -180,8 +180,8 @@ class ClusterMesh:
                 raise EpochError(f"header names placement {header.placement_version} in epoch {header.epoch}")
             self._last_step_id = header.step_id  # lower in an epoch whose leader slept through the last one's steps
             if prepared is not self._current:
+                self._entered_at = header.step_id  # first: what is told late of the epoch before must not end this one
                 self._switch(prepared)
-                self._entered_at = header.step_id
             self._replaced_steps += 1
             if self._replaced_steps > _STEPS_TO_LEAVE:
                 self._abort_replaced()

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from expertmesh.errors import EpochError, GuardError
+from expertmesh.router.control import Kind, encode_done
 from expertmesh.router.device_exchange import LocalDeviceExchange, Verdict
 from expertmesh.router.device_step import DeviceStep
 from expertmesh.router.epoch import Epoch, StepHeader
 from expertmesh.router.guard import BadRow, Direction, Fault, Guard
+from expertmesh.router.leader import StepDone
 from expertmesh.router.local_mesh import LocalMesh
 
 CPU = torch.device("cpu")
@@ -44,6 +46,30 @@ def test_a_device_step_gives_what_the_host_step_gives(version):
     for num_tokens in (1, 5):
         want = run(LocalMesh, placement, num_tokens, num_tokens)
         assert run(DeviceMesh, placement, num_tokens, num_tokens).allclose(want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_failure_that_is_told_late_spares_the_epoch_that_is_being_entered(monkeypatch):
+    """Another rank gave up step 1; its word comes while this one is on its way from there into the next epoch."""
+    mesh = DeviceMesh(CapturableExperts(), mesh_worlds.placement(1, 1), mesh_worlds.SHAPE)
+    headers = []
+    mesh.start(headers.append)
+    mesh.bid(2, 0)
+    mesh_worlds.toy_model(mesh.enter(headers.pop()), 2, 2)
+    mesh.change_placement(mesh_worlds.placement(1, 2))
+    exchange, aborted, heard = mesh._current.exchange, [], []
+    use = exchange.use_placement
+
+    def use_and_hear(placement):
+        use(placement)
+        mesh._on_frame("e1", Kind.DONE, encode_done(StepDone("e1", 1, failed=True)))
+        heard.append(placement.version)
+
+    monkeypatch.setattr(exchange, "use_placement", use_and_hear)
+    monkeypatch.setattr(exchange, "abort", lambda: aborted.append(1))
+    mesh.bid(2, 0)
+    mesh_worlds.toy_model(mesh.enter(headers.pop()), 2, 2)
+    assert (heard, aborted) == ([2], [])
+    mesh.close()
 
 
 def make_step(launched, done, num_tokens=2, guard=None):
