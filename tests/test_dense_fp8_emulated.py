@@ -95,8 +95,7 @@ def few_rows(plan, k):
     return [f"K={k}", *(f"{name}={value}" for name, value in plan.defines.items())]
 
 
-@pytest.mark.parametrize("num_ctas", [3, 5, 7, 48])
-@pytest.mark.parametrize("num_rows", [1, 8, 11])
+@pytest.mark.parametrize(("num_rows", "num_ctas"), [(1, 3), (1, 48), (8, 5), (8, 7), (11, 3), (11, 5), (11, 48)])
 def test_few_rows_are_multiplied_by_the_exact_weights(library, num_rows, num_ctas):
     """Slices of 8 to 128 outputs, in one row of blocks or two, in whole sixteens or not."""
     w, x = weight_of(384, 512), torch.randn(num_rows, 512).bfloat16()
@@ -115,9 +114,7 @@ def test_a_rows_bits_do_not_depend_on_their_number(library):
     assert torch.equal(product(5), product(16)[:5])
 
 
-@pytest.mark.parametrize(
-    ("num_rows", "num_ctas"), [(3, 3), (3, 5), (3, 48), (17, 3), (17, 48), (64, 3), (64, 5), (100, 5)]
-)
+@pytest.mark.parametrize(("num_rows", "num_ctas"), [(3, 3), (3, 48), (17, 3), (17, 48), (64, 5), (100, 5)])
 def test_some_rows_are_multiplied_in_fp8(library, num_rows, num_ctas):
     w, x = weight_of(384, 512), torch.randn(num_rows, 512).bfloat16()
     plan = SlicePlan.choose(num_rows, outputs_of_slice(384, num_ctas), 512)
@@ -127,7 +124,7 @@ def test_some_rows_are_multiplied_in_fp8(library, num_rows, num_ctas):
 
 
 @pytest.mark.parametrize("tile", [128, 192])
-@pytest.mark.parametrize(("num_rows", "num_ctas"), [(1, 5), (130, 4), (130, 132)])
+@pytest.mark.parametrize(("num_rows", "num_ctas"), [(1, 5), (130, 132)])
 def test_many_rows_are_multiplied_in_fp8(library, tile, num_rows, num_ctas):
     """Whole tiles in turn, the rest shared, also by more CTAs than there are blocks; in any order of CTAs."""
     compiled = library("MANY", "K=512", f"TILE={tile}", f"STAGES={stages_for(tile)}")
